@@ -1,0 +1,1 @@
+"""The acnet algorithm; see method.py."""

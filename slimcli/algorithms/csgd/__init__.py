@@ -1,0 +1,1 @@
+"""The csgd algorithm; see method.py."""

@@ -1,0 +1,1 @@
+"""The qat algorithm; see method.py."""

@@ -1,0 +1,1 @@
+"""The resrep algorithm; see method.py."""
