@@ -325,9 +325,9 @@ class Compressor:
 
     info: ClassVar[AlgorithmInfo]
     compresses: ClassVar[bool] = True
-    """False for an algorithm that only trains: the model it yields is the baseline to compare with."""
+    """False for an algorithm that only trains: what it yields is the baseline to compare with."""
     deploys_to: ClassVar[str] = "module"
-    """``module``: deploy() returns a plain model. ``onnx``: it returns a model made for the exporter."""
+    """``module``: deploy() returns a plain model. ``onnx``: one made for the exporter."""
 
     def __init__(self, config: AlgorithmConfig) -> None:
         self.config = config
@@ -341,8 +341,9 @@ class Compressor:
         return model
 
     def param_groups(self, model: nn.Module, defaults: GroupDefaults) -> list[dict[str, Any]]:
-        """Groups for the optimizer: every trainable parameter in exactly one (see
-        :func:`default_param_groups` for the keys of a group).
+        """Groups for the optimizer: every trainable parameter in exactly one.
+
+        :func:`default_param_groups` says which keys a group has.
         """
         return default_param_groups(model, defaults)
 
@@ -354,7 +355,7 @@ class Compressor:
         """Changes gradients, which are unscaled, reduced over processes and clipped."""
 
     def after_step(self, model: nn.Module, progress: Progress, skipped: bool) -> None:
-        """Changes parameters the algorithm owns; ``skipped`` is True if the scaler skipped the step."""
+        """Changes parameters the algorithm owns; ``skipped``: the scaler skipped the step."""
 
     def after_cut(self, model: nn.Module, cuts: list[Cut]) -> None:
         """Follows the cuts in the algorithm's own names and masks."""

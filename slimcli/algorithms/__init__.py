@@ -1,1 +1,1 @@
-"""One algorithm, one folder: ``config.py`` (schema, texts, no torch) and ``method.py`` (the rest)."""
+"""One algorithm, one folder: ``config.py`` (schema, texts, no torch) and ``method.py``."""

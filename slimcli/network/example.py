@@ -15,7 +15,7 @@ class Example:
 
     Attributes:
         batch: What the data loader yields, already on the model's device.
-        predict: ``predict(model, batch) -> prediction``; the only way in which the tool calls a model.
+        predict: ``predict(model, batch) -> prediction``; the only way to call a model.
     """
 
     batch: Any
