@@ -34,8 +34,8 @@ class SlotCut:
         tensor: Name of a parameter or buffer.
         dim: The dimension that gets shorter.
         sources: For each entry that stays, in order, the old entries it is made of.
-            ``((0,), (2,))`` keeps entries 0 and 2; ``((0, 1), (2,))`` stores the *sum* of 0 and 1, then 2 (how a
-            consumer takes up merged duplicates).
+            ``((0,), (2,))`` keeps entries 0 and 2. ``((0, 1), (2,))`` stores the *sum* of 0 and 1,
+            then 2: how a consumer takes up merged duplicates.
     """
 
     tensor: str
