@@ -59,6 +59,8 @@ class AlgorithmInfo:
         aliases: Other accepted values of ``algorithm:``, the class paths of the original library.
         key_aliases: Other accepted spellings of its keys, alias -> name.
         solver: Name of its class in the Python API (``ResRepSolver``).
+        example: Its own keys for a run of a few epochs on a small network; shown by
+            ``slim explain``, and what the contract tests of the whole registry use.
     """
 
     name: str
@@ -70,6 +72,7 @@ class AlgorithmInfo:
     training_defaults: dict[str, Any] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     key_aliases: dict[str, str] = field(default_factory=dict)
+    example: dict[str, Any] = field(default_factory=dict)
 
     def load(self) -> type[Compressor]:
         """The Compressor class; imports torch."""
