@@ -4,6 +4,7 @@ The loop owns *when*, an algorithm owns *what*. The order of calls::
 
     plan = compressor.plan(model, example, schedule)      # changes nothing; refuses what can't work
     model = compressor.prepare(model, example, plan)      # modules change, the function does not
+    compressor.calibrate(model, batches)                  # fresh starts only, never on resume
     groups = compressor.param_groups(model, defaults)
     for epoch ...:
         cuts = compressor.before_epoch(model, progress)   # surgery applies them, then after_cut
@@ -342,6 +343,9 @@ class Compressor:
     def prepare(self, model: nn.Module, example: Example, plan: Plan) -> nn.Module:
         """The model to train on; modules may change in place, the eval function may not."""
         return model
+
+    def calibrate(self, model: nn.Module, batches: Iterable[Example]) -> None:
+        """Takes ranges or statistics from training batches, once, when training starts fresh."""
 
     def param_groups(self, model: nn.Module, defaults: GroupDefaults) -> list[dict[str, Any]]:
         """Groups for the optimizer: every trainable parameter in exactly one.
