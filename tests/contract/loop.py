@@ -73,8 +73,7 @@ def begin(
     plan = compressor.plan(model, example, schedule)
     assert plan.refusals == [], plan.refusals
     model = compressor.prepare(model, example, plan)
-    calibrate: Callable[..., None] = compressor.calibrate
-    calibrate(model, [Example(batch=batch, predict=predict) for batch in batches])
+    compressor.calibrate(model, [Example(batch=batch, predict=predict) for batch in batches])
     groups = compressor.param_groups(model, GroupDefaults(lr=0.05))
     optimizer = torch.optim.SGD(groups, lr=0.05)
     return Run(compressor, model, plan, optimizer, batches)

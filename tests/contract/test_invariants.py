@@ -6,7 +6,6 @@ A new algorithm is tested the moment its folder exists. Float64 throughout.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from slimcli.compressor import AlgorithmInfo, GroupDefaults, registry
 from slimcli.network.example import Example
 
-from .loop import Run, begin, images, outputs, predict, train
+from .loop import Run, begin, images, outputs, predict, schedule_of, train
 from .networks import NETWORKS, SHAPE, build
 
 # Folding and cutting reorder float64 sums; 1e-9 relative leaves three digits of slack over what was
@@ -44,8 +43,8 @@ def clone_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.fixture(params=sorted(NETWORKS))
-def network(request: pytest.FixtureRequest) -> Iterator[str]:
-    yield request.param
+def network(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 def started(name: str, network: str) -> Run:
@@ -177,8 +176,6 @@ def test_planning_changes_nothing(name: str, network: str) -> None:
     random_state = torch.get_rng_state()
     info = info_of(name)
     compressor = info.load()(info.config(**info.example))
-    from .loop import schedule_of
-
     compressor.plan(model, Example(images(0, SHAPE), predict), schedule_of(EPOCHS, 0.05))
     assert model.training
     assert torch.equal(random_state, torch.get_rng_state())
@@ -205,8 +202,6 @@ def test_finetune_is_the_plain_loop_step_by_step() -> None:
     train(run, 1)
     losses = []
     twin.train()
-    from .loop import schedule_of
-
     for rate, (batch, labels) in zip(schedule_of(1, 0.05).learning_rates, run.batches, strict=True):
         optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
