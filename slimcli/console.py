@@ -1,0 +1,158 @@
+"""The only file that writes to the terminal: results to stdout, the conversation to stderr.
+
+Commands call the functions below; nothing here knows a model or torch. ``--json`` and ``-q`` leave
+only the result on stdout; messages stay on stderr. Colour never carries meaning alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from slimcli.errors import SlimError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to talk, from the command line's global options.
+
+    Attributes:
+        json: The result is JSON: one document, or one line an event.
+        quiet: Only the result; no conversation except errors and warnings.
+        verbose: More conversation.
+        color: False for no escape sequences at all.
+        traceback: Show our frames too when something fails.
+    """
+
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    color: bool = True
+    traceback: bool = False
+
+
+_settings = Settings()
+
+
+def configure(**changes: bool) -> Settings:
+    """Change the settings of this process; unknown names raise TypeError."""
+    global _settings
+    _settings = replace(_settings, **changes)
+    return _settings
+
+
+def settings() -> Settings:
+    """The settings in force."""
+    return _settings
+
+
+def is_main_process() -> bool:
+    """False in the processes that a distributed run starts beside the first: they keep silent."""
+    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("RANK", "0") == "0"
+
+
+def terminal(stream: TextIO | None = None) -> Console:
+    """A rich console on ``stream``, by default stderr, that obeys ``--no-color`` and NO_COLOR."""
+    from rich.console import Console
+
+    stream = stream or sys.stderr
+    interactive = stream.isatty() and os.environ.get("TERM") != "dumb"
+    colorless = not (_settings.color and interactive) or bool(os.environ.get("NO_COLOR"))
+    return Console(
+        file=stream,
+        no_color=colorless,
+        force_terminal=interactive and not colorless,
+        color_system=None if colorless else "auto",
+        highlight=False,
+        soft_wrap=True,
+        markup=False,
+        emoji=False,
+    )
+
+
+def result(text: str) -> None:
+    """One line or block of the result, to stdout."""
+    if is_main_process():
+        print(text, flush=True)
+
+
+def document(value: Any) -> None:
+    """The result as one JSON document, to stdout."""
+    if is_main_process():
+        print(json.dumps(value, indent=2, ensure_ascii=False), flush=True)
+
+
+def json_line(value: dict[str, Any]) -> None:
+    """One event as one line of JSON, to stdout."""
+    if is_main_process():
+        print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+def say(text: str, style: str = "") -> None:
+    """One line of conversation, to stderr; silent with ``-q``."""
+    if is_main_process() and not _settings.quiet:
+        terminal().print(text, style=style or None)
+
+
+def detail(text: str) -> None:
+    """A line only ``-v`` shows."""
+    if _settings.verbose:
+        say(text, style="dim")
+
+
+def warn(text: str) -> None:
+    """A warning, to stderr, shown with ``-q`` too."""
+    if is_main_process():
+        terminal().print(f"warning: {text}", style="yellow")
+
+
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[object]], *, to_stdout: bool = True
+) -> None:
+    """Aligned columns without borders; numbers go to the right."""
+    from rich.table import Table
+
+    listed = [list(row) for row in rows]
+    drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False)
+    for index, column in enumerate(columns):
+        numeric = bool(listed) and all(isinstance(row[index], int | float) for row in listed)
+        drawn.add_column(
+            column, justify="right" if numeric else "left", overflow="fold", header_style="dim"
+        )
+    for row in listed:
+        drawn.add_row(*(str(cell) for cell in row))
+    if is_main_process() and (to_stdout or not _settings.quiet):
+        terminal(sys.stdout if to_stdout else sys.stderr).print(drawn)
+
+
+def error(problem: SlimError) -> None:
+    """An error in its five parts, to stderr, with its exit code; GitHub annotations when asked."""
+    if not is_main_process():
+        return
+    out = terminal()
+    for each in problem.problems:
+        out.print(str(each))
+        if os.environ.get("GITHUB_ACTIONS"):
+            out.print(_annotation(each.where, each.what))
+    for frame in problem.user_frames:
+        out.print(f"    {frame}")
+    codes = " ".join(dict.fromkeys(each.code for each in problem.problems))
+    out.print(f"[exit {problem.exit_code}]  {codes}", style="bold red")
+
+
+def _annotation(where: str, what: str) -> str:
+    """The line GitHub shows beside the file.
+
+    >>> _annotation("recipe.yaml:3:5", "unknown key")
+    '::error file=recipe.yaml,line=3,col=5::unknown key'
+    """
+    names = ("file", "line", "col")
+    place = ",".join(f"{name}={part}" for name, part in zip(names, where.split(":"), strict=False))
+    return f"::error {place}::{what}"
