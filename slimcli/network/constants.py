@@ -1,0 +1,169 @@
+"""Channels that reach a consumer as a constant: its bias takes them up before they are cut.
+
+A depthwise conv and its BN turn an all-zero channel into the same number everywhere. Cutting that
+channel is exact if the next layer adds ``weight * number`` itself. The number is measured, because
+only running the model knows what happens on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimcli.errors import Problem, RunError
+from slimcli.network.attributes import Convolution, Transposed
+from slimcli.network.cuts import Cut
+from slimcli.network.example import Example
+
+ROUNDINGS = 64
+"""Largest spread of a 'constant' in roundings of its dtype: different kernels round differently."""
+
+
+def measure(model: nn.Module, cuts: Sequence[Cut], example: Example) -> dict[str, Tensor]:
+    """What each consumer's bias must take up, module path -> float64 tensor (out_channels,) on CPU.
+
+    Runs the model once in eval mode; the producers' channels must already be zero. The model's modes
+    are as they were afterwards.
+
+    Raises:
+        RunError: A value isn't constant, or a bias can't stand for it in that layer.
+    """
+    entries: dict[str, list[int]] = {}
+    for cut in cuts:
+        for constant in cut.constants:
+            known = entries.setdefault(constant.module, [])
+            known += [each for each in constant.entries if each not in known]
+    values = _capture(model, entries, example)
+    return {
+        path: bias_change(model.get_submodule(path), entries[path], values[path], path)
+        for path in entries
+    }
+
+
+def bias_change(module: nn.Module, entries: Sequence[int], values: Tensor, path: str) -> Tensor:
+    """What a layer's output gains everywhere from constants at some of its inputs.
+
+    Args:
+        module: Conv, transposed conv or Linear.
+        entries: Input channels (of the layer, not of one group) that are constant.
+        values: Their values, float64, shape (len(entries),).
+        path: Name of the module for messages.
+
+    Returns:
+        Float64 tensor (out_channels,) on the CPU.
+
+    Raises:
+        RunError: The gain isn't the same everywhere, or the layer's type isn't supported.
+
+    >>> layer = nn.Conv1d(2, 1, 3)
+    >>> _ = layer.weight.data.fill_(1.0)
+    >>> bias_change(layer, [1], torch.tensor([2.0], dtype=torch.float64), "layer")
+    tensor([6.], dtype=torch.float64)
+    """
+    reason = _why_not(module)
+    if reason:
+        raise _refused(path, reason)
+    weight: Tensor = module.weight.detach().to("cpu", torch.float64)  # type: ignore[union-attr, operator]
+    weight = weight.reshape(*weight.shape[:2], -1).sum(
+        -1
+    )  # (out, in / groups), transposed: (in, out / groups)
+    groups: int = getattr(module, "groups", 1)
+    is_transposed = isinstance(module, Transposed)
+    per_group = (weight.shape[0] if is_transposed else weight.shape[1] * groups) // groups
+    outputs = (weight.shape[1] * groups if is_transposed else weight.shape[0]) // groups
+    change = torch.zeros(groups, outputs, dtype=torch.float64)
+    for entry, value in zip(entries, values, strict=True):
+        group, place = divmod(entry, per_group)
+        rows = slice(group * outputs, (group + 1) * outputs)
+        change[group] += (weight[entry] if is_transposed else weight[rows, place]) * value
+    return change.flatten()
+
+
+def constant_value(inputs: Tensor, entries: Sequence[int], dim: int) -> Tensor | None:
+    """The value at some entries of a dimension if it is the same everywhere else, or None.
+
+    >>> constant_value(torch.tensor([[1.0, 5.0], [2.0, 5.0]]), [1], dim=1)
+    tensor([5.], dtype=torch.float64)
+    >>> constant_value(torch.tensor([[1.0, 5.0], [2.0, 5.0]]), [0], dim=1) is None
+    True
+    """
+    rounding = torch.finfo(inputs.dtype).eps
+    picked = inputs.detach().movedim(dim, 0)[list(entries)].flatten(1).to("cpu", torch.float64)
+    low, high = picked.amin(1), picked.amax(1)
+    size = picked.abs().amax(1).clamp_min(1.0)
+    if bool(((high - low) > ROUNDINGS * rounding * size).any()):
+        return None
+    return picked[:, 0]
+
+
+def _capture(
+    model: nn.Module, entries: dict[str, list[int]], example: Example
+) -> dict[str, Tensor]:
+    """Runs the model once and reads each consumer's input."""
+    values: dict[str, Tensor] = {}
+
+    def watch(path: str, module: nn.Module) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            dim = inputs[0].dim() - 1 - _spatial_dimensions(module)
+            value = constant_value(inputs[0], entries[path], dim)
+            if value is None:
+                raise _refused(path, "the removed channels do not arrive as constants")
+            before = values.setdefault(path, value)
+            if not torch.allclose(before, value, rtol=1e-6, atol=1e-6):
+                raise _refused(path, "it is used several times with different constants")
+
+        return module.register_forward_pre_hook(hook)
+
+    modes = {module: module.training for module in model.modules()}
+    handles = [watch(path, model.get_submodule(path)) for path in entries]
+    try:
+        model.eval()
+        with torch.no_grad():
+            example.run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    for path in entries:
+        if path not in values:
+            raise _refused(path, "it did not run on the example")
+    return values
+
+
+def _spatial_dimensions(module: nn.Module) -> int:
+    return 0 if isinstance(module, nn.Linear) else len(module.kernel_size)  # type: ignore[arg-type]
+
+
+def _why_not(module: nn.Module) -> str:
+    """Why a constant input doesn't give a constant output, or an empty string."""
+    if isinstance(module, nn.Linear):
+        return ""
+    if isinstance(module, Transposed):
+        simple = all(each == 1 for each in (*module.kernel_size, *module.stride))
+        plain = not any((*module.padding, *module.output_padding))  # type: ignore[misc]
+        return "" if simple and plain else "a transposed conv gives a pattern, not a constant"
+    if isinstance(module, Convolution):
+        if module.padding_mode != "zeros" or not _is_padded(module):
+            return ""
+        return "it pads with zeros, so its border sees no constant"
+    return f"{type(module).__name__} is no conv or Linear"
+
+
+def _is_padded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
+    if isinstance(module.padding, str):
+        return module.padding == "same" and any(size > 1 for size in module.kernel_size)
+    return any(module.padding)
+
+
+def _refused(path: str, reason: str) -> RunError:
+    return RunError(
+        Problem(
+            "E-CUT-CONSTANT",
+            f"the bias of {path} can't take up removed channels: {reason}",
+            fix="leave this group out of the cut",
+        )
+    )

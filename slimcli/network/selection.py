@@ -1,0 +1,142 @@
+"""Which old entries each new entry of a tensor dimension is made of, and doing it to a tensor.
+
+Pure functions: no model, no optimizer, no files. ``surgery`` applies them to everything that has a
+parameter's shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+Sources = tuple[tuple[int, ...], ...]
+"""For each entry that stays, in order, the old entries whose sum it is (see ``SlotCut``)."""
+
+
+def compose(parts: Sequence[Sources], size: int) -> Sources:
+    """One selection that does what several do, all given in the original indices.
+
+    An entry that any of them drops is gone; entries that any of them adds up are added up. Where
+    they are different, each must keep the original order, because two orders can't both hold.
+
+    Args:
+        parts: One or more selections of the same dimension of ``size`` entries.
+        size: Entries before.
+
+    Raises:
+        ValueError: An index is out of range, nothing stays, or the selections can't be combined.
+
+    >>> compose([((0,), (2,), (3,)), ((0,), (1,), (2,))], size=4)
+    ((0,), (2,))
+    >>> compose([((0, 1), (2,), (3,)), ((0,), (1,), (2,))], size=4)
+    ((0, 1), (2,))
+    """
+    different = list(dict.fromkeys(tuple(tuple(entry) for entry in part) for part in parts))
+    for part in different:
+        _check(part, size)
+    if len(different) == 1:
+        return different[0]
+    leader = list(range(size))
+    kept = set(range(size))
+    for part in different:
+        _check_ordered(part)
+        kept &= {index for entry in part for index in entry}
+        for entry in part:
+            leaders = {leader[index] for index in entry}
+            leader = [min(leaders) if each in leaders else each for each in leader]
+    merged: dict[int, list[int]] = {}
+    for index in sorted(kept):
+        merged.setdefault(leader[index], []).append(index)
+    if not merged:
+        raise ValueError("the cuts together leave no entry")
+    return tuple(tuple(entry) for entry in merged.values())
+
+
+def select(tensor: Tensor, sources: Mapping[int, Sources]) -> Tensor:
+    """A new tensor with the selections done, one a dimension; memory layout, dtype, device kept.
+
+    Args:
+        tensor: Any shape; not changed.
+        sources: Dimension -> what stays of it.
+
+    >>> select(torch.tensor([[1.0, 2.0, 3.0]]), {1: ((0, 2), (1,))})
+    tensor([[4., 2.]])
+    """
+    order = tensor.dim_order()
+    result = tensor.detach()
+    for dim, entries in sources.items():
+        result = _select_dimension(result, dim, entries)
+    back = sorted(range(tensor.dim()), key=order.__getitem__)
+    return result.permute(order).clone(memory_format=torch.contiguous_format).permute(back)
+
+
+def shape_after(shape: Sequence[int], sources: Mapping[int, Sources]) -> tuple[int, ...]:
+    """The shape :func:`select` gives.
+
+    >>> shape_after((8, 4, 3, 3), {0: ((0,), (5,))})
+    (2, 4, 3, 3)
+    """
+    return tuple(len(sources[dim]) if dim in sources else n for dim, n in enumerate(shape))
+
+
+def groups_after(sources: Sources, size: int, groups: int) -> int:
+    """How many groups a dimension that is divided into equal groups has afterwards.
+
+    Whole groups may go, and the same number of entries may go from each group that stays.
+
+    Args:
+        sources: What stays of the divided dimension.
+        size: Entries before.
+        groups: Groups before.
+
+    Raises:
+        ValueError: The groups that stay would have different sizes.
+
+    >>> groups_after(((0,), (3,)), size=4, groups=4)  # depthwise: two channels stay
+    2
+    >>> groups_after(((0,), (2,)), size=4, groups=2)  # one of two in each group
+    2
+    >>> groups_after(((2,), (3,)), size=4, groups=2)  # the second group stays whole
+    1
+    """
+    group_size = size // groups
+    order = [entry[0] // group_size for entry in sources]
+    counts = {group: order.count(group) for group in order}
+    crosses = any(
+        index // group_size != entry[0] // group_size for entry in sources for index in entry
+    )
+    if len(set(counts.values())) != 1 or order != sorted(order) or crosses:
+        raise ValueError(
+            f"{groups} groups of {group_size} would keep {sorted(counts.values())} entries; "
+            "all groups that stay must keep equally many"
+        )
+    return len(counts)
+
+
+def _select_dimension(tensor: Tensor, dim: int, sources: Sources) -> Tensor:
+    """Sums in rounds with unique targets, so that the result doesn't depend on thread order."""
+    first = torch.tensor([entry[0] for entry in sources], device=tensor.device)
+    result = tensor.index_select(dim, first)
+    for turn in range(1, max(len(entry) for entry in sources)):
+        targets = [place for place, entry in enumerate(sources) if len(entry) > turn]
+        origins = [sources[place][turn] for place in targets]
+        addend = tensor.index_select(dim, torch.tensor(origins, device=tensor.device))
+        result = result.index_add(dim, torch.tensor(targets, device=tensor.device), addend)
+    return result
+
+
+def _check(part: Sources, size: int) -> None:
+    if not part or not all(part):
+        raise ValueError("a cut must leave at least one entry, each made of at least one old entry")
+    wrong = [index for entry in part for index in entry if not 0 <= index < size]
+    if wrong:
+        raise ValueError(f"index {wrong[0]} is outside a dimension of {size} entries")
+
+
+def _check_ordered(part: Sources) -> None:
+    heads = [min(entry) for entry in part]
+    flat = [index for entry in part for index in entry]
+    if heads != sorted(heads) or len(set(flat)) != len(flat):
+        raise ValueError("several cuts of one dimension must each keep the original order")
