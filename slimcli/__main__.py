@@ -1,0 +1,5 @@
+"""``python -m slimcli`` is ``slim``."""
+
+from slimcli.cli import main
+
+main()
