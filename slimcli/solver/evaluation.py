@@ -1,0 +1,192 @@
+"""Metrics over a whole data set: averages weighted by batch size, or an object that computes."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimcli.errors import HookError, Problem
+from slimcli.solver.data import Batch, Source
+from slimcli.solver.job import JobHooks
+
+MoveToDevice = Callable[[Any], Any]
+
+
+class Averages:
+    """Running means weighted by the number of samples."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, values: Mapping[str, float], size: int) -> None:
+        """Take in the values of a batch of ``size`` samples."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value * size
+            self.counts[name] = self.counts.get(name, 0) + size
+
+    def means(self) -> dict[str, float]:
+        """The averages so far.
+
+        >>> averages = Averages()
+        >>> averages.add({"acc": 1.0}, 1)
+        >>> averages.add({"acc": 0.0}, 3)
+        >>> averages.means()
+        {'acc': 0.25}
+        """
+        return {name: total / self.counts[name] for name, total in self.sums.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint in the middle of an epoch."""
+        return {"sums": dict(self.sums), "counts": dict(self.counts)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what :meth:`state_dict` gave."""
+        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+
+
+def is_accumulating(evaluate: Any) -> bool:
+    """Whether ``evaluate_function`` is an object with ``update`` and ``compute``."""
+    return hasattr(evaluate, "update") and hasattr(evaluate, "compute")
+
+
+def as_numbers(values: Any, hooks: JobHooks) -> dict[str, float]:
+    """What ``evaluate_function`` returned, as numbers.
+
+    Raises:
+        HookError: It is not a dictionary of numbers.
+    """
+    if not isinstance(values, Mapping):
+        raise _wrong_metrics(hooks, "a dictionary of numbers", type(values).__name__)
+    numbers = {}
+    for name, value in values.items():
+        if isinstance(value, Tensor) and value.numel() == 1:
+            value = value.item()
+        try:
+            numbers[str(name)] = float(value)
+        except (TypeError, ValueError) as error:
+            received = f"{type(value).__name__} for {name!r}"
+            raise _wrong_metrics(hooks, "one number a name", received) from error
+    return numbers
+
+
+def _wrong_metrics(hooks: JobHooks, expected: str, received: str) -> HookError:
+    return HookError(
+        Problem(
+            "E-HOOK-METRICS",
+            "hook `evaluate_function` returned the wrong thing",
+            hooks.where("evaluate_function"),
+            expected,
+            received,
+        )
+    )
+
+
+class Evaluator:
+    """Runs the user's metric over a source.
+
+    Args:
+        hooks: The user's functions.
+        move: Moves a batch to the device of the model.
+        check_stop: Called between batches; may raise to stop.
+    """
+
+    def __init__(
+        self, hooks: JobHooks, move: MoveToDevice, check_stop: Callable[[], None] = lambda: None
+    ) -> None:
+        self.hooks = hooks
+        self.move = move
+        self.check_stop = check_stop
+        # An object with state is used as a fresh copy for each pass.
+        self.pristine = copy.deepcopy(hooks.evaluate_function)
+
+    def on_batch(self, prediction: Any, data: Any) -> dict[str, float]:
+        """The metrics of one batch alone."""
+        if not is_accumulating(self.pristine):
+            return as_numbers(self.hooks.evaluate_function(prediction, data), self.hooks)
+        metric = copy.deepcopy(self.pristine)
+        metric.update(prediction, data)
+        return as_numbers(metric.compute(), self.hooks)
+
+    def run(self, model: Any, source: Source, limit: int | None = None) -> dict[str, float]:
+        """Metrics of ``model`` in eval mode without gradients; its mode comes back.
+
+        Args:
+            model: A module, or anything ``predict_function`` accepts as one.
+            source: The batches.
+            limit: Stop after so many batches; None: all.
+        """
+        modes = [(each, each.training) for each in model.modules()] if _is_module(model) else []
+        if modes:
+            model.eval()
+        try:
+            with torch.no_grad():
+                return self._pass(model, source, limit)
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    def _pass(self, model: Any, source: Source, limit: int | None) -> dict[str, float]:
+        averages = Averages()
+        accumulates = is_accumulating(self.pristine)
+        metric = copy.deepcopy(self.pristine) if accumulates else None
+        for number, batch in enumerate(source.batches(0)):
+            if limit is not None and number >= limit:
+                break
+            self.check_stop()
+            data = self.move(batch.data)
+            prediction = self.hooks.predict_function(model, data)
+            if metric is not None:
+                metric.update(prediction, data)
+            else:
+                values = as_numbers(self.hooks.evaluate_function(prediction, data), self.hooks)
+                averages.add(values, batch.size)
+        if metric is not None:
+            return as_numbers(metric.compute(), self.hooks)
+        return averages.means()
+
+
+def _is_module(model: Any) -> bool:
+    return isinstance(model, nn.Module)
+
+
+def is_better(value: float, best: float | None, mode: str) -> bool:
+    """Whether ``value`` beats ``best``; nan never does.
+
+    >>> is_better(0.5, None, "max"), is_better(0.5, 0.5, "max"), is_better(0.4, 0.5, "min")
+    (True, False, True)
+    """
+    if math.isnan(value):
+        return False
+    if best is None:
+        return True
+    return value > best if mode == "max" else value < best
+
+
+def missing_keyword(hooks: JobHooks, keyword: str, metrics: Mapping[str, float]) -> HookError:
+    """The error for a ``save_keyword`` that ``evaluate_function`` does not return."""
+    return HookError(
+        Problem(
+            "E-HOOK-SAVE-KEYWORD",
+            f"config.save_keyword: evaluate_function returns no {keyword!r}",
+            hooks.where("evaluate_function"),
+            expected=f"{keyword!r} among its keys",
+            received=", ".join(metrics) or "an empty dictionary",
+            fix=f"config.save_keyword={next(iter(metrics), 'acc')}",
+        )
+    )
+
+
+def first_batches(source: Source, count: int) -> list[Batch]:
+    """The first few batches of epoch 0."""
+    found: list[Batch] = []
+    for batch in source.batches(0):
+        found.append(batch)
+        if len(found) == count:
+            break
+    return found
