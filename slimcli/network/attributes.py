@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from slimcli.network.selection import Sources, groups_after, shape_after
 
@@ -94,16 +94,15 @@ def groups_from_shape(module: nn.Module, shape: Sequence[int]) -> int:
     if group_size > 1 and shape[0] % groups == 0:
         candidates.add(groups)
     if len(candidates) != 1:
-        raise ValueError(
-            f"a weight of shape {tuple(shape)} can have {sorted(candidates) or 'no number of'} groups"
-        )
+        choice = " or ".join(map(str, sorted(candidates))) or "no number of"
+        raise ValueError(f"a weight of shape {tuple(shape)} can have {choice} groups")
     return candidates.pop()
 
 
 def effective_shape(module: nn.Module) -> tuple[int, ...]:
     """Shape of the weight the layer computes with, also where it is parametrized."""
     weight = module.weight
-    return tuple(weight.shape) if weight is not None else ()
+    return tuple(weight.shape) if isinstance(weight, Tensor) else ()
 
 
 def _weight_selection(module: nn.Module, selections: Selections) -> Mapping[int, Sources]:
@@ -193,7 +192,7 @@ def _attention(module: nn.Module, selections: Selections) -> Attributes:
     width: int = module.embed_dim  # type: ignore[assignment]
     heads: int = module.num_heads  # type: ignore[assignment]
     chosen = selections.get("in_proj_weight", {})
-    if module.in_proj_weight is None:
+    if not isinstance(module.in_proj_weight, Tensor):
         if selections:
             raise ValueError("attention with separate key and value widths can't be cut")
         return {}

@@ -23,10 +23,10 @@ ROUNDINGS = 64
 
 
 def measure(model: nn.Module, cuts: Sequence[Cut], example: Example) -> dict[str, Tensor]:
-    """What each consumer's bias must take up, module path -> float64 tensor (out_channels,) on CPU.
+    """What each consumer's bias must take up, module path -> float64 (out_channels,).
 
-    Runs the model once in eval mode; the producers' channels must already be zero. The model's modes
-    are as they were afterwards.
+    Runs the model once in eval mode; the producers' channels must already be zero. Afterwards the
+    model's modes are as they were.
 
     Raises:
         RunError: A value isn't constant, or a bias can't stand for it in that layer.
@@ -66,14 +66,13 @@ def bias_change(module: nn.Module, entries: Sequence[int], values: Tensor, path:
     reason = _why_not(module)
     if reason:
         raise _refused(path, reason)
-    weight: Tensor = module.weight.detach().to("cpu", torch.float64)  # type: ignore[union-attr, operator]
-    weight = weight.reshape(*weight.shape[:2], -1).sum(
-        -1
-    )  # (out, in / groups), transposed: (in, out / groups)
-    groups: int = getattr(module, "groups", 1)
     is_transposed = isinstance(module, Transposed)
-    per_group = (weight.shape[0] if is_transposed else weight.shape[1] * groups) // groups
-    outputs = (weight.shape[1] * groups if is_transposed else weight.shape[0]) // groups
+    weight: Tensor = module.weight.detach().to("cpu", torch.float64)  # type: ignore[operator]
+    weight = weight.flatten(2).sum(2) if weight.dim() > 2 else weight  # kernel summed
+    groups: int = getattr(module, "groups", 1)
+    inputs, outputs = (0, 1) if is_transposed else (1, 0)
+    per_group = weight.shape[inputs] // (groups if is_transposed else 1)
+    outputs = weight.shape[outputs] // (1 if is_transposed else groups)
     change = torch.zeros(groups, outputs, dtype=torch.float64)
     for entry, value in zip(entries, values, strict=True):
         group, place = divmod(entry, per_group)
@@ -144,7 +143,7 @@ def _why_not(module: nn.Module) -> str:
         return ""
     if isinstance(module, Transposed):
         simple = all(each == 1 for each in (*module.kernel_size, *module.stride))
-        plain = not any((*module.padding, *module.output_padding))  # type: ignore[misc]
+        plain = not any((*module.padding, *module.output_padding))
         return "" if simple and plain else "a transposed conv gives a pattern, not a constant"
     if isinstance(module, Convolution):
         if module.padding_mode != "zeros" or not _is_padded(module):

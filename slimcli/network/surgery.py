@@ -53,10 +53,10 @@ def apply(
 ) -> None:
     """Cuts ``model`` in place; every index of every cut means the model as it was before the call.
 
-    Parameters are new objects (same ``requires_grad``, no gradient); the optimizer's groups hold the
-    new ones at the same places and its state is cut alike. Any other reference to an old parameter
-    is stale afterwards. A consumer that must take up a constant and has no bias gets one, right
-    behind its weight in the optimizer.
+    Parameters are new objects (same ``requires_grad``, no gradient); the optimizer's groups hold
+    the new ones at the same places and its state is cut alike. Any other reference to an old
+    parameter is stale afterwards. A consumer that must take up a constant and has no bias gets one,
+    right behind its weight in the optimizer.
 
     Args:
         model: Cut in place.
@@ -225,11 +225,11 @@ def _add_to_bias(
     held: Mapping[str, Held],
     optimizer: torch.optim.Optimizer | None,
 ) -> None:
-    """Adds ``gain`` (out_channels,) to a bias that is not cut yet, or makes the bias, already cut."""
+    """Adds ``gain`` (out_channels,) to an uncut bias, or makes the bias as it is after the cut."""
     weight: Tensor = module.weight  # type: ignore[assignment]
-    if module.bias is not None:
+    if isinstance(module.bias, Tensor):
         with torch.no_grad():
-            module.bias.add_(gain.to(weight.device, weight.dtype))  # type: ignore[operator]
+            module.bias.add_(gain.to(weight.device, weight.dtype))
         return
     sources = held[joined(path, "weight")].sources if joined(path, "weight") in held else {}
     outputs = attributes.output_sources(module, sources)
