@@ -1,0 +1,219 @@
+"""Writes a model to an ONNX file that is checked before it has its name.
+
+Order: catch the forward call, find out whether the batch is free, export, tidy, check the graph,
+run it with onnxruntime for two batch sizes, write file and sidecar. A file that disagrees with its
+module is kept as ``<name>.failed``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import nn
+
+import slimcli
+from slimcli.artifacts import verify
+from slimcli.artifacts.onnx import store, tidy
+from slimcli.artifacts.onnx.capture import (
+    Batching,
+    Capture,
+    FlatModel,
+    batching,
+    capture,
+    parameter_names,
+    resized,
+)
+from slimcli.artifacts.onnx.runtime import STRUCTURE_KEY, OnnxModel, is_quantized
+from slimcli.artifacts.onnx.torch_export import Graph, to_graph
+from slimcli.errors import Problem, RunError, VerificationError
+from slimcli.network.example import Example
+
+DEFAULT_OPSET = 19
+
+
+@dataclass(frozen=True)
+class OnnxReport:
+    """What was written, and how far it is from the module.
+
+    Attributes:
+        path: The ONNX file; its sidecar is ``<path>.json``.
+        opset: ONNX opset version.
+        exporter: ``dynamo`` or ``torchscript``.
+        exporter_reason: Why it is not ``dynamo``.
+        is_batch_dynamic: Whether the file takes any number of samples.
+        batch_reason: Why it does not.
+        is_quantized: Whether it holds Q/DQ nodes.
+        inputs: Name, dtype and shape of each input.
+        outputs: Name, dtype and shape of each output.
+        seam: Module against file, on the example batch.
+        file_bytes: Size of the file, external data included.
+        sha256: Of the file.
+        log: What the exporters said.
+    """
+
+    path: Path
+    opset: int
+    exporter: str
+    exporter_reason: str
+    is_batch_dynamic: bool
+    batch_reason: str
+    is_quantized: bool
+    inputs: tuple[dict[str, Any], ...]
+    outputs: tuple[dict[str, Any], ...]
+    seam: verify.Seam
+    file_bytes: int
+    sha256: str
+    log: tuple[str, ...] = ()
+
+
+def export(
+    model: nn.Module,
+    example: Example,
+    path: str | Path,
+    *,
+    opset: int = DEFAULT_OPSET,
+    metadata: Mapping[str, str] | None = None,
+) -> OnnxReport:
+    """Writes the model's forward, as ``example`` calls it, to an ONNX file.
+
+    Args:
+        model: The model; its mode and its tensors are left as they are.
+        example: A real batch and the user's predict function. The predict function decides with
+            which arguments the model is called; what it does before and after stays in Python.
+        path: Where to write.
+        opset: ONNX opset version.
+        metadata: Texts to store in the file (recipe hash and the like).
+
+    Returns:
+        The report; ``report.seam.ok`` is true.
+
+    Raises:
+        RunError: The model cannot be exported, with the reason; nothing is left behind.
+        VerificationError: The graph computes something else; kept as ``<path>.failed``.
+    """
+    path = Path(path)
+    call = capture(model, example)
+    flat = FlatModel(model, call.args, call.kwargs)
+    batch = batching(flat, call.inputs)
+    with verify.exact_arithmetic(), verify.evaluating(flat):
+        graph = _graph(flat, call, batch, opset)
+    tidy.tidy(graph.model, [name for name, _ in model.named_modules() if name])
+    _add_metadata(graph.model, call, parameter_names(model), dict(metadata or {}))
+    with store.staged(graph.model, path) as staged:
+        _check(staged.path)
+        seam = check_numbers(flat, call, batch, OnnxModel(staged.path))
+        if not seam.ok:
+            failed = staged.keep_as_failed()
+            raise VerificationError(_disagrees(path, failed, seam))
+        report = _report(staged, opset, graph, batch, seam)
+        staged.publish(_sidecar(report))
+    return report
+
+
+def _graph(flat: FlatModel, call: Capture, batch: Batching, opset: int) -> Graph:
+    if batch.is_dynamic:
+        inputs, batched = resized(call.inputs, batch.names, 2), batch.names
+    else:
+        inputs, batched = call.inputs, ()
+    return to_graph(flat, inputs, list(call.outputs), batched, opset)
+
+
+def _add_metadata(
+    model: onnx.ModelProto, call: Capture, parameters: list[str], metadata: dict[str, str]
+) -> None:
+    structure = {
+        "parameters": parameters,
+        "arguments": call.arguments,
+        "inputs": list(call.inputs),
+        "result": call.result,
+    }
+    entries = {"slim.version": slimcli.__version__, STRUCTURE_KEY: json.dumps(structure)}
+    onnx.helper.set_model_props(model, {**entries, **metadata})
+
+
+def _check(path: Path) -> None:
+    """Runs onnx's full check.
+
+    Raises:
+        RunError: The graph is not valid ONNX.
+    """
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:  # onnx raises classes of its C++ side
+        what = f"the exported graph is not valid ONNX: {str(error).splitlines()[0]}"
+        raise RunError(Problem("E-ONNX-INVALID", what)) from error
+
+
+def check_numbers(
+    flat: FlatModel, call: Capture, batch: Batching, onnx_model: OnnxModel
+) -> verify.Seam:
+    """Compares file and module on the captured inputs; if the batch is free, for three sizes."""
+    sizes = (1, 2, 3) if batch.is_dynamic else ()
+    trials = [resized(call.inputs, batch.names, size) for size in sizes] or [call.inputs]
+    index = {name: position for position, name in enumerate(call.inputs)}
+
+    def module(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        with verify.evaluating(flat):
+            return dict(zip(call.outputs, flat(*inputs.values()), strict=True))
+
+    def file(inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+        tensors = list(inputs.values())
+        ordered = [tensors[index[name]] for name in onnx_model.input_names]
+        return dict(zip(onnx_model.output_names, onnx_model.run_flat(ordered), strict=True))
+
+    return verify.compare(module, file, trials, names=("module", "onnx"))
+
+
+def _disagrees(path: Path, failed: Path, seam: verify.Seam) -> Problem:
+    return Problem(
+        "E-VERIFY-ONNX",
+        f"{path.name} computes something else than the model it was made from",
+        str(failed),
+        f"a difference of at most {seam.limit:.1e} at output {seam.where or 'output'}",
+        "; ".join([f"{seam.max_abs:.1e}", *seam.notes]),
+        f"look at {failed.name}; a forward that draws random numbers in eval mode can't be exact",
+    )
+
+
+def _report(
+    staged: store.Staged, opset: int, graph: Graph, batch: Batching, seam: verify.Seam
+) -> OnnxReport:
+    return OnnxReport(
+        staged.final,
+        opset,
+        graph.exporter,
+        graph.reason,
+        batch.is_dynamic,
+        batch.reason,
+        is_quantized(graph.model),
+        tuple(_tensor_type(each) for each in graph.model.graph.input),
+        tuple(_tensor_type(each) for each in graph.model.graph.output),
+        seam,
+        staged.file_bytes,
+        staged.sha256,
+        graph.log,
+    )
+
+
+def _tensor_type(value: onnx.ValueInfoProto) -> dict[str, Any]:
+    tensor = value.type.tensor_type
+    shape = [each.dim_param or each.dim_value for each in tensor.shape.dim]
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+    return {"name": value.name, "dtype": str(dtype), "shape": shape}
+
+
+def _sidecar(report: OnnxReport) -> dict[str, Any]:
+    content = asdict(report)
+    content["path"] = report.path.name
+    del content["log"]  # holds paths of this machine; the caller has it in the report
+    content["seam"] = report.seam.summary()
+    packages = ("torch", "onnx", "onnxruntime", "onnxscript")
+    content["versions"] = {"slim": slimcli.__version__} | {n: version(n) for n in packages}
+    return content

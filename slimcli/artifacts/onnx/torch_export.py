@@ -1,0 +1,207 @@
+"""Turns a flat module into an ONNX graph with torch's exporters, quietly.
+
+The dynamo exporter comes first. Where it cannot follow the model, the TorchScript one is tried and
+the reason is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import torch
+
+from slimcli.artifacts.onnx.capture import FlatModel
+from slimcli.errors import Problem, RunError
+
+TORCHSCRIPT_OPSET_MAXIMUM = 20
+LOGGERS = ("torch", "torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An ONNX model as an exporter made it.
+
+    Attributes:
+        model: The model, in memory.
+        exporter: ``dynamo`` or ``torchscript``.
+        reason: Why it is not ``dynamo``; else empty.
+        log: What the exporters printed, warned and logged.
+    """
+
+    model: onnx.ModelProto
+    exporter: str
+    reason: str
+    log: tuple[str, ...]
+
+
+def to_graph(
+    flat: FlatModel,
+    inputs: Mapping[str, torch.Tensor],
+    outputs: Sequence[str],
+    batched: Sequence[str],
+    opset: int,
+) -> Graph:
+    """The graph of the module.
+
+    Args:
+        flat: The model with flat tensors, in eval mode.
+        inputs: Example tensors, name -> tensor; at least two samples where the batch is dynamic.
+        outputs: Names of the outputs.
+        batched: Inputs whose first dimension is free.
+        opset: ONNX opset version.
+
+    Raises:
+        RunError: Neither exporter can export the model; holds both reasons.
+    """
+    log: list[str] = []
+    try:
+        with _quiet(log):
+            return Graph(_dynamo(flat, inputs, outputs, batched, opset), "dynamo", "", tuple(log))
+    except Exception as error:  # the exporter wraps whatever the user's code raises
+        reason = _reason(error)
+    try:
+        with _quiet(log) as warned:
+            model = _torchscript(flat, inputs, outputs, batched, opset)
+    except Exception as error:
+        what = f"no ONNX file: torch.export says {reason!r}, the TorchScript exporter says "
+        raise RunError(
+            Problem("E-ONNX-EXPORT", what + repr(_reason(error)), fix="see log.txt for both traces")
+        ) from error
+    _refuse_frozen_branches(warned, reason)
+    return Graph(model, "torchscript", reason, tuple(log))
+
+
+def _refuse_frozen_branches(warned: list[warnings.WarningMessage], reason: str) -> None:
+    """A trace keeps one branch of an ``if`` that depends on data and is silently wrong in others.
+
+    torch and torchvision know when they are traced; warnings from their files are harmless.
+
+    Raises:
+        RunError: A line of anybody else turned a tensor into a Python value.
+    """
+    installed = Path(torch.__file__).parents[1]
+    trusted = tuple(str(installed / name) for name in ("torch/", "torchvision/"))
+    for each in warned:
+        is_frozen = each.category.__name__ == "TracerWarning"
+        if (
+            is_frozen
+            and "to a Python" in str(each.message)
+            and not each.filename.startswith(trusted)
+        ):
+            what = (
+                "no ONNX file: the model turns a tensor into a Python value here, so that what it "
+            )
+            raise RunError(
+                Problem(
+                    "E-ONNX-BRANCH",
+                    what + "computes depends on data in a way a graph cannot hold",
+                    f"{each.filename}:{each.lineno}",
+                    received=reason,
+                    fix="use torch.where instead of if, or leave this part out of forward",
+                )
+            )
+
+
+def _dynamo(
+    flat: FlatModel,
+    inputs: Mapping[str, torch.Tensor],
+    outputs: Sequence[str],
+    batched: Sequence[str],
+    opset: int,
+) -> onnx.ModelProto:
+    batch = torch.export.Dim("batch", min=1)
+    shapes = tuple({0: batch} if name in batched else None for name in inputs)
+    program = torch.onnx.export(
+        flat,
+        tuple(inputs.values()),
+        dynamo=True,
+        dynamic_shapes=(shapes,),
+        opset_version=opset,
+        input_names=list(inputs),
+        output_names=list(outputs),
+        external_data=False,
+        verbose=False,
+    )
+    if program is None:
+        raise RuntimeError("the exporter returned nothing")
+    model: onnx.ModelProto = program.model_proto
+    found = next((each.version for each in model.opset_import if not each.domain), 0)
+    if found != opset:
+        raise RuntimeError(f"the exporter wrote opset {found} instead of {opset}")
+    return model
+
+
+def _torchscript(
+    flat: FlatModel,
+    inputs: Mapping[str, torch.Tensor],
+    outputs: Sequence[str],
+    batched: Sequence[str],
+    opset: int,
+) -> onnx.ModelProto:
+    if opset > TORCHSCRIPT_OPSET_MAXIMUM:
+        raise RuntimeError(f"it writes at most opset {TORCHSCRIPT_OPSET_MAXIMUM}, not {opset}")
+    free = (*batched, *(outputs if batched else ()))
+    with tempfile.TemporaryDirectory(prefix="slim-onnx-") as folder:
+        path = Path(folder) / "model.onnx"
+        torch.onnx.export(
+            flat,
+            tuple(inputs.values()),
+            path,
+            dynamo=False,
+            dynamic_axes={name: {0: "batch"} for name in free},
+            opset_version=opset,
+            input_names=list(inputs),
+            output_names=list(outputs),
+        )
+        return onnx.load(path)
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost message of a chain of exceptions, one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+class _Keep(logging.Handler):
+    """A log handler that only remembers."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__()
+        self.lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Adds the message to the list."""
+        self.lines.append(f"{record.levelname.lower()}: {record.getMessage()}")
+
+
+@contextlib.contextmanager
+def _quiet(log: list[str]) -> Iterator[list[warnings.WarningMessage]]:
+    """Collects what is printed, warned and logged instead of showing it."""
+    printed, keep = io.StringIO(), _Keep(log)
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    before = [(each.handlers[:], each.propagate) for each in loggers]
+    for each in loggers:
+        each.handlers, each.propagate = [keep], False
+    try:
+        with (
+            warnings.catch_warnings(record=True) as warned,
+            contextlib.redirect_stdout(printed),
+            contextlib.redirect_stderr(printed),
+        ):
+            warnings.simplefilter("always")
+            yield warned
+    finally:
+        for each, (handlers, propagate) in zip(loggers, before, strict=True):
+            each.handlers, each.propagate = handlers, propagate
+        log += [f"warning: {each.message}" for each in warned]
+        log += [line for line in printed.getvalue().splitlines() if line.strip()]
