@@ -49,7 +49,7 @@ def insert_norms(
             # From the statistics as they are stored: their rounding must cancel too.
             norm.weight.copy_((norm.running_var.double() + norm.eps).sqrt())
             norm.bias.copy_(norm.running_mean.double() + offset)
-        conv.bias = None
+        conv.register_parameter("bias", None)
         norm.train(conv.training)
         model.set_submodule(norm_path, norm)
 
