@@ -6,7 +6,7 @@ keeps its attributes: what a user's own class remembers about sizes is found by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -73,29 +73,28 @@ def output_sources(module: nn.Module, sources: Mapping[int, Sources]) -> Sources
     )
 
 
-def groups_from_shape(module: nn.Module, shape: Sequence[int]) -> int:
-    """Groups of a conv whose weight gets this shape, where only one number fits.
+def groups_from_shape(module: nn.Module, size: int) -> int:
+    """Groups of a grouped layer when its divided dimension gets this size, if only one number fits.
 
     Args:
-        module: A conv or transposed conv with its old weight and groups.
-        shape: The new shape of its weight.
+        module: A conv, transposed conv or group norm with its old size and groups.
+        size: The new size of dimension 0 of its weight.
 
     Raises:
         ValueError: No number of groups fits, or several do.
+
+    >>> groups_from_shape(nn.Conv2d(8, 8, 3, groups=8), 5)
+    5
     """
-    groups = int(getattr(module, "groups"))  # noqa: B009 - any of six types
-    old = effective_shape(module)
-    if groups == 1 or shape[0] == old[0]:
-        return groups
-    group_size = old[0] // groups
-    candidates = set()
-    if shape[0] % group_size == 0:
-        candidates.add(shape[0] // group_size)
-    if group_size > 1 and shape[0] % groups == 0:
+    is_norm = isinstance(module, nn.GroupNorm)
+    groups = int(module.num_groups if is_norm else module.groups)  # type: ignore[arg-type]
+    group_size = int(effective_shape(module)[0]) // groups
+    candidates = {size // group_size} if size % group_size == 0 else set()
+    if group_size > 1 and size % groups == 0:
         candidates.add(groups)
     if len(candidates) != 1:
         choice = " or ".join(map(str, sorted(candidates))) or "no number of"
-        raise ValueError(f"a weight of shape {tuple(shape)} can have {choice} groups")
+        raise ValueError(f"{size} channels can be in {choice} groups")
     return candidates.pop()
 
 
