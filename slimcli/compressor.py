@@ -5,6 +5,7 @@ The loop owns *when*, an algorithm owns *what*. The order of calls::
     plan = compressor.plan(model, example, schedule)      # changes nothing; refuses what can't work
     model = compressor.prepare(model, example, plan)      # modules change, the function does not
     compressor.calibrate(model, batches)                  # fresh starts only, never on resume
+    compressor.calibrate(model, batches)                  # only when training starts afresh
     groups = compressor.param_groups(model, defaults)
     for epoch ...:
         cuts = compressor.before_epoch(model, progress)   # surgery applies them, then after_cut
@@ -346,6 +347,13 @@ class Compressor:
 
     def calibrate(self, model: nn.Module, batches: Iterable[Example]) -> None:
         """Takes ranges or statistics from training batches, once, when training starts fresh."""
+
+    def calibrate(self, model: nn.Module, batches: Iterable[Example]) -> None:
+        """Looks at training batches once, after :meth:`prepare`, when a run starts afresh.
+
+        The batches come in the order of the first epoch, the same on every process; the algorithm
+        takes as many as it wants. A resumed run loads what this found instead of calling it.
+        """
 
     def param_groups(self, model: nn.Module, defaults: GroupDefaults) -> list[dict[str, Any]]:
         """Groups for the optimizer: every trainable parameter in exactly one.
