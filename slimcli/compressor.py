@@ -348,13 +348,6 @@ class Compressor:
     def calibrate(self, model: nn.Module, batches: Iterable[Example]) -> None:
         """Takes ranges or statistics from training batches, once, when training starts fresh."""
 
-    def calibrate(self, model: nn.Module, batches: Iterable[Example]) -> None:
-        """Looks at training batches once, after :meth:`prepare`, when a run starts afresh.
-
-        The batches come in the order of the first epoch, the same on every process; the algorithm
-        takes as many as it wants. A resumed run loads what this found instead of calling it.
-        """
-
     def param_groups(self, model: nn.Module, defaults: GroupDefaults) -> list[dict[str, Any]]:
         """Groups for the optimizer: every trainable parameter in exactly one.
 
