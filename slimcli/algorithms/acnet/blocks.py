@@ -23,12 +23,11 @@ from slimcli.algorithms.acnet.geometry import (
     corner_patches,
     cross_patches,
     embed,
-    fuse_conv_scale,
-    fuse_pointwise_then_kernel,
-    norm_scale_shift,
+    fuse_scaled,
     pad_as,
     side_geometry,
 )
+from slimcli.network.fuse import fold_pointwise
 
 
 @dataclass(frozen=True)
@@ -103,9 +102,7 @@ class PatchBranch(nn.Module):
 
     def fused(self, geometry: Geometry) -> Fused:
         """Full-size kernel (O, I / g, kh, kw) and bias (O,) in float64."""
-        small, bias = fuse_conv_scale(
-            self.conv, *norm_scale_shift(self.norm, self.conv.out_channels)
-        )
+        small, bias = fuse_scaled(self.conv.weight, None, self.norm)
         return embed(small, self.patch, geometry.kernel), bias
 
 
@@ -161,19 +158,14 @@ class PointwiseBranch(nn.Module):
 
     def fused(self, geometry: Geometry) -> Fused:
         """Full-size kernel (O, I / g, kh, kw) and bias (O,) in float64."""
-        first = fuse_conv_scale(
-            self.pointwise, *norm_scale_shift(self.pointwise_norm, self.pointwise.out_channels)
-        )
+        pointwise = fuse_scaled(self.pointwise.weight, None, self.pointwise_norm)
         if self.conv is not None:
-            kernel, bias = fuse_pointwise_then_kernel(
-                first, self.conv.weight.detach().double(), geometry.groups
-            )
+            none = self.conv.weight.new_zeros(self.conv.out_channels)
+            kernel, bias = fold_pointwise(pointwise, (self.conv.weight, none), geometry.groups)
         else:
             average = self.average.double()
-            kernel, bias = first[0] * average, first[1] * average.sum(dim=(1, 2, 3))
-        scale, shift = norm_scale_shift(self.norm, geometry.channels[1])
-        scale, shift = scale.to(kernel.device), shift.to(kernel.device)
-        return kernel * scale.view(-1, 1, 1, 1), bias * scale + shift
+            kernel, bias = pointwise[0] * average, pointwise[1] * average.sum(dim=(1, 2, 3))
+        return fuse_scaled(kernel, bias, self.norm)
 
 
 def start_as_identity(pointwise: nn.Conv2d) -> None:
@@ -198,22 +190,35 @@ class BranchBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, I, H, W) -> (N, O, H', W')."""
+        if self.training:
+            x = in_fast_layout(x, self.square.out_channels)
         total: Tensor = self.norm(self.square(x))
         padded = pad_as(self.square, x)
         for side in self.sides:
-            total = total + side(padded)
+            total = total.add_(side(padded))  # in place: no norm or conv needs its own output
         return total
 
     def fused(self) -> Fused:
         """Kernel and bias of the one conv with this block's eval function, in float64."""
-        kernel, bias = fuse_conv_scale(
-            self.square, *norm_scale_shift(self.norm, self.square.out_channels)
-        )
+        kernel, bias = fuse_scaled(self.square.weight, self.square.bias, self.norm)
         geometry = Geometry.of(self.square)
         for side in self.sides:
             side_kernel, side_bias = cast("PatchBranch | PointwiseBranch", side).fused(geometry)
             kernel, bias = kernel + side_kernel, bias + side_bias
         return kernel, bias
+
+
+def in_fast_layout(x: Tensor, channels: int) -> Tensor:
+    """The input in the memory format in which a CPU trains several convs over it fastest.
+
+    Measured on ResNet-18 and ResNet-20: channels-last is up to a third faster for narrow layers
+    on large maps, because each conv would reorder its input for itself; for wide layers on small
+    maps it is slower. Values do not change; other devices keep what they are given.
+    """
+    if x.device.type != "cpu" or x.dim() != 4:
+        return x
+    is_narrow = channels <= 256 and x.shape[2] * x.shape[3] >= 64
+    return x.contiguous(memory_format=torch.channels_last if is_narrow else torch.contiguous_format)
 
 
 class MergedBlock(nn.Module):
@@ -265,15 +270,11 @@ class MergedBlock(nn.Module):
 
     def fused(self) -> Fused:
         """Kernel and bias of the one conv with this block's eval function, in float64."""
-        scale, shift = norm_scale_shift(self.norm, self.square.out_channels)
-        scale, shift = scale.to(self.square.weight.device), shift.to(self.square.weight.device)
         kernel = self.square.weight.detach().double()
-        for patch, small, branch_scale in zip(self.patches, self.kernels, self.scales, strict=True):
-            scaled = small.detach().double() * branch_scale.detach().double()
+        for patch, small, scale in zip(self.patches, self.kernels, self.scales, strict=True):
+            scaled = small.detach().double() * scale.detach().double()
             kernel = kernel + embed(scaled, patch, (kernel.shape[2], kernel.shape[3]))
-        if self.square.bias is not None:
-            shift = shift + self.square.bias.detach().double() * scale
-        return kernel * scale.view(-1, 1, 1, 1), shift
+        return fuse_scaled(kernel, self.square.bias, self.norm)
 
 
 Block: TypeAlias = BranchBlock | MergedBlock

@@ -62,6 +62,7 @@ ALGORITHM = AlgorithmInfo(
     config=ACNetConfig,
     compressor="slimcli.algorithms.acnet.method:ACNetCompressor",
     solver="ACNetSolver",
+    example={"acnet_type": "acnet_cr", "init": "warm"},
     aliases=(
         "torchslim.reparameter.acnet.ACNetSolver",
         "torchslim.reparameter.reparam.ReparamSolver",

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from slimcli.network.fuse import norm_as_scale
+
 Fused: TypeAlias = tuple[Tensor, Tensor]
 
 
@@ -125,58 +127,35 @@ def embed(small: Tensor, patch: Patch, kernel: tuple[int, int]) -> Tensor:
     return full
 
 
-def norm_scale_shift(norm: nn.Module, channels: int) -> Fused:
-    """What a norm does in eval mode, ``y = x * scale + shift``, in float64; Identity is 1 and 0.
+def scale_of(norm: nn.Module, channels: int) -> Fused:
+    """What a norm does in eval mode, ``y = x * scale + shift``; Identity is 1 and 0.
 
     Returns:
-        Scale and shift, each (channels,).
+        Scale and shift, float64 (channels,).
+
+    >>> scale_of(nn.Identity(), 1)
+    (tensor([1.], dtype=torch.float64), tensor([0.], dtype=torch.float64))
     """
     if isinstance(norm, nn.Identity):
         return torch.ones(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
-    assert isinstance(norm, nn.BatchNorm2d)
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    scale = (norm.running_var.detach().double() + norm.eps).rsqrt()
-    if norm.affine:
-        scale = scale * norm.weight.detach().double()
-    shift = -norm.running_mean.detach().double() * scale
-    if norm.affine:
-        shift = shift + norm.bias.detach().double()
-    return scale, shift
+    return norm_as_scale(norm)
 
 
-def fuse_conv_scale(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> Fused:
-    """Kernel and bias of ``conv`` followed by ``x * scale + shift``, in float64.
-
-    Returns:
-        Kernel (O, I / g, kh, kw) and bias (O,).
-    """
-    scale = scale.to(conv.weight.device)
-    shift = shift.to(conv.weight.device)
-    kernel = conv.weight.detach().double() * scale.view(-1, 1, 1, 1)
-    if conv.bias is not None:
-        shift = shift + conv.bias.detach().double() * scale
-    return kernel, shift
-
-
-def fuse_pointwise_then_kernel(first: Fused, second: Tensor, groups: int) -> Fused:
-    """One kernel for a 1x1 conv followed by a k x k conv with the same groups (DBB, case III).
+def fuse_scaled(kernel: Tensor, bias: Tensor | None, norm: nn.Module) -> Fused:
+    """Kernel and bias of the conv that equals a conv and the norm behind it, in float64.
 
     Args:
-        first: Kernel (M, I / g, 1, 1) and bias (M,) of the 1x1 conv.
-        second: Kernel (O, M / g, kh, kw) of the conv behind it, which must not pad.
-        groups: Groups of both.
+        kernel: (O, I / g, kh, kw).
+        bias: (O,) or None.
+        norm: A batch norm with running statistics, or Identity.
 
     Returns:
         Kernel (O, I / g, kh, kw) and bias (O,).
     """
-    pointwise, bias = first
-    kernels, biases = [], []
-    parts = zip(pointwise.chunk(groups), bias.chunk(groups), second.chunk(groups), strict=True)
-    for pointwise_part, bias_part, second_part in parts:
-        kernels.append(torch.einsum("omhw,mi->oihw", second_part, pointwise_part[:, :, 0, 0]))
-        biases.append(torch.einsum("omhw,m->o", second_part, bias_part))
-    return torch.cat(kernels), torch.cat(biases)
+    scale, shift = (each.to(kernel.device) for each in scale_of(norm, kernel.shape[0]))
+    if bias is not None:
+        shift = shift + bias.detach().double() * scale
+    return kernel.detach().double() * scale.view(-1, 1, 1, 1), shift
 
 
 def pad_as(conv: nn.Conv2d, x: Tensor) -> Tensor:

@@ -98,5 +98,6 @@ ALGORITHM = AlgorithmInfo(
     config=CSGDConfig,
     compressor="slimcli.algorithms.csgd.method:CSGDCompressor",
     solver="CSGDSolver",
+    example={"cluster_percent": 0.25, "centri_strength": "auto"},
     aliases=("torchslim.pruning.acnet.CSGDSolver", "torchslim.pruning.csgd.CSGDSolver"),
 )
