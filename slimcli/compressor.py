@@ -5,7 +5,6 @@ The loop owns *when*, an algorithm owns *what*. The order of calls::
     plan = compressor.plan(model, example, schedule)      # changes nothing; refuses what can't work
     model = compressor.prepare(model, example, plan)      # modules change, the function does not
     compressor.calibrate(model, batches)                  # fresh starts only, never on resume
-    compressor.calibrate(model, batches)                  # only when training starts afresh
     groups = compressor.param_groups(model, defaults)
     for epoch ...:
         cuts = compressor.before_epoch(model, progress)   # surgery applies them, then after_cut
