@@ -19,7 +19,13 @@ class _Dumper(yaml.SafeDumper):
         """A recipe is written without anchors."""
         return True
 
+    def represent_list(self, data: list[Any]) -> yaml.Node:
+        """Numbers and words in one line, mappings below each other."""
+        flow = not any(isinstance(each, dict) for each in data)
+        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=flow)
 
+
+_Dumper.add_representer(list, _Dumper.represent_list)
 for _tag, _pattern, _first in PLAIN_RESOLVERS:
     _Dumper.add_implicit_resolver(_tag, _pattern, _first)
 
@@ -39,7 +45,7 @@ def dump(values: dict[str, Any]) -> str:
         Dumper=_Dumper,
         sort_keys=False,
         allow_unicode=True,
-        default_flow_style=None,
+        default_flow_style=False,
         width=100,
     )
     return text

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from slimcli.recipe.model import HookSpec, Recipe, is_file_target
+from slimcli.recipe.model import is_file_target
 from slimcli.recipe.validate import suggest
 
 
@@ -78,11 +78,10 @@ def has_module(module: str, folders: Iterable[Path]) -> bool:
     return builtin or importlib.machinery.PathFinder.find_spec(first, search) is not None
 
 
-def check_target(recipe: Recipe, hook: HookSpec) -> NotFound | None:
-    """What is wrong with a hook, as far as reading its file can tell."""
-    module, name = split_target(hook.target)
-    folders = recipe.import_folders
-    if is_file_target(hook.target):
+def check_target(target: str, folders: Sequence[Path]) -> NotFound | None:
+    """What is wrong with a target, as far as reading its file can tell."""
+    module, name = split_target(target)
+    if is_file_target(target):
         path = find_file(module, folders)
         if path is None:
             looked = ", ".join(shown(folder) for folder in folders)
@@ -90,7 +89,7 @@ def check_target(recipe: Recipe, hook: HookSpec) -> NotFound | None:
         return check_name(path, name)
     if not module:
         fix = "write file.py:function or package.module.function"
-        return NotFound("E-HOOK-TARGET", f"{hook.target} names no file or module", fix)
+        return NotFound("E-HOOK-TARGET", f"{target} names no file or module", fix)
     path = find_module(module, folders)
     if path is not None:
         return check_name(path, name)

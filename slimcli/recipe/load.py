@@ -51,9 +51,10 @@ def load(path: Path, overrides: Sequence[str] = (), *, find_hooks: bool = True) 
     draft = Draft(root, problems)
     draft.identify(words)
     apply(draft, words)
-    recipe = _Assembly(draft, Path(path), source).recipe()
-    if recipe and find_hooks:
-        problems += missing_files(recipe)
+    assembly = _Assembly(draft, Path(path), source)
+    recipe = assembly.recipe()
+    if find_hooks:
+        problems += assembly.missing_files()
     if problems or recipe is None:
         raise RecipeError(*_in_order(problems))
     return recipe
@@ -100,20 +101,6 @@ def _not_a_mapping(root: Node | None, source: Source) -> Problem:
     )
 
 
-def missing_files(recipe: Recipe) -> list[Problem]:
-    """A problem for each hook whose file or function is not there."""
-    specs = [recipe.model, *recipe.hooks.values()]
-    specs += [recipe.teacher] if recipe.teacher else []
-    found = []
-    for spec in specs:
-        wrong = find.check_target(recipe, spec)
-        if wrong:
-            key = spec.name if spec.name in ("model", "teacher") else f"hooks.{spec.name}"
-            assert spec.place is not None
-            found.append(problem(wrong.code, f"{key}: {wrong.what}", spec.place, fix=wrong.fix))
-    return found
-
-
 def _in_order(problems: list[Problem]) -> list[Problem]:
     """Without repetitions, in the order of the file; what has no line comes last."""
 
@@ -134,10 +121,23 @@ class _Assembly:
         self.source = source
         self.problems = draft.problems
         self.folder = path.resolve().parent
+        self.code: tuple[Path, ...] = ()
+        self.targets: list[tuple[str, str, Place]] = []
+
+    def missing_files(self) -> list[Problem]:
+        """A problem for each file or function that the recipe names and that is not there."""
+        folders = tuple(dict.fromkeys((self.folder, *self.code, Path.cwd())))
+        found = []
+        for key, target, place in self.targets:
+            wrong = find.check_target(target, folders)
+            if wrong:
+                found.append(problem(wrong.code, f"{key}: {wrong.what}", place, fix=wrong.fix))
+        return found
 
     def recipe(self) -> Recipe | None:
         """The recipe; None if it cannot be built, then the problems say why."""
         heading = self._heading()
+        self.code = self._code(heading.code if heading else None)
         model = self._hook("model", self.draft.top.get("model"))
         hooks = self._hooks()
         teacher = self._hook("teacher", self.draft.top.get("teacher"), is_required=False)
@@ -153,12 +153,11 @@ class _Assembly:
             model=model,
             hooks=hooks,
             export=export,
-            code=self._code(heading.code),
+            code=self.code,
             init_from=self._init_from(heading.init_from),
             teacher=teacher,
             is_staged=self.draft.is_staged,
             changes=tuple(self._changes()),
-            tree=self.draft.root,
         )
 
     def _section(
@@ -224,6 +223,7 @@ class _Assembly:
         if node.broken:
             return None
         if isinstance(node.value, str) and node.value:
+            self.targets.append((key, node.value, node.place))
             return HookSpec(name, node.value, keywords, str(node.place), node.place)
         self.draft.complain(
             "E-RECIPE-TYPE",
@@ -242,6 +242,9 @@ class _Assembly:
         own = {key: entry for key, entry in entries.items() if key not in keys.TRAINING_KEYS}
         defaults = info.training_defaults if info else {}
         name = stage.prefix[:-1]
+        if isinstance(stage.algorithm, str):
+            place = stage.given["algorithm"].node.place
+            self.targets.append(("algorithm", stage.algorithm, place))
         loop = self._section(TrainingConfig, name, training, defaults, stage.place)
         config: AlgorithmConfig | dict[str, Any] | None
         if info:
@@ -250,7 +253,7 @@ class _Assembly:
             config = {key: plain(entry.node) for key, entry in own.items()}
         if loop is None or config is None or stage.algorithm is None:
             return None
-        return Stage(stage.name, stage.algorithm, loop, config)
+        return Stage(stage.name, stage.algorithm, loop, config, entries, stage.place)
 
     def _code(self, written: str | tuple[str, ...] | None) -> tuple[Path, ...]:
         listed = (written,) if isinstance(written, str) else written or ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from slimcli.compressor import AlgorithmConfig, AlgorithmInfo
-from slimcli.recipe.nodes import Node, Place
+from slimcli.recipe.nodes import Entry, Place
 from slimcli.solver.config import TrainingConfig
 
 
@@ -58,12 +59,16 @@ class Stage:
         algorithm: What the registry knows of it, or the path of the user's own class.
         training: Keys of the loop.
         config: The algorithm's own keys; a dictionary, unchecked, for a user's class.
+        entries: Everything written for it, with its places, for checks made later.
+        place: Where it begins.
     """
 
     name: str
     algorithm: AlgorithmInfo | str
     training: TrainingConfig
     config: AlgorithmConfig | dict[str, Any]
+    entries: Mapping[str, Entry] = field(default_factory=dict, repr=False, compare=False)
+    place: Place | None = field(default=None, repr=False, compare=False)
 
     @property
     def algorithm_name(self) -> str:
@@ -102,7 +107,6 @@ class Recipe:
         teacher: Where a teacher model comes from, or None.
         is_staged: Written with ``stages:``.
         changes: What differs from the defaults, in the order of the schema.
-        tree: The nodes, for messages about values that are checked later.
     """
 
     path: Path
@@ -117,7 +121,6 @@ class Recipe:
     teacher: HookSpec | None = None
     is_staged: bool = False
     changes: tuple[Change, ...] = field(default=(), compare=False)
-    tree: Node | None = field(default=None, repr=False, compare=False)
 
     @property
     def folder(self) -> Path:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -112,9 +113,16 @@ def _complaints(error: ValidationError, schema: type[BaseModel], section: Sectio
 
 
 def _whole(detail: ErrorDetails, section: Section) -> Problem:
-    """A complaint about keys that do not fit together."""
-    what = f"{section.name}: {detail['msg'].removeprefix('Value error, ')}"
-    return problem("E-RECIPE-VALUE", what, section.place)
+    """A complaint of the schema about keys that limit each other.
+
+    A schema begins its message with the key it is about, and ends it with ``; fix: ...``.
+    """
+    said, _, fix = detail["msg"].removeprefix("Value error, ").partition("; fix: ")
+    first = re.split(r"\W", said, maxsplit=1)[0]
+    entry = section.entries.get(first)
+    place = entry.node.place if entry else section.place
+    what = f"{section.name}.{said}" if entry else f"{section.name}: {said}"
+    return problem("E-RECIPE-VALUE", what, place, fix=fix)
 
 
 def _steps(node: Node, detail: ErrorDetails) -> list[Node]:

@@ -1,0 +1,51 @@
+"""Tracebacks reduced to the user's own lines. No torch here."""
+
+from __future__ import annotations
+
+import sysconfig
+import traceback
+from pathlib import Path
+
+from slimcli.recipe.find import shown
+
+_OURS = str(Path(__file__).resolve().parents[1])
+_INSTALLED = tuple(
+    {sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+)
+
+
+def is_users(file: str) -> bool:
+    """True for a file that belongs neither to slim nor to Python nor to an installed package."""
+    return not file.startswith((_OURS, *_INSTALLED, "<frozen"))
+
+
+def user_frames(error: BaseException) -> list[traceback.FrameSummary]:
+    """The frames in the user's files, outermost first.
+
+    If there are none (a hook of an installed package), those below slim's last frame.
+    """
+    frames = list(traceback.extract_tb(error.__traceback__))
+    users = [each for each in frames if is_users(each.filename)]
+    if users:
+        return users
+    last = max((i for i, each in enumerate(frames) if each.filename.startswith(_OURS)), default=-1)
+    return [each for each in frames[last + 1 :] if not each.filename.startswith("<frozen")]
+
+
+def frame_lines(frames: list[traceback.FrameSummary]) -> tuple[str, ...]:
+    """One line a frame: ``hooks.py:33 in predict   return model(x)``."""
+    return tuple(
+        f"{shown(Path(each.filename))}:{each.lineno} in {each.name}   {each.line or ''}".rstrip()
+        for each in frames
+    )
+
+
+def place_of(frames: list[traceback.FrameSummary]) -> str:
+    """``file:line`` of the innermost frame, or an empty string."""
+    return f"{shown(Path(frames[-1].filename))}:{frames[-1].lineno}" if frames else ""
+
+
+def describe(error: BaseException) -> str:
+    """Type and message: ``RuntimeError: expected 3 channels, got 1``."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
