@@ -188,7 +188,7 @@ def _compare_values(reference: Any, candidate: Any, limit: float, worst: _Worst)
 
 
 def _compare_leaf(where: str, ours: Any, theirs: Any, limit: float, worst: _Worst) -> None:
-    left, right = _as_tensor(ours), _as_tensor(theirs)
+    left, right = as_tensor(ours), as_tensor(theirs)
     if left is None or right is None:
         if ours is not theirs and ours != theirs:
             worst.differ(where, f"expected {ours!r:.60}, received {theirs!r:.60}")
@@ -225,7 +225,7 @@ def _compare_floats(
     worst.take(where, largest, peak, limit * max(1.0, peak))
 
 
-def _as_tensor(value: Any) -> torch.Tensor | None:
+def as_tensor(value: Any) -> torch.Tensor | None:
     """The leaf as a dense CPU tensor; None if it holds no numbers."""
     if isinstance(value, torch.Tensor):
         dense = value.detach().to_dense() if value.layout != torch.strided else value.detach()

@@ -3,7 +3,34 @@
 ``export`` writes, ``OnnxModel`` runs. The file needs nothing of ours to be used elsewhere.
 """
 
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from slimcli.artifacts import noise, verify
 from slimcli.artifacts.onnx.export import DEFAULT_OPSET, OnnxReport, export
 from slimcli.artifacts.onnx.runtime import OnnxModel
 
-__all__ = ["DEFAULT_OPSET", "OnnxModel", "OnnxReport", "export"]
+__all__ = ["DEFAULT_OPSET", "OnnxModel", "OnnxReport", "compare", "export"]
+
+
+def compare(
+    model: nn.Module,
+    path: str | Path,
+    predict: Callable[[Any, Any], Any],
+    batches: Iterable[Any],
+    *,
+    names: tuple[str, str] = ("deploy", "onnx"),
+) -> verify.Seam:
+    """The seam between a model and a file made from it, on real batches.
+
+    Plain files must agree within the limit of ``verify.compare``, quantized ones within the noise
+    of the model itself.
+    """
+    file = OnnxModel(path)
+    run = verify.runner(file, predict)
+    if file.is_quantized:
+        return noise.compare_quantized(model, run, predict, batches, names=names)
+    return verify.compare(verify.runner(model, predict), run, batches, names=names)

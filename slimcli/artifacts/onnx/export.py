@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 import slimcli
-from slimcli.artifacts import verify
-from slimcli.artifacts.onnx import store, tidy
+from slimcli.artifacts import noise, verify
+from slimcli.artifacts.onnx import qdq, store, tidy
 from slimcli.artifacts.onnx.capture import (
     Batching,
     Capture,
@@ -29,6 +29,12 @@ from slimcli.artifacts.onnx.capture import (
     capture,
     parameter_names,
     resized,
+)
+from slimcli.artifacts.onnx.codes import (
+    AGREEMENT_MINIMUM,
+    DISTANCE_MAXIMUM,
+    CodeReport,
+    compare_codes,
 )
 from slimcli.artifacts.onnx.runtime import STRUCTURE_KEY, OnnxModel, is_quantized
 from slimcli.artifacts.onnx.torch_export import Graph, to_graph
@@ -56,6 +62,8 @@ class OnnxReport:
         file_bytes: Size of the file, external data included.
         sha256: Of the file.
         log: What the exporters said.
+        quantizers: Name, tensor, granularity and scale of each quantizer.
+        codes: Module against file, code by code; None without quantizers.
     """
 
     path: Path
@@ -71,6 +79,8 @@ class OnnxReport:
     file_bytes: int
     sha256: str
     log: tuple[str, ...] = ()
+    quantizers: tuple[dict[str, Any], ...] = ()
+    codes: CodeReport | None = None
 
 
 def export(
@@ -105,14 +115,18 @@ def export(
     with verify.exact_arithmetic(), verify.evaluating(flat):
         graph = _graph(flat, call, batch, opset)
     tidy.tidy(graph.model, [name for name, _ in model.named_modules() if name])
+    quantizers = qdq.finish(graph.model) if is_quantized(graph.model) else []
     _add_metadata(graph.model, call, parameter_names(model), dict(metadata or {}))
     with store.staged(graph.model, path) as staged:
         _check(staged.path)
         seam = check_numbers(flat, call, batch, OnnxModel(staged.path))
-        if not seam.ok:
+        codes = compare_codes(model, staged.path, example) if quantizers else None
+        problem = _problem(path, seam, codes)
+        if problem:
             failed = staged.keep_as_failed()
-            raise VerificationError(_disagrees(path, failed, seam))
+            raise VerificationError(replace(problem, where=str(failed)))
         report = _report(staged, opset, graph, batch, seam)
+        report = replace(report, quantizers=tuple(quantizers), codes=codes)
         staged.publish(_sidecar(report))
     return report
 
@@ -168,18 +182,35 @@ def check_numbers(
         ordered = [tensors[index[name]] for name in onnx_model.input_names]
         return dict(zip(onnx_model.output_names, onnx_model.run_flat(ordered), strict=True))
 
+    if onnx_model.is_quantized:
+
+        def predict(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
+            return dict(zip(call.outputs, model(*inputs.values()), strict=True))
+
+        return noise.compare_quantized(flat, file, predict, trials, names=("module", "onnx"))
     return verify.compare(module, file, trials, names=("module", "onnx"))
 
 
-def _disagrees(path: Path, failed: Path, seam: verify.Seam) -> Problem:
-    return Problem(
-        "E-VERIFY-ONNX",
-        f"{path.name} computes something else than the model it was made from",
-        str(failed),
-        f"a difference of at most {seam.limit:.1e} at output {seam.where or 'output'}",
-        "; ".join([f"{seam.max_abs:.1e}", *seam.notes]),
-        f"look at {failed.name}; a forward that draws random numbers in eval mode can't be exact",
-    )
+def _problem(path: Path, seam: verify.Seam, codes: CodeReport | None) -> Problem | None:
+    """What is wrong with the numbers of a file; None if nothing is."""
+    what = f"{path.name} computes something else than the model it was made from"
+    if codes is not None and not codes.ok:
+        worst = max(codes.rows, key=lambda row: (row.distance, 1 - row.agreement))
+        return Problem(
+            "E-VERIFY-CODES",
+            f"{what}: int8 codes differ at {worst.module}",
+            expected=f"{AGREEMENT_MINIMUM:.1%} equal and never more than {DISTANCE_MAXIMUM} apart",
+            received=f"{worst.agreement:.2%} equal, {worst.distance} apart",
+        )
+    if not seam.ok:
+        return Problem(
+            "E-VERIFY-ONNX",
+            what,
+            expected=f"a difference of at most {seam.limit:.1e} at {seam.where or 'the output'}",
+            received="; ".join([f"{seam.max_abs:.1e}", *seam.notes]),
+            fix="a forward that draws random numbers in eval mode can't be exact",
+        )
+    return None
 
 
 def _report(

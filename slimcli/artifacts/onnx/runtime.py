@@ -37,7 +37,7 @@ class OnnxModel(nn.Module):
     def __init__(self, path: str | Path, *, threads: int = 0) -> None:
         super().__init__()
         self.path = Path(path)
-        self.session = session(self.path, threads=threads)
+        self.session, self.is_quantized = session(self.path, threads=threads)
         self.input_names = [each.name for each in self.session.get_inputs()]
         self.output_names = [each.name for each in self.session.get_outputs()]
         metadata = self.session.get_modelmeta().custom_metadata_map
@@ -109,8 +109,10 @@ def _same_call(ours: nested.Spec, theirs: nested.Spec) -> bool:
     return ours["kind"] == "tensor" or bool(ours["value"] == theirs["value"])
 
 
-def session(path: Path, *, threads: int = 0) -> onnxruntime.InferenceSession:
-    """An onnxruntime session on the CPU; Q/DQ graphs run exactly as written.
+def session(path: Path, *, threads: int = 0) -> tuple[onnxruntime.InferenceSession, bool]:
+    """An onnxruntime session on the CPU, and whether the graph is quantized.
+
+    Q/DQ graphs run exactly as written.
 
     With its optimisations on, onnxruntime replaces some Q/DQ patterns by int8 kernels that
     saturate on CPUs without VNNI, which costs up to 10 dB and is not what the graph says.
@@ -122,10 +124,13 @@ def session(path: Path, *, threads: int = 0) -> onnxruntime.InferenceSession:
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     try:
-        if is_quantized(onnx.load(path, load_external_data=False)):
+        quantized = is_quantized(onnx.load(path, load_external_data=False))
+        if quantized:
             level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
             options.graph_optimization_level = level
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        providers = ["CPUExecutionProvider"]
+        made = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        return made, quantized
     except FileNotFoundError as error:
         raise RunError(Problem("E-ONNX-LOAD", "there is no such file", str(path))) from error
     except Exception as error:  # protobuf and onnxruntime raise classes of their own
@@ -135,7 +140,8 @@ def session(path: Path, *, threads: int = 0) -> onnxruntime.InferenceSession:
 
 def is_quantized(model: onnx.ModelProto) -> bool:
     """Whether the graph holds Q/DQ nodes."""
-    return any(node.op_type == "DequantizeLinear" for node in model.graph.node)
+    operators: list[str] = [node.op_type for node in model.graph.node]
+    return "DequantizeLinear" in operators
 
 
 def _first_line(error: BaseException) -> str:
