@@ -1,0 +1,63 @@
+"""Keys of ``qat``. No torch here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from slimcli.compressor import AlgorithmConfig, AlgorithmInfo
+
+
+class QATConfig(AlgorithmConfig):
+    """How ranges are found, when they stop moving, and what stays float."""
+
+    weight_granularity: Literal["tensor", "channel"] = Field(
+        "tensor",
+        description="one weight scale for a whole layer, or one for each output channel; "
+        "transposed convolutions always have one",
+    )
+    calibration: Literal["max", "ema", "percentile", "mse", "entropy"] = Field(
+        "max", description="how the range of an activation is chosen before training starts"
+    )
+    calibration_batches: int = Field(
+        16, ge=1, description="training batches that calibration looks at"
+    )
+    percentile: float = Field(
+        99.99,
+        gt=0,
+        le=100,
+        description="share of values inside the range, in percent; for calibration: percentile",
+    )
+    scale: Literal["frozen", "ema", "lsq"] = Field(
+        "frozen",
+        description="scales while training: as calibrated, following the data, or learned (LSQ)",
+    )
+    freeze_scale_epoch: int | None = Field(
+        None, ge=0, description="epoch at whose start ema and lsq scales stop moving; null: never"
+    )
+    freeze_bn_epoch: int | None = Field(
+        None,
+        ge=0,
+        description="epoch at whose start batch statistics stop moving; null: never",
+    )
+    skip: tuple[str, ...] = Field(
+        (),
+        description="layers that stay float: module names, glob patterns, type names, "
+        "`first`, `last`",
+    )
+
+
+ALGORITHM = AlgorithmInfo(
+    name="qat",
+    summary="trains with symmetric int8 fake quantization; deploys as ONNX with Q/DQ",
+    paper="no single paper; learned scales: Learned Step Size Quantization (arXiv 1902.08153)",
+    config=QATConfig,
+    compressor="slimcli.algorithms.qat.method:QATCompressor",
+    solver="QATSolver",
+    training_defaults={"lr": 0.001},
+    aliases=(
+        "torchslim.reparameter.quantizing.qat.QATSolver",
+        "torchslim.quantizing.qat.QATSolver",
+    ),
+)

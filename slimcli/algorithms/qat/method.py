@@ -1,0 +1,239 @@
+"""Quantization-aware training: train while weights and activations are rounded to int8.
+
+Ranges come from a calibration pass before training. Then the network trains through its fake
+quantizers (straight-through gradient inside the range, none outside), with scales frozen, following
+the data, or learned (LSQ, arXiv 1902.08153). Batch norms stay: TensorRT folds them, and folding
+them here would move the codes of per-tensor weights. What deploys is a copy whose quantizers show
+an exporter ONNX QuantizeLinear and DequantizeLinear.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from slimcli.algorithms.qat.config import ALGORITHM, QATConfig
+from slimcli.compressor import (
+    Compressor,
+    GroupDefaults,
+    LayerPlan,
+    Plan,
+    Progress,
+    Refusal,
+    Schedule,
+    default_param_groups,
+)
+from slimcli.errors import Problem, RunError
+from slimcli.network.cuts import Cut
+from slimcli.network.example import Example
+from slimcli.network.quantize.audit import float_readers
+from slimcli.network.quantize.calibrate import collector, finite_magnitude, not_finite
+from slimcli.network.quantize.fake_quant import FakeQuant, Phase, quantizers, scale_of, set_phase
+from slimcli.network.quantize.freeze import freeze_statistics, make_freezable, remove_switches
+from slimcli.network.quantize.insert import insert, remove
+from slimcli.network.quantize.layers import TRANSPOSED
+from slimcli.network.quantize.place import Placement, place
+
+SMALLEST_SHARE = 0.01
+"""A learned scale stays above this share of the calibrated one, hence positive."""
+
+
+class QATCompressor(Compressor):
+    """The four moments of QAT: place and insert, calibrate, freeze on schedule, export."""
+
+    info = ALGORITHM
+    deploys_to: ClassVar[str] = "onnx"
+    config: QATConfig
+
+    def plan(self, model: nn.Module, example: Example, schedule: Schedule) -> Plan:
+        """Which layers become int8, and why the others stay float."""
+        placement = place(copy.deepcopy(model), example, self.config.skip)
+        plan = Plan(targets=list(placement.quantized), private=placement)
+        plan.layers = [
+            LayerPlan(each.name, each.type, each.channels, each.channels, "", each.reason)
+            for each in placement.layers
+        ]
+        plan.params = sum(each.numel() for each in model.parameters())
+        plan.budget = {
+            "quantized_layers": float(len(placement.quantized)),
+            "float_layers": float(len(placement.layers) - len(placement.quantized)),
+            "activation_quantizers": float(len(placement.activations)),
+        }
+        plan.notes = [*placement.notes, *self._notes(model, placement)]
+        plan.warnings = self._warnings(schedule)
+        if not placement.quantized and not self.config.skip:
+            plan.refusals.append(
+                Refusal("the model calls no convolution or linear layer that can be quantized")
+            )
+        return plan
+
+    def _notes(self, model: nn.Module, placement: Placement) -> list[str]:
+        notes = []
+        modules = [model.get_submodule(name) for name in placement.quantized]
+        if self.config.weight_granularity == "channel" and any(
+            isinstance(each, TRANSPOSED) for each in modules
+        ):
+            notes.append("transposed convolutions have one weight scale: TensorRT takes no other")
+        narrow = sum(
+            getattr(each, "groups", 1) > 1 and getattr(each, "out_channels", 8) % 8 != 0
+            for each in modules
+        )
+        if narrow:
+            notes.append(
+                f"{narrow} grouped convolutions have a channel count that is no multiple of 8: "
+                "int8 may not be faster there"
+            )
+        return notes
+
+    def _warnings(self, schedule: Schedule) -> list[str]:
+        late = [
+            f"{key} is {value}, but training ends after epoch {schedule.epochs - 1}: it never acts"
+            for key in ("freeze_scale_epoch", "freeze_bn_epoch")
+            if (value := getattr(self.config, key)) is not None and value >= schedule.epochs
+        ]
+        if self.config.freeze_scale_epoch is not None and self.config.scale == "frozen":
+            late.append("freeze_scale_epoch does nothing: with scale: frozen no scale ever moves")
+        return late
+
+    def prepare(self, model: nn.Module, example: Example, plan: Plan) -> nn.Module:
+        """Adds quantizers, switched off: the function does not change until calibration."""
+        insert(model, plan.private, self.config.weight_granularity, self.config.scale)
+        if self.config.freeze_bn_epoch is not None:
+            make_freezable(model)
+        return model
+
+    def calibrate(self, model: nn.Module, batches: Iterable[Example]) -> None:
+        """Finds all ranges on float activations, then switches the quantizers on.
+
+        Raises:
+            RunError: A tensor holds NaN or inf, or no batch reached it.
+        """
+        modes = {module: module.training for module in model.modules()}
+        found = quantizers(model)
+        for each in found.values():
+            if not each.is_weight:
+                each.collector = collector(
+                    self.config.calibration, each.label, self.config.percentile
+                )
+                each.phase = Phase.CALIBRATE
+        model.eval()
+        example = None
+        with torch.no_grad():
+            for example in itertools.islice(batches, self.config.calibration_batches):
+                example.run(model)
+            self._take_ranges(model)
+        for module, mode in modes.items():
+            module.training = mode
+        set_phase(model, Phase.FROZEN if self.config.scale == "frozen" else Phase.TRAIN)
+        if example is not None:
+            _audit(model, example)
+
+    def _take_ranges(self, model: nn.Module) -> None:
+        for path, each in quantizers(model).items():
+            if each.is_weight:
+                weight = dict(model.named_parameters())[path.replace("weight_quantizer", "weight")]
+                finite_magnitude(weight, each.label)
+                amax = each.magnitude(weight)
+            else:
+                amax = each.collector.amax().to(each.amax)
+                each.collector = None
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX)
+            each.set_amax(amax)
+
+    def param_groups(self, model: nn.Module, defaults: GroupDefaults) -> list[dict[str, Any]]:
+        """The loop's groups; learned scales never decay."""
+        no_decay = (*defaults.no_decay, "*_quantizer.scale", "*_quantizer_*.scale")
+        return default_param_groups(model, replace(defaults, no_decay=no_decay))
+
+    def before_epoch(self, model: nn.Module, progress: Progress) -> list[Cut]:
+        """Freezes scales and batch statistics when their epoch has come."""
+        self._require_calibrated(model)
+        scale_epoch, norm_epoch = self.config.freeze_scale_epoch, self.config.freeze_bn_epoch
+        if scale_epoch is not None and progress.epoch >= scale_epoch:
+            set_phase(model, Phase.FROZEN)
+        if norm_epoch is not None and progress.epoch >= norm_epoch:
+            freeze_statistics(model)
+        return []
+
+    def after_backward(self, model: nn.Module, progress: Progress) -> None:
+        """Stops before the step if a range that follows the data met NaN or inf."""
+        moving = [
+            each
+            for each in quantizers(model).values()
+            if each.phase is Phase.TRAIN and each.policy == "ema"
+        ]
+        if not moving:
+            return
+        largest = torch.stack([each.amax.max() for each in moving])
+        if not bool(torch.isfinite(largest).all()):
+            raise RunError(*_all_not_finite(moving))
+
+    def after_step(self, model: nn.Module, progress: Progress, skipped: bool) -> None:
+        """Keeps learned scales positive."""
+        if self.config.scale != "lsq":
+            return
+        with torch.no_grad():
+            for each in quantizers(model).values():
+                torch.maximum(each.scale, scale_of(each.amax) * SMALLEST_SHARE, out=each.scale)
+
+    def status(self, model: nn.Module) -> dict[str, float]:
+        """How many quantizers there are, and how many of them no longer move."""
+        found = list(quantizers(model).values())
+        frozen = sum(each.phase in (Phase.FROZEN, Phase.EXPORT) for each in found)
+        return {"quantizers": float(len(found)), "frozen_scales": float(frozen)}
+
+    def handover(self, model: nn.Module, batches: Iterable[Example]) -> nn.Module:
+        """The float network with the trained weights, every batch norm kept."""
+        plain = copy.deepcopy(model)
+        remove_switches(plain)
+        remove(plain)
+        return plain
+
+    def deploy(self, model: nn.Module) -> nn.Module:
+        """A copy in eval mode that computes the fake-quantized function and exports with Q/DQ."""
+        self._require_calibrated(model)
+        exportable = copy.deepcopy(model).eval()
+        set_phase(exportable, Phase.EXPORT)
+        return exportable
+
+    def _require_calibrated(self, model: nn.Module) -> None:
+        waiting = [each for each in quantizers(model).values() if each.phase <= Phase.CALIBRATE]
+        if waiting:
+            raise RunError(
+                Problem(
+                    "E-QAT-NOT-CALIBRATED",
+                    f"{len(waiting)} quantizers have no range yet",
+                    waiting[0].label,
+                    fix="call calibrate(model, batches) after prepare",
+                )
+            )
+
+
+def _audit(model: nn.Module, example: Example) -> None:
+    """Refuses a network in which a quantized layer reads float values after all."""
+    missed = float_readers(model, example)
+    if missed:
+        raise RunError(
+            Problem(
+                "E-QAT-PLACEMENT",
+                f"{missed[0]} reads a tensor that no quantizer reached",
+                missed[0],
+                fix=f"config.skip: [{', '.join(dict.fromkeys(missed))}], and report this network",
+            )
+        )
+
+
+def _all_not_finite(moving: list[FakeQuant]) -> list[Problem]:
+    """One problem for each quantizer whose range is NaN or inf."""
+    return [
+        not_finite(each.label, float(each.amax.max()))
+        for each in moving
+        if not bool(torch.isfinite(each.amax).all())
+    ]

@@ -1,0 +1,264 @@
+"""The fake quantizer: rounds a tensor to int8 codes and back while a network trains.
+
+Symmetric, zero point 0: ``code = clamp(round(x / scale))``, ``y = code * scale``. The division is a
+true one and ties go to the even code, as ONNX QuantizeLinear says; torch's own fake-quantize ops
+multiply by ``1 / scale`` and differ from it by one code now and then.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+ScalePolicy = Literal["frozen", "ema", "lsq"]
+HIGHEST_CODE = 127
+ACTIVATION_LOW = -128
+WEIGHT_LOW = -127
+SMALLEST_RANGE = 1e-30
+"""A tensor whose largest magnitude is below this is all zeros; any scale represents it."""
+AVERAGING = 0.01
+"""Weight of the newest batch in a moving range, once 100 batches were seen (torchslim's value)."""
+OPSET = 19
+
+
+class Phase(enum.IntEnum):
+    """What a quantizer does with a tensor."""
+
+    OFF = 0
+    """Nothing: the network is the float network."""
+    CALIBRATE = 1
+    """Looks at it, gives it back unchanged."""
+    TRAIN = 2
+    """Quantizes; the scale may move."""
+    FROZEN = 3
+    """Quantizes; the scale stays."""
+    EXPORT = 4
+    """As FROZEN; an exporter that traces the model sees ONNX Q/DQ nodes."""
+
+
+def scale_of(amax: Tensor) -> Tensor:
+    """The step between two codes for a largest magnitude, elementwise.
+
+    >>> scale_of(torch.tensor([127.0, 0.0]))
+    tensor([1.0000, 0.0079])
+    """
+    return torch.where(amax > SMALLEST_RANGE, amax, torch.ones_like(amax)) / HIGHEST_CODE
+
+
+def quantize(x: Tensor, scale: Tensor, low: int) -> Tensor:
+    """Codes of ``x`` as floats: divided, rounded half to even, clamped to [low, 127].
+
+    >>> quantize(torch.tensor([0.5, 1.5, -300.0]), torch.tensor(1.0), -128).tolist()
+    [0.0, 2.0, -128.0]
+    """
+    return torch.div(x, scale).round_().clamp_(low, HIGHEST_CODE)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Quantize and back; the gradient is 1 where the code is in range and 0 elsewhere."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int) -> Tensor:
+        codes = torch.div(x, scale).round_()
+        inside = (codes >= low) & (codes <= HIGHEST_CODE)
+        ctx.save_for_backward(inside)
+        return codes.clamp_(low, HIGHEST_CODE).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (inside,) = ctx.saved_tensors
+        return gradients[0] * inside, None, None
+
+
+class _LearnedFakeQuantize(torch.autograd.Function):
+    """As above, with the gradient of the scale (LSQ, arXiv 1902.08153, equations 3 and 5).
+
+    d y / d scale is ``round(x/scale) - x/scale`` inside the range and the clamped code outside.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, factor: float) -> Tensor:
+        ratio = torch.div(x, scale)
+        codes = ratio.round()
+        inside = (codes >= low) & (codes <= HIGHEST_CODE)
+        codes.clamp_(low, HIGHEST_CODE)
+        ctx.save_for_backward(inside, codes - ratio * inside)
+        ctx.scale_shape, ctx.factor = scale.shape, factor
+        return codes.mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        inside, slope = ctx.saved_tensors
+        gradient = gradients[0]
+        of_scale = (gradient * slope).sum_to_size(ctx.scale_shape) * ctx.factor
+        return gradient * inside, of_scale, None, None
+
+
+class FakeQuant(nn.Module):
+    """Rounds one tensor to int8 codes and back.
+
+    Buffers: ``amax`` (largest magnitude that is represented), ``scale``, ``zero_point`` (int8
+    zeros), ``batches_seen`` and ``phase_code``. ``scale`` is a parameter with the ``lsq`` policy.
+    All shapes are fixed from the start, so that a state loads before the first forward.
+
+    Args:
+        label: What the tensor is, for messages (``input of layer1.0.conv1``).
+        low: Smallest code: -128 for activations, -127 for weights.
+        policy: What moves the scale in the TRAIN phase.
+        channels: Number of scales along ``axis``; None for one scale of rank 0.
+        axis: Dimension that ``channels`` counts.
+    """
+
+    amax: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    batches_seen: Tensor
+    phase_code: Tensor
+
+    def __init__(
+        self,
+        label: str,
+        low: int = ACTIVATION_LOW,
+        policy: ScalePolicy = "frozen",
+        channels: int | None = None,
+        axis: int = 0,
+    ) -> None:
+        super().__init__()
+        self.label, self.low, self.policy, self.axis = label, low, policy, axis
+        self.channels = channels
+        self.collector: Any = None
+        self.handles: list[RemovableHandle] = []
+        shape = () if channels is None else (channels,)
+        self.register_buffer("amax", torch.zeros(shape))
+        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int8))
+        self.register_buffer("batches_seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("phase_code", torch.zeros((), dtype=torch.int8))
+        if policy == "lsq":
+            self.scale = nn.Parameter(torch.ones(shape))
+        else:
+            self.register_buffer("scale", torch.ones(shape))
+        self._phase = Phase.OFF
+        self.register_load_state_dict_post_hook(_restore_phase)  # type: ignore[no-untyped-call]
+
+    @property
+    def phase(self) -> Phase:
+        """What forward does; stored with the state."""
+        return self._phase
+
+    @phase.setter
+    def phase(self, value: Phase) -> None:
+        self._phase = Phase(value)
+        self.phase_code.fill_(int(value))
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether this quantizes a weight rather than an activation."""
+        return self.low == WEIGHT_LOW
+
+    @torch.no_grad()
+    def set_amax(self, amax: Tensor) -> None:
+        """Takes a range: the largest magnitude of the whole tensor or of each channel."""
+        self.amax.copy_(amax)
+        self.scale.copy_(scale_of(self.amax))
+
+    @torch.no_grad()
+    def magnitude(self, x: Tensor) -> Tensor:
+        """Largest magnitude of ``x``, in the shape of ``amax``; NaN and inf stay visible."""
+        if self.channels is None:
+            return x.detach().abs().amax()
+        others = [dim for dim in range(x.dim()) if dim != self.axis]
+        return x.detach().abs().amax(others)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` on the int8 grid, in the dtype it came in; computed in at least float32."""
+        if self._phase is Phase.OFF:
+            return x
+        if self._phase is Phase.CALIBRATE:
+            self.collector.update(x.detach())
+            return x
+        if self._phase is Phase.EXPORT and torch.compiler.is_exporting():
+            return self._symbolic(x)
+        if self._phase is Phase.TRAIN and self.training and self.policy == "ema":
+            self._follow(x)
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        return self._round_trip(wide).to(x.dtype)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """The int8 codes of ``x``."""
+        return quantize(x, self._scale_for(x), self.low).to(torch.int8)
+
+    def _scale_for(self, x: Tensor) -> Tensor:
+        scale = self.scale.to(x.dtype)
+        if self.channels is None:
+            return scale
+        return scale.reshape([-1 if dim == self.axis else 1 for dim in range(x.dim())])
+
+    def _round_trip(self, x: Tensor) -> Tensor:
+        scale = self._scale_for(x)
+        if self._phase is not Phase.TRAIN:
+            scale = scale.detach()
+        if not (torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)):
+            return quantize(x, scale, self.low).mul_(scale)
+        if not scale.requires_grad:
+            return _FakeQuantize.apply(x, scale, self.low)  # type: ignore[no-any-return]
+        features = x.numel() / (len(x) if not self.is_weight else self.channels or 1)
+        factor = (features * HIGHEST_CODE) ** -0.5
+        return _LearnedFakeQuantize.apply(x, scale, self.low, factor)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def _follow(self, x: Tensor) -> None:
+        """Moves the range with the data: a weight's is its own, an activation's an average.
+
+        The first 100 batches count equally, then the newest one with weight 0.01.
+        """
+        newest = self.magnitude(x).to(self.amax.dtype)
+        if self.is_weight:
+            self.set_amax(newest)
+            return
+        self.batches_seen.add_(1)
+        share = (1.0 / self.batches_seen).clamp(min=AVERAGING).to(self.amax.dtype)
+        self.set_amax(self.amax + share * (newest - self.amax))
+
+    def _symbolic(self, x: Tensor) -> Tensor:
+        attributes = {} if self.channels is None else {"axis": self.axis}
+        codes = torch.onnx.ops.symbolic(
+            "QuantizeLinear",
+            (x, self.scale, self.zero_point),
+            attributes,  # type: ignore[arg-type]
+            dtype=torch.int8,
+            shape=x.shape,
+            version=OPSET,
+        )
+        return torch.onnx.ops.symbolic(
+            "DequantizeLinear",
+            (codes, self.scale, self.zero_point),
+            attributes,  # type: ignore[arg-type]
+            dtype=torch.float32,
+            shape=x.shape,
+            version=OPSET,
+        )
+
+    def extra_repr(self) -> str:
+        """``input of conv1, [-128, 127], frozen, FROZEN``."""
+        return f"{self.label}, [{self.low}, {HIGHEST_CODE}], {self.policy}, {self._phase.name}"
+
+
+def _restore_phase(module: nn.Module, _incompatible: Any) -> None:
+    """Makes a quantizer do what the loaded state says."""
+    assert isinstance(module, FakeQuant)
+    module.phase = Phase(int(module.phase_code))
+
+
+def quantizers(model: nn.Module) -> dict[str, FakeQuant]:
+    """All quantizers of a model by module path."""
+    return {name: each for name, each in model.named_modules() if isinstance(each, FakeQuant)}
+
+
+def set_phase(model: nn.Module, phase: Phase) -> None:
+    """Puts every quantizer of a model in one phase."""
+    for each in quantizers(model).values():
+        each.phase = phase

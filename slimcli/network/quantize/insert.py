@@ -1,0 +1,150 @@
+"""Puts quantizers on a network, and takes them off again.
+
+A quantized layer keeps its object, its place and its parameters; its class becomes a subclass whose
+``weight`` is the quantized weight. Its ``state_dict`` names stay; quantizers add names below the
+layer that reads the tensor: ``conv1.weight_quantizer``, ``conv1.input_quantizer``,
+``conv2.residual_quantizer``. Quantizers live in layers only, because containers such as Sequential
+call all of their children.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from slimcli.network.quantize.fake_quant import (
+    WEIGHT_LOW,
+    FakeQuant,
+    ScalePolicy,
+    quantizers,
+)
+from slimcli.network.quantize.layers import TRANSPOSED
+from slimcli.network.quantize.place import Activation, Placement
+from slimcli.network.quantize.record import Path, replaced
+from slimcli.network.quantize.rewrite import rewrite
+
+Granularity = Literal["tensor", "channel"]
+_SUBCLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+class QuantizedWeight(nn.Module):
+    """What the class of a quantized layer is given: its weight comes off the int8 grid."""
+
+    weight_quantizer: FakeQuant
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as this layer computes with it; the parameter itself while switched off."""
+        parameter: Tensor = self.get_raw("weight")
+        return self.weight_quantizer(parameter)  # type: ignore[no-any-return]
+
+    def get_raw(self, name: str) -> Any:
+        """A parameter as it is stored."""
+        return nn.Module.__getattr__(self, name)
+
+
+class InputHook:
+    """Quantizes one tensor among a module's arguments; an object, so that copies stay apart."""
+
+    def __init__(self, quantizer: FakeQuant, path: Path) -> None:
+        self.quantizer, self.path = quantizer, path
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with that tensor quantized."""
+        return replaced((args, kwargs), self.path, self.quantizer)  # type: ignore[no-any-return]
+
+
+class OutputHook:
+    """Quantizes one tensor of a module's result."""
+
+    def __init__(self, quantizer: FakeQuant, path: Path) -> None:
+        self.quantizer, self.path = quantizer, path
+
+    def __call__(self, module: nn.Module, args: Any, result: Any) -> Any:
+        """The result with that tensor quantized."""
+        return replaced(result, self.path, self.quantizer)
+
+
+def insert(
+    model: nn.Module,
+    placement: Placement,
+    granularity: Granularity = "tensor",
+    policy: ScalePolicy = "frozen",
+) -> None:
+    """Adds all quantizers, switched off: the network still computes exactly what it did."""
+    for name in placement.quantized:
+        _quantize_weight(name, model.get_submodule(name), granularity, policy)
+    insertions: dict[str, dict[str, str]] = defaultdict(dict)
+    for activation in placement.activations:
+        _add_activation(model, activation, policy, insertions)
+    for path, nodes in insertions.items():
+        rewrite(model.get_submodule(path), nodes)
+
+
+def _quantize_weight(
+    name: str, layer: nn.Module, granularity: Granularity, policy: ScalePolicy
+) -> None:
+    weight = layer.get_parameter("weight")
+    single = granularity == "tensor" or isinstance(layer, TRANSPOSED)
+    channels = None if single else len(weight)
+    quantizer = FakeQuant(f"weight of {name}", WEIGHT_LOW, policy, channels)
+    layer.add_module("weight_quantizer", quantizer.to(weight.device))
+    become(layer, QuantizedWeight)
+
+
+def _add_activation(
+    model: nn.Module,
+    activation: Activation,
+    policy: ScalePolicy,
+    insertions: dict[str, dict[str, str]],
+) -> None:
+    layer = model.get_submodule(activation.layer)
+    label = f"{activation.role} of {activation.layer}"
+    quantizer = FakeQuant(label, policy=policy).to(layer.get_parameter("weight").device)
+    name, number = f"{activation.role}_quantizer", 2
+    while hasattr(layer, name):
+        name, number = f"{activation.role}_quantizer_{number}", number + 1
+    layer.add_module(name, quantizer)
+    handles = []
+    for point in activation.points:
+        module = model.get_submodule(point.module)
+        if point.kind == "input":
+            hook = InputHook(quantizer, point.path)
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        elif point.kind == "output":
+            handles.append(module.register_forward_hook(OutputHook(quantizer, point.path)))
+        else:
+            inside = f"{activation.layer}.{name}".removeprefix(f"{point.module}.")
+            insertions[point.module][str(point.path[0])] = inside
+    quantizer.handles = handles
+
+
+def become(module: nn.Module, mixin: type[nn.Module]) -> None:
+    """Makes a module's class a subclass of ``mixin`` and its class; :func:`restore` undoes it."""
+    original = type(module)
+    if original not in _SUBCLASSES:
+        made = type(original.__name__, (mixin, original), {"slim_original": original})
+        made.__module__ = original.__module__
+        _SUBCLASSES[original] = made
+    module.__class__ = _SUBCLASSES[original]
+
+
+def restore(model: nn.Module) -> None:
+    """Gives every module its own class back."""
+    for module in model.modules():
+        while "slim_original" in vars(type(module)):
+            module.__class__ = vars(type(module))["slim_original"]
+
+
+def remove(model: nn.Module) -> None:
+    """Takes all quantizers off: what is left is the float network with the trained weights."""
+    for path, quantizer in quantizers(model).items():
+        for handle in quantizer.handles:
+            handle.remove()
+        parent, _, name = path.rpartition(".")
+        delattr(model.get_submodule(parent), name)
+    restore(model)
