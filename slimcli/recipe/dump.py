@@ -19,13 +19,14 @@ class _Dumper(yaml.SafeDumper):
         """A recipe is written without anchors."""
         return True
 
-    def represent_list(self, data: list[Any]) -> yaml.Node:
-        """Numbers and words in one line, mappings below each other."""
-        flow = not any(isinstance(each, dict) for each in data)
-        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=flow)
+
+def _represent_list(dumper: yaml.SafeDumper, data: list[Any]) -> yaml.Node:
+    """Numbers and words in one line, mappings below each other."""
+    flow = not any(isinstance(each, dict) for each in data)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=flow)
 
 
-_Dumper.add_representer(list, _Dumper.represent_list)
+_Dumper.add_representer(list, _represent_list)
 for _tag, _pattern, _first in PLAIN_RESOLVERS:
     _Dumper.add_implicit_resolver(_tag, _pattern, _first)
 
