@@ -36,9 +36,8 @@ class Compactor(nn.Module):
         self, size: int, like: Tensor, *, is_diagonal: bool = False, spatial: int | None = None
     ) -> None:
         super().__init__()
-        options = {"device": like.device, "dtype": like.dtype}
-        start = torch.ones(size, **options) if is_diagonal else torch.eye(size, **options)
-        self.weight = nn.Parameter(start)
+        start = torch.ones(size) if is_diagonal else torch.eye(size)
+        self.weight = nn.Parameter(start.to(like))
         self.spatial = spatial
         self.handle: RemovableHandle | None = None
 
@@ -148,17 +147,3 @@ def lasso_gradients(rows: Sequence[Tensor], norms: Norms) -> list[Tensor]:
         shape = (-1, *(1,) * (each.dim() - 1))
         gradients.append(each / safe.view(shape) / norms.scaled.view(shape))
     return gradients
-
-
-def crossed_zero(old: Sequence[Tensor], new: Sequence[Tensor]) -> Tensor:
-    """Which bundles went through zero (or vanished) in one step: ``<old, new> <= 0``, shape (n,).
-
-    Under a pull of constant length a row overshoots and rings around zero for ever. The step in
-    which its direction turns by 90 degrees or more is the one that reached zero.
-
-    >>> old = [torch.tensor([[[0.1, 0.0]], [[0.1, 0.0]]])]
-    >>> crossed_zero(old, [torch.tensor([[[0.05, 0.0]], [[-0.02, 0.01]]])])
-    tensor([False,  True])
-    """
-    products = [(a * b).reshape(a.shape[0], -1).sum(1) for a, b in zip(old, new, strict=True)]
-    return torch.stack(products).sum(0) <= 0

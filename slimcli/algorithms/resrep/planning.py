@@ -1,0 +1,215 @@
+"""What ResRep will do to a model under a schedule, computed before training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from slimcli.algorithms.resrep import budget
+from slimcli.algorithms.resrep.config import ResRepConfig
+from slimcli.algorithms.resrep.pacing import Pace, base_strength, distances, find_pace
+from slimcli.algorithms.resrep.selection import Limits, minimum_widths, updates_needed
+from slimcli.algorithms.resrep.targets import Target, find_targets
+from slimcli.compressor import Goal, LayerPlan, Plan, Refusal, Schedule
+from slimcli.network.example import Example
+from slimcli.network.structure import Structure, analyze
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What :meth:`plan` learnt and :meth:`prepare` needs.
+
+    Attributes:
+        structure: The coupled groups of the model.
+        targets: The groups that get compactors, in network order.
+        pace: When masks come; None if nothing is to be masked.
+        target_macs: MACs to reach.
+    """
+
+    structure: Structure
+    targets: tuple[Target, ...]
+    pace: Pace | None
+    target_macs: float
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Channels of each target before anything is cut."""
+        return {target.name: target.group.size for target in self.targets}
+
+
+def limits_of(config: ResRepConfig) -> Limits:
+    """The limits of the selector."""
+    return Limits(config.groups_size, config.min_channels, config.round_to or 1)
+
+
+def make_plan(config: ResRepConfig, model: nn.Module, example: Example, schedule: Schedule) -> Plan:
+    """The plan; ``model`` is not changed."""
+    structure = analyze(model, example)
+    targets, reasons = find_targets(
+        model,
+        structure,
+        config.auto_find_module_strategy,
+        config.prune_module_names,
+        config.skip,
+    )
+    sizes = {target.name: target.group.size for target in targets}
+    lowest = minimum_widths(sizes, limits_of(config))
+    plan = Plan(
+        targets=list(sizes),
+        layers=_layers(structure, sizes, lowest, reasons),
+        macs=structure.macs,
+        params=sum(parameter.numel() for parameter in model.parameters()),
+        reachable_macs=structure.macs_with(lowest),
+        warnings=list(schedule.warnings),
+    )
+    target_macs = (1 - config.prune_rate) * structure.macs
+    pace = None
+    if targets:
+        plan.goal = Goal("macs", target_macs)
+        pace = _pace(config, schedule, plan, sizes, structure)
+    elif _is_switched_off(config) or config.prune_rate == 0:
+        plan.warnings.append("no layer is selected: this trains without compressing")
+    else:
+        plan.refusals.append(_nothing_to_prune(config, structure, reasons))
+    plan.private = Analysis(structure, tuple(targets), pace, target_macs)
+    return plan
+
+
+def _is_switched_off(config: ResRepConfig) -> bool:
+    """The user said in the recipe that nothing is to be pruned."""
+    return config.prune_module_names == () or "*" in config.skip
+
+
+def _pace(
+    config: ResRepConfig,
+    schedule: Schedule,
+    plan: Plan,
+    sizes: Mapping[str, int],
+    structure: Structure,
+) -> Pace | None:
+    """Finds the pace and writes budget and refusals into the plan."""
+    if config.prune_rate == 0:
+        return None
+    target_macs = (1 - config.prune_rate) * structure.macs
+    limits = limits_of(config)
+    updates = updates_needed(sizes, limits, config.prune_groups, target_macs, structure.macs_with)
+    if updates is None:
+        plan.refusals.append(_out_of_reach(config, sizes, structure))
+        return None
+    found = find_pace(config, schedule, updates)
+    if isinstance(found, Refusal):
+        plan.refusals.append(found)
+        return None
+    _describe(config, schedule, plan, found)
+    return found
+
+
+def _describe(config: ResRepConfig, schedule: Schedule, plan: Plan, pace: Pace) -> None:
+    """Writes what ``auto`` came out as, and the shrink budget."""
+    if config.lasso_decay == "auto":
+        strength = masked_strength(config, schedule, pace, pace.last, 1.0)
+        distance = budget.MARGIN / strength
+        plan.settings["lasso_decay"] = base_strength(config)
+        plan.settings["lasso_decay of masked rows"] = float(f"{strength:.3g}")
+    else:
+        strength = config.lasso_decay
+        distance = distances(config, schedule)[pace.last]
+    if config.prune_interval == "auto":
+        steps = (pace.last - pace.first) / max(pace.updates, 1)
+        plan.settings["prune_interval"] = float(f"{steps:.3g}")
+    plan.budget = {
+        "shrink_needed": budget.MARGIN,
+        "shrink_available": strength * distance,
+        "mask_updates": pace.updates,
+        "first_mask_step": pace.first,
+        "last_mask_step": pace.last,
+        "zero_step": pace.zero,
+        "steps": schedule.steps,
+    }
+
+
+def masked_strength(
+    config: ResRepConfig, schedule: Schedule, pace: Pace, step: int, norm: float
+) -> float:
+    """Lasso strength that takes a row masked after ``step`` to zero by its deadline.
+
+    Args:
+        config: Keys of the algorithm.
+        schedule: Every learning rate of the run.
+        pace: When masks come.
+        step: Number of the step just made.
+        norm: Norm of the row now.
+    """
+    base = base_strength(config)
+    if config.lasso_decay != "auto":
+        return base
+    rates = schedule.learning_rates[step + 1 : pace.deadline(step)]
+    reach = budget.reach(rates, config.compactor_momentum, from_rest=schedule.is_sgd)
+    needed = budget.strength_needed(reach[0], norm)
+    return max(base, needed) if math.isfinite(needed) else base
+
+
+def _layers(
+    structure: Structure,
+    sizes: Mapping[str, int],
+    lowest: Mapping[str, int],
+    reasons: Mapping[str, str],
+) -> list[LayerPlan]:
+    """One row a layer; frozen ones with the reason."""
+    rows = []
+    for layer in structure.layers:
+        minimum = layer.channels
+        reason = layer.frozen_reason or reasons.get(layer.group, "")
+        if layer.group in sizes:
+            minimum = layer.channels * lowest[layer.group] // sizes[layer.group]
+        elif not reason:
+            reason = "not selected"
+        rows.append(LayerPlan(layer.name, layer.type, layer.channels, minimum, layer.group, reason))
+    return rows
+
+
+def _nothing_to_prune(
+    config: ResRepConfig, structure: Structure, reasons: Mapping[str, str]
+) -> Refusal:
+    """No group is left; the reasons of the first few."""
+    frozen = {group.name: group.frozen_reason for group in structure.groups if group.frozen_reason}
+    told = [f"{name}: {reason}" for name, reason in {**reasons, **frozen}.items()][:3]
+    what = f"nothing to prune with {config.auto_find_module_strategy}"
+    if told:
+        what += f" ({'; '.join(told)})"
+    if config.auto_find_module_strategy.startswith("linear"):
+        wider = config.auto_find_module_strategy.replace("linear", "all")
+        return Refusal(what, "auto_find_module_strategy", f"auto_find_module_strategy: {wider}")
+    return Refusal(what, "prune_rate", "prune_rate: 0")
+
+
+def _out_of_reach(config: ResRepConfig, sizes: Mapping[str, int], structure: Structure) -> Refusal:
+    """The target lies below what the limits allow; the values that would work."""
+
+    def removable(min_channels: int) -> float:
+        limits = Limits(config.groups_size, min_channels, config.round_to or 1)
+        return 1 - structure.macs_with(minimum_widths(sizes, limits)) / structure.macs
+
+    most = removable(config.min_channels)
+    what = (
+        f"prune_rate {config.prune_rate:g} is out of reach: at min_channels {config.min_channels} "
+        f"the {len(sizes)} prunable groups hold at most {most:.1%} of the MACs"
+    )
+    fix = f"prune_rate: {math.floor(most * 100) / 100:g}"
+    fewer = next(
+        (
+            count
+            for count in range(config.min_channels - 1, 0, -1)
+            if removable(count) >= config.prune_rate
+        ),
+        None,
+    )
+    if fewer is not None:
+        fix += f", or min_channels: {fewer}"
+    if config.auto_find_module_strategy.startswith("linear"):
+        wider = config.auto_find_module_strategy.replace("linear", "all")
+        fix += f", or auto_find_module_strategy: {wider}"
+    return Refusal(what, "prune_rate", fix)
