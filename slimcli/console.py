@@ -9,12 +9,19 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
+from statistics import median
 from typing import TYPE_CHECKING, Any, TextIO
+
+from slimcli.artifacts.event_lines import line_of, seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress, TaskID
 
     from slimcli.errors import SlimError
 
@@ -156,3 +163,89 @@ def _annotation(where: str, what: str) -> str:
     names = ("file", "line", "col")
     place = ",".join(f"{name}={part}" for name, part in zip(names, where.split(":"), strict=False))
     return f"::error {place}::{what}"
+
+
+class RunDisplay:
+    """Listens to a run: a bar on a terminal, plain lines elsewhere, JSON lines with ``--json``."""
+
+    QUIET_SECONDS = 30.0
+    WINDOW = 100
+
+    def __init__(self) -> None:
+        self._settings = _settings
+        self._terminal = terminal()
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._last_line = time.monotonic()
+        self._last_tick = 0.0
+        self._step_seconds: deque[float] = deque(maxlen=self.WINDOW)
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Show one event."""
+        if event["event"] == "tick":
+            self._tick(event)
+            return
+        if self._settings.json:
+            json_line(event)
+        if event["event"] in ("cut", "epoch_end", "stage_start"):
+            self._step_seconds.clear()  # steps get faster after a cut; the estimate starts anew
+            self._last_tick = 0.0
+        is_warning = event["event"] == "notice" and event["level"] == "warning"
+        text = line_of(event)
+        if text and not self._settings.json and (not self._settings.quiet or is_warning):
+            self._line(text)
+
+    def _line(self, text: str) -> None:
+        self._last_line = time.monotonic()
+        self._terminal.print(f"{datetime.now():%H:%M:%S} {text}")
+
+    def _tick(self, tick: dict[str, Any]) -> None:
+        now = time.monotonic()
+        if self._last_tick:
+            self._step_seconds.append(now - self._last_tick)
+        self._last_tick = now
+        if self._settings.json or self._settings.quiet:
+            return
+        if self._terminal.is_terminal:
+            self._redraw(tick)
+        elif now - self._last_line >= self.QUIET_SECONDS:
+            self._line(
+                f"epoch {tick['epoch']}/{tick['epochs']} step {tick['step']}/{tick['steps']} "
+                f"loss {tick['loss']:.4g} lr {tick['lr']:.4g}{self._eta(tick)}"
+            )
+
+    def _eta(self, tick: dict[str, Any]) -> str:
+        """Time to the end of the stage, from the median of the last steps."""
+        if not self._step_seconds:
+            return ""
+        left = tick["epochs"] * tick["steps"] - (tick["epoch"] - 1) * tick["steps"] - tick["step"]
+        return f" · {seconds(left * median(self._step_seconds))} left"
+
+    def _redraw(self, tick: dict[str, Any]) -> None:
+        if self._bar is None:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+            self._bar = Progress(
+                TextColumn("epoch {task.description}"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                console=self._terminal,
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("", numbers="")
+        assert self._task is not None
+        self._bar.update(
+            self._task,
+            description=f"{tick['epoch']}/{tick['epochs']}",
+            completed=tick["step"],
+            total=tick["steps"],
+            numbers=f"loss {tick['loss']:.4g} lr {tick['lr']:.4g}{self._eta(tick)}",
+        )
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -129,7 +129,8 @@ class Job:
         resume: Run folder to go on with; None: a new one.
         max_steps: Stop each epoch after so many optimizer steps; None: whole epochs.
         requirements: What the result must satisfy.
-        recipe: The complete recipe as YAML text, runnable again.
+        recipe: ``(run folder) -> text``: the complete recipe as YAML, runnable from there.
+        init_from: Weights the first stage starts from: a run folder or a file; None: the model's.
         recipe_source: The user's own file, untouched; empty for the Python API.
         code: Source files of the hooks, copied into the run folder.
         listeners: Called with every event, a dictionary.
@@ -143,7 +144,8 @@ class Job:
     resume: Path | None = None
     max_steps: int | None = None
     requirements: tuple[Requirement, ...] = ()
-    recipe: str = ""
+    recipe: Callable[[Path], str] = lambda folder: ""
+    init_from: Path | None = None
     recipe_source: str = ""
     code: tuple[Path, ...] = ()
     listeners: tuple[Callable[[dict[str, Any]], None], ...] = ()

@@ -1,0 +1,47 @@
+"""Plain training behind the contract: the base model, and the control of every comparison.
+
+Paper: none. Differs from the paper: nothing to differ from; the loop is torch's own, and what the
+compressor adds is counting before training and folding after it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import ClassVar
+
+from torch import nn
+
+from slimcli.algorithms.finetune.config import ALGORITHM
+from slimcli.compressor import AlgorithmInfo, Compressor, Plan, Schedule
+from slimcli.network import count, fuse
+from slimcli.network.example import Example
+
+
+class FinetuneCompressor(Compressor):
+    """Compresses nothing; at the end it folds the norms that the trace shows foldable."""
+
+    info: ClassVar[AlgorithmInfo] = ALGORITHM
+    compresses: ClassVar[bool] = False
+
+    _pairs: tuple[tuple[str, str], ...] = ()
+
+    def plan(self, model: nn.Module, example: Example, schedule: Schedule) -> Plan:
+        """Count, and list the layers; no channel will go."""
+        total = count.count_macs(model, example).total
+        return Plan(macs=total, params=count.count_params(model), private=())
+
+    def prepare(self, model: nn.Module, example: Example, plan: Plan) -> nn.Module:
+        """The model as it is; which norms can be folded is remembered."""
+        self._pairs = plan.private
+        return model
+
+    def handover(self, model: nn.Module, batches: Iterable[Example]) -> nn.Module:
+        """A copy."""
+        return copy.deepcopy(model)
+
+    def deploy(self, model: nn.Module) -> nn.Module:
+        """A copy in eval mode whose norms are folded into the convolutions before them."""
+        plain = copy.deepcopy(model).eval()
+        fuse.fold_pairs(plain, self._pairs)
+        return plain

@@ -1,0 +1,130 @@
+"""Checkpoints: tensors and plain values only, written atomically, loaded with ``weights_only``.
+
+Knows the file, not what is in it: the solver decides what a checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections import Counter
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from slimcli.artifacts import atomic
+from slimcli.errors import Problem, RunError
+
+VERSION = 1
+
+
+def normalise(value: Any, path: str = "checkpoint") -> Any:
+    """The same content as tensors (detached, on the CPU) and plain values.
+
+    Args:
+        value: Nested dictionaries, lists and tuples of tensors, arrays, numbers, strings.
+        path: Where in the checkpoint this is, for the message.
+
+    Raises:
+        RunError: Something in it can't be stored without pickling code.
+
+    >>> normalise({"a": (numpy.float64(0.5), [True])})
+    {'a': (0.5, [True])}
+    """
+    if isinstance(value, Counter):
+        return Counter(value)
+    if isinstance(value, Mapping):
+        return {
+            normalise(key, path): normalise(each, f"{path}.{key}") for key, each in value.items()
+        }
+    if isinstance(value, list | tuple):
+        items = [normalise(each, f"{path}[{index}]") for index, each in enumerate(value)]
+        return items if isinstance(value, list) else tuple(items)
+    if isinstance(value, set | frozenset):
+        return {normalise(each, path) for each in value}
+    return _leaf(value, path)
+
+
+def _leaf(value: Any, path: str) -> Any:
+    """One tensor or plain value."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True).contiguous()
+    if isinstance(value, numpy.ndarray):
+        return torch.from_numpy(value.copy())
+    if isinstance(value, numpy.generic | Enum):
+        return _leaf(value.item() if isinstance(value, numpy.generic) else value.value, path)
+    if isinstance(value, Path):
+        return str(value)
+    if value is None:
+        return None
+    for base in (bool, int, float, str):
+        if isinstance(value, base):
+            return base(value)
+    raise RunError(
+        Problem(
+            "E-CHECKPOINT-STATE",
+            f"{path} can't be stored in a checkpoint",
+            expected="tensors, numbers, strings, lists, dictionaries",
+            received=f"{type(value).__module__}.{type(value).__qualname__}",
+            fix="return plain values from state_dict()",
+        )
+    )
+
+
+def save(path: Path, content: Mapping[str, Any], *, read_back: bool = False) -> None:
+    """Write a checkpoint under a temporary name and rename it.
+
+    Args:
+        path: Where it goes; the file that is there stays whole until the new one is.
+        content: What :func:`normalise` accepts.
+        read_back: Load the bytes again before they replace anything.
+
+    Raises:
+        RunError: It can't be stored, or the disk is full.
+    """
+    stream = io.BytesIO()
+    torch.save({"version": VERSION, **normalise(content)}, stream)
+    if read_back:
+        stream.seek(0)
+        try:
+            torch.load(stream, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise RunError(
+                Problem("E-CHECKPOINT-STATE", f"the checkpoint does not load again: {error}")
+            ) from error
+    atomic.write_bytes(path, stream.getvalue())
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint; no code in it is run.
+
+    Raises:
+        RunError: There is none, it is damaged, or a newer slim wrote it.
+    """
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise RunError(
+            Problem("E-CHECKPOINT-MISSING", "there is no checkpoint", str(path))
+        ) from error
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RunError(
+            Problem("E-CHECKPOINT-DAMAGED", f"the checkpoint can't be read: {reason}", str(path))
+        ) from error
+    if content.get("version") != VERSION:
+        raise RunError(
+            Problem(
+                "E-CHECKPOINT-VERSION",
+                "the checkpoint has another format",
+                str(path),
+                expected=f"version {VERSION}",
+                received=str(content.get("version")),
+            )
+        )
+    return content

@@ -1,0 +1,105 @@
+"""``slim run``: train, compress, verify, export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from slimcli import console
+from slimcli.cli.arguments import RecipeCommand, overrides_argument, recipe_argument
+
+if TYPE_CHECKING:
+    from slimcli.recipe import Recipe
+
+
+@click.command(name="run", cls=RecipeCommand)
+@recipe_argument
+@overrides_argument
+@click.option("--dry-run", is_flag=True, help="Build everything, try one batch; writes nothing.")
+@click.option(
+    "--resume",
+    type=click.Choice(["auto"]),
+    help="auto: go on with the unfinished run of this recipe, or start one.",
+)
+@click.option("--max-steps", type=click.IntRange(min=1), help="Stop each epoch after N steps.")
+@click.option("--name", default="", help="Name of the run folder; default: the time.")
+@click.option("--require", multiple=True, metavar="COND", help="acc>=0.9: else exit 4.")
+def command(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    dry_run: bool,
+    resume: str | None,
+    max_steps: int | None,
+    name: str,
+    require: tuple[str, ...],
+) -> None:
+    """Train and compress the model a recipe describes.
+
+    \b
+    Examples:
+      slim run recipe.yaml                          all as written
+      slim run recipe.yaml config.epoch=1 --dry-run try it, write nothing
+      RUN=$(slim run recipe.yaml -q)                in a script
+    """
+    from slimcli.cli import jobs
+    from slimcli.recipe import load
+
+    loaded = load(recipe, overrides)
+    conditions = jobs.requirements(require)
+    _check_name(name)
+    for change in loaded.changes:
+        console.detail(f"{change.key} {change.default} -> {change.value} ({change.origin})")
+    if dry_run:
+        from slimcli.cli.plan import show_plan
+
+        show_plan(loaded, trial=True, max_steps=max_steps)
+        return
+    start(
+        loaded,
+        requirements=conditions,
+        max_steps=max_steps,
+        name=name,
+        resume=jobs.unfinished_run(loaded) if resume else None,
+    )
+
+
+def _check_name(name: str) -> None:
+    if name in (".", "..", "latest") or "/" in name or "\\" in name:
+        raise click.BadParameter("a folder's name, without separators", param_hint="--name")
+
+
+def start(recipe: Recipe, **changes: Any) -> None:
+    """Run or resume, then print the result: the folder alone with -q, else the table."""
+    from slimcli.cli.jobs import job_of
+    from slimcli.solver.stages import run
+
+    display = console.RunDisplay()
+    try:
+        outcome = run(job_of(recipe, listeners=(display,), **changes))
+    finally:
+        display.close()
+    if console.settings().json:
+        return
+    if console.settings().quiet:
+        console.result(str(outcome.folder))
+        return
+    show_result(outcome.folder, outcome.summary)
+
+
+def show_result(folder: Path, summary: dict[str, Any]) -> None:
+    """Before and after, the files, and what to do next."""
+    from slimcli.artifacts.event_lines import large, numbers
+
+    final, before = summary["final"], summary["baseline"]
+    rows = [("before", before)] if before else []
+    for label, each in (*rows, ("after", final)):
+        console.result(
+            f"{label:<7}{numbers(each['metrics'])} · {large(each['macs'])}MACs "
+            f"· {large(each['params'])} params"
+        )
+    for file, size in final["file_bytes"].items():
+        console.result(f"       {folder / 'artifacts' / file}  {size / 1e6:.2f} MB")
+    console.result(f"run    {folder}")
+    console.say(f"Next: slim report {folder}")

@@ -1,0 +1,287 @@
+"""The training loop of one stage: epochs, steps, cuts, evaluation, the best checkpoint.
+
+The one object that changes the model, the compressor, is called here by name, in the order its
+contract states. What watches (log, terminal, files) hears events.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from lightning_fabric import Fabric
+from torch import nn
+from torch.optim import Optimizer
+
+from slimcli.artifacts.events import EventLog
+from slimcli.compressor import Compressor, Plan, Progress, Schedule
+from slimcli.network import surgery
+from slimcli.network.cuts import Cut
+from slimcli.network.example import Example
+from slimcli.solver.data import Batch
+from slimcli.solver.datasets import Data
+from slimcli.solver.evaluation import Averages, Evaluator, is_better, missing_keyword
+from slimcli.solver.job import JobHooks, StageJob
+from slimcli.solver.optimizers import check_groups
+from slimcli.solver.schedule import (
+    LearningRates,
+    group_defaults,
+    make_optimizer,
+    make_scheduler,
+    scheduler_steps,
+)
+from slimcli.solver.state import Best, Position
+from slimcli.solver.step import Stepper
+
+
+@dataclass
+class Subject:
+    """What is trained.
+
+    Attributes:
+        model: The raw model, prepared, on its device.
+        compressor: The algorithm at work on it.
+        plan: What was planned.
+        example: A small batch on the device.
+    """
+
+    model: nn.Module
+    compressor: Compressor
+    plan: Plan
+    example: Example
+
+
+@dataclass
+class Surroundings:
+    """What the loop works with and does not own.
+
+    Attributes:
+        fabric: Devices, precision, processes.
+        stage: The stage's keys.
+        hooks: The user's functions.
+        data: Sources of batches.
+        schedule: The planned learning rates.
+        evaluator: Runs the user's metric.
+        events: Where everything is reported.
+        check_stop: Raises where a signal asked to stop.
+        save: Writes the last checkpoint; told whether this model is also the best.
+    """
+
+    fabric: Fabric
+    stage: StageJob
+    hooks: JobHooks
+    data: Data
+    schedule: Schedule
+    evaluator: Evaluator
+    events: EventLog
+    check_stop: Callable[[], None]
+    save: Callable[[Trainer, bool], None]
+
+
+class Trainer:
+    """Trains one subject to the end of its stage."""
+
+    def __init__(self, subject: Subject, around: Surroundings) -> None:
+        self.subject = subject
+        self.around = around
+        self.training = around.stage.training
+        self.position = Position()
+        self.best = Best()
+        self.averages = Averages()
+        self._build_optimizer()
+        self._last_save = time.monotonic()
+        self._epoch_seconds = 0.0
+
+    # Building
+
+    def _build_optimizer(self) -> None:
+        around, model = self.around, self.subject.model
+        groups = self.subject.compressor.param_groups(model, group_defaults(self.training))
+        config = around.stage.hook_config()
+        self.optimizer: Optimizer = make_optimizer(around.hooks, config, groups)
+        check_groups(self.optimizer, model, around.hooks)
+        steps = scheduler_steps(self.training, around.schedule.steps_per_epoch)
+        scheduler = make_scheduler(around.hooks, config, self.optimizer, steps)
+        self.rates = LearningRates(self.optimizer, scheduler, self.training)
+        self.stepper = Stepper(self.subject, around, self.optimizer)
+
+    # Where training is
+
+    def progress(self) -> Progress:
+        """The step in progress, or the last one where there is none left."""
+        schedule = self.around.schedule
+        step = self.position.step
+        rates = schedule.learning_rates
+        planned = rates[min(step, len(rates) - 1)] if rates else self.training.lr
+        rate = self.rates.current(step, planned)
+        return Progress(self.position.epoch, step, rate, schedule)
+
+    def state(self) -> dict[str, float]:
+        """The compressor's numbers."""
+        return self.subject.compressor.status(self.subject.model)
+
+    # The run
+
+    def train(self) -> None:
+        """From the position to the end of the last epoch.
+
+        Raises:
+            StopRequested: A signal asked to stop; the position is where to go on.
+        """
+        if self.training.epoch == 0 and not self.position.is_finished:
+            self._finish()
+            self._close_epoch(self.progress())
+        while self.position.epoch < self.training.epoch:
+            self._epoch()
+
+    def _epoch(self) -> None:
+        started = time.monotonic()
+        model = self.subject.model
+        if self.position.batch == 0:
+            self._epoch_seconds = 0.0
+            progress = self.progress()
+            self._cut(self.subject.compressor.before_epoch(model, progress), progress)
+        model.train()
+        progress = self.progress()
+        for window in self._windows():
+            progress = self.progress()
+            self._step(window, progress)
+        if self.position.epoch == self.training.epoch - 1 and not self.position.is_finished:
+            self._finish()
+        self._epoch_seconds += time.monotonic() - started
+        self._close_epoch(progress)
+
+    def _windows(self) -> Iterator[list[Batch]]:
+        """The batches of each optimizer step that is left in this epoch."""
+        size = self.training.accumulate_grad_batches
+        steps_left = self.around.schedule.steps_per_epoch - self.position.batch // size
+        batches = self.around.data.train.batches(self.position.epoch, skip=self.position.batch)
+        for _ in range(steps_left):
+            window = list(itertools.islice(batches, size))
+            if not window:
+                return
+            yield window
+
+    def _step(self, window: list[Batch], progress: Progress) -> None:
+        is_logged = progress.step % self.training.log_interval == 0
+        with self.rates.warmed_up(progress.step):
+            values = self.stepper.step(window, progress, self.position.batch, is_logged)
+        self.averages.add(values.loss, values.size)
+        self.averages.add(values.metrics, values.measured)
+        self.rates.after_step()
+        self.position.batch += len(window)
+        self.position.step += 1
+        self._report_step(values.loss["loss"], values.metrics, progress, is_logged)
+        if self._is_save_due():
+            self._save(False)
+        self.around.check_stop()
+
+    def _report_step(
+        self, loss: float, metrics: dict[str, float], progress: Progress, is_logged: bool
+    ) -> None:
+        events, stage = self.around.events, self.around.stage
+        per_epoch = self.around.schedule.steps_per_epoch
+        events.tick(
+            stage=stage.name,
+            epoch=progress.epoch + 1,
+            epochs=self.training.epoch,
+            step=progress.step - progress.epoch * per_epoch + 1,
+            steps=per_epoch,
+            loss=loss,
+            lr=progress.learning_rate,
+        )
+        if is_logged:
+            events.emit(
+                "step",
+                stage=stage.name,
+                epoch=progress.epoch + 1,
+                step=progress.step,
+                loss=loss,
+                lr=progress.learning_rate,
+                metrics=metrics,
+                status=self.state(),
+            )
+
+    # Cuts
+
+    def _finish(self) -> None:
+        progress = self._last_progress()
+        self._cut(self.subject.compressor.finish(self.subject.model, progress), progress)
+        self.position.is_finished = True
+
+    def _last_progress(self) -> Progress:
+        """The last step that was taken: what ``finish`` and ``may_save`` look back on."""
+        progress = self.progress()
+        step = max(0, self.position.step - 1)
+        return Progress(progress.epoch, step, progress.learning_rate, progress.schedule)
+
+    def _cut(self, cuts: list[Cut], progress: Progress) -> None:
+        if self.around.fabric.world_size > 1:
+            cuts = self.around.fabric.broadcast(cuts)
+        if not cuts:
+            return
+        subject = self.subject
+        surgery.apply(subject.model, cuts, optimizer=self.optimizer, example=subject.example)
+        subject.compressor.after_cut(subject.model, cuts)
+        self.stepper.wrap()
+        for cut in cuts:
+            self.around.events.emit(
+                "cut",
+                stage=self.around.stage.name,
+                epoch=progress.epoch + 1,
+                group=cut.group,
+                before=cut.before,
+                after=cut.after,
+            )
+
+    # The end of an epoch
+
+    def _close_epoch(self, progress: Progress) -> None:
+        around, subject = self.around, self.subject
+        self.stepper.share_buffers()
+        metrics = around.evaluator.run(subject.model, around.data.validation)
+        keyword = self.training.save_keyword
+        if keyword not in metrics:
+            raise missing_keyword(around.hooks, keyword, metrics)
+        value = metrics[keyword]
+        may_save = subject.compressor.may_save(subject.model, self._last_progress())
+        self.rates.after_epoch(value)
+        self.position.epoch += 1
+        self.position.batch = 0
+        around.events.emit(
+            "epoch_end",
+            stage=around.stage.name,
+            epoch=min(self.position.epoch, self.training.epoch),
+            epochs=self.training.epoch,
+            train=self.averages.means(),
+            val=metrics,
+            status=self.state(),
+            lr=progress.learning_rate,
+            seconds=round(self._epoch_seconds, 3),
+            may_save=may_save,
+        )
+        self.averages = Averages()
+        is_best = may_save and is_better(value, self.best.value, self.training.metric_mode)
+        if is_best:
+            self.best = Best(value, self.position.epoch, metrics)
+            around.events.emit(
+                "best",
+                stage=around.stage.name,
+                epoch=min(self.position.epoch, self.training.epoch),
+                metric=keyword,
+                value=value,
+            )
+        self._save(is_best)
+
+    # Saving
+
+    def _is_save_due(self) -> bool:
+        age = (time.monotonic() - self._last_save) / 60
+        due = age >= self.training.save_every_minutes
+        return bool(self.around.fabric.broadcast(due)) if self.around.fabric.world_size > 1 else due
+
+    def _save(self, is_best: bool) -> None:
+        self.around.save(self, is_best)
+        self._last_save = time.monotonic()

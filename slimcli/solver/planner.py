@@ -1,0 +1,134 @@
+"""What can be known before training: the schedule, the plan, and that one batch goes through.
+
+Nothing here changes the model it is given or writes a file.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from slimcli.compressor import Plan, Schedule
+from slimcli.errors import GoalError, HookError, Problem, RecipeError, SlimError
+from slimcli.network.example import Example
+from slimcli.solver.datasets import Data
+from slimcli.solver.evaluation import Evaluator, missing_keyword
+from slimcli.solver.job import JobHooks, StageJob
+from slimcli.solver.randomness import seed_all, untouched_rng
+from slimcli.solver.schedule import plan_schedule
+from slimcli.solver.step import checked_loss, move_batch
+
+SINGLE_SAMPLE_WITH_NORM = "Expected more than 1 value per channel"
+
+
+def fresh_model(hooks: JobHooks, seed: int) -> nn.Module:
+    """What the user's ``model`` returns, built with every generator seeded.
+
+    Raises:
+        HookError: It is not a module.
+    """
+    seed_all(seed, "model")
+    model = hooks.build_model()
+    if not isinstance(model, nn.Module):
+        is_class = inspect.isclass(model)
+        raise HookError(
+            Problem(
+                "E-HOOK-MODEL",
+                "`model` must return a torch.nn.Module",
+                hooks.where("model"),
+                expected="an instance of nn.Module",
+                received=f"the class {model.__name__}" if is_class else type(model).__name__,
+                fix=f"return {model.__name__}()" if is_class else "",
+            )
+        )
+    return model
+
+
+def example_of(stage: StageJob, data: Data, hooks: JobHooks, fabric: Fabric) -> Example:
+    """A small batch on the device, or zeros of ``input_shapes`` where those are given."""
+    training = stage.training
+    if training.input_shapes is None:
+        batch = move_batch(fabric, data.example_batch, training.channels_last)
+        return Example(batch=batch, predict=hooks.predict_function)
+    seed_all(training.seed, "input_shapes")
+    inputs = tuple(torch.randn(2, *shape, device=fabric.device) for shape in training.input_shapes)
+    return Example(batch=inputs, predict=_call_with_inputs)
+
+
+def _call_with_inputs(model: nn.Module, batch: Any) -> Any:
+    return model(*batch)
+
+
+def schedule_of(stage: StageJob, data: Data, hooks: JobHooks, max_steps: int | None) -> Schedule:
+    """The learning rates of the whole stage."""
+    accumulated = stage.training.accumulate_grad_batches
+    steps = -(-len(data.train) // accumulated)
+    if max_steps is not None:
+        steps = min(steps, max_steps)
+    return plan_schedule(hooks, stage.hook_config(), stage.training, steps)
+
+
+def check_one_batch(
+    model: nn.Module, stage: StageJob, data: Data, hooks: JobHooks, evaluator: Evaluator
+) -> dict[str, float]:
+    """Train forward and backward and one evaluation, on a copy; returns the metrics.
+
+    Raises:
+        HookError: A hook returns the wrong thing, or ``save_keyword`` is not among the metrics.
+        RecipeError: ``batch_size: 1`` with a norm that needs two.
+    """
+    training = stage.training
+    with untouched_rng():
+        trial = copy.deepcopy(model).train()
+        seed_all(training.seed, "one batch")
+        batch = next(iter(data.train.batches(0)))
+        moved = evaluator.move(batch.data)
+        try:
+            prediction = hooks.predict_function(trial, moved)
+        except (SlimError, ValueError) as error:
+            if SINGLE_SAMPLE_WITH_NORM in str(error):
+                raise _single_sample(training.batch_size) from error
+            raise
+        loss = checked_loss(hooks.calculate_loss_function(prediction, moved), hooks)
+        torch.autograd.backward(loss)
+        metrics = evaluator.run(trial, data.validation, limit=1)
+    if training.save_keyword not in metrics:
+        raise missing_keyword(hooks, training.save_keyword, metrics)
+    return metrics
+
+
+def _single_sample(batch_size: int) -> RecipeError:
+    return RecipeError(
+        Problem(
+            "E-RECIPE-BATCH-OF-ONE",
+            "config.batch_size: BatchNorm can't train on one value a channel",
+            expected="at least 2 samples a process",
+            received=str(batch_size),
+            fix="config.batch_size=2, or a model without BatchNorm",
+        )
+    )
+
+
+def refuse(stage: StageJob, plan: Plan) -> None:
+    """Stop before training where the plan says that it can't work.
+
+    Raises:
+        GoalError: With every refusal and the value that would work.
+    """
+    if plan.refusals:
+        raise GoalError(
+            *(
+                Problem(
+                    "E-PLAN-REFUSED",
+                    f"{stage.algorithm}: {refusal.what}",
+                    f"config.{refusal.key}" if refusal.key else "",
+                    fix=refusal.fix,
+                )
+                for refusal in plan.refusals
+            )
+        )

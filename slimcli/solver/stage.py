@@ -1,0 +1,258 @@
+"""One stage of a run: planned, prepared, trained, its best model found again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from slimcli.artifacts import checkpoint
+from slimcli.compressor import Compressor, Plan
+from slimcli.errors import GoalError, Problem, RunError
+from slimcli.network.example import Example
+from slimcli.solver import planner
+from slimcli.solver.devices import make_fabric
+from slimcli.solver.loop import Subject, Surroundings, Trainer
+from slimcli.solver.optimizers import load_optimizer_state, optimizer_state
+from slimcli.solver.randomness import rng_state, set_rng_state
+from slimcli.solver.run import Run
+from slimcli.solver.state import load_model_state, load_position, model_state, position_state
+from slimcli.solver.step import NotFinite, not_finite_error
+
+
+class Stage:
+    """Stage ``index`` of a run, fresh or from a checkpoint.
+
+    Args:
+        run: The run.
+        index: Number of the stage.
+        stored: The checkpoint to go on from, or None.
+    """
+
+    def __init__(self, run: Run, index: int, stored: dict[str, Any] | None) -> None:
+        self.run = run
+        self.index = index
+        self.job = run.job.stages[index]
+        if (
+            index > 0
+            and self.job.training.precision != run.job.stages[index - 1].training.precision
+        ):
+            run.fabric = make_fabric(self.job.training)
+        model = run.start_model(index)
+        self.data = run.data(self.job, model)
+        self.evaluator = run.evaluator(self.job)
+        hooks = run.job.hooks
+        self.example = planner.example_of(self.job, self.data, hooks, run.fabric)
+        self.schedule = planner.schedule_of(self.job, self.data, hooks, run.job.max_steps)
+        planner.check_one_batch(model, self.job, self.data, hooks, self.evaluator)
+        compressor = self.job.compressor(self.job.config)
+        self.plan = compressor.plan(model, self.example, self.schedule)
+        planner.refuse(self.job, self.plan)
+        self._announce(is_new=stored is None)
+        self._take_baseline(model)
+        model = compressor.prepare(model, self.example, self.plan).to(run.fabric.device)
+        # What a checkpoint is loaded into: with cuts, the model in training has other shapes.
+        self._template = copy.deepcopy((compressor, model))
+        if stored is None:
+            compressor.calibrate(model, self.training_batches(0))
+        else:
+            load_model_state(model, compressor, stored)
+        if run.fabric.world_size > 1:
+            compressor.load_state_dict(run.fabric.broadcast(compressor.state_dict()))
+        self.trainer = Trainer(
+            Subject(model, compressor, self.plan, self.example), self._surroundings()
+        )
+        self._restore(stored) if stored is not None else self.save(self.trainer, False)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no stage follows."""
+        return self.index == len(self.run.job.stages) - 1
+
+    def _surroundings(self) -> Surroundings:
+        run = self.run
+        return Surroundings(
+            fabric=run.fabric,
+            stage=self.job,
+            hooks=run.job.hooks,
+            data=self.data,
+            schedule=self.schedule,
+            evaluator=self.evaluator,
+            events=run.events,
+            check_stop=run.check_stop,
+            save=self.save,
+        )
+
+    def _announce(self, is_new: bool) -> None:
+        emit, plan, stage = self.run.events.emit, self.plan, self.job
+        if not is_new:
+            return
+        emit(
+            "stage_start",
+            stage=stage.name,
+            algorithm=stage.algorithm,
+            epochs=stage.training.epoch,
+            steps_per_epoch=self.schedule.steps_per_epoch,
+        )
+        for text in (*self.data.notices, *plan.notes):
+            emit("notice", text=text, level="note")
+        for text in (*self.schedule.warnings, *plan.warnings):
+            emit("notice", text=text, level="warning")
+        emit(
+            "prepared",
+            stage=stage.name,
+            targets=plan.targets,
+            macs=plan.macs,
+            params=plan.params,
+            reachable_macs=plan.reachable_macs,
+            goal={"name": plan.goal.name, "target": plan.goal.target} if plan.goal else None,
+            budget=plan.budget,
+            settings=plan.settings,
+        )
+
+    def _take_baseline(self, model: nn.Module) -> None:
+        """The first compressing stage starts from what the result is compared with."""
+        run = self.run
+        if not self.job.compressor.compresses or run.record["baseline"] is not None:
+            return
+        metrics = self.evaluator.run(model, self.data.validation)
+        run.record["baseline"] = {
+            "metrics": metrics,
+            "macs": self.plan.macs,
+            "params": self.plan.params,
+        }
+        run.record["layers"] = _layer_rows(self.plan)
+        run.events.emit("baseline", metrics=metrics, macs=self.plan.macs, params=self.plan.params)
+
+    def training_batches(self, epoch: int) -> Iterator[Example]:
+        """Training batches on the device, for calibration; as many as are asked for."""
+        for batch in self.data.train.batches(epoch):
+            data = self.evaluator.move(batch.data)
+            yield Example(batch=data, predict=self.run.job.hooks.predict_function)
+
+    # Training
+
+    def train(self) -> None:
+        """To the end of the stage.
+
+        Raises:
+            RunError: The loss is nan or inf.
+            StopRequested: A signal asked to stop; the checkpoint is where to go on.
+        """
+        try:
+            self.trainer.train()
+        except NotFinite as error:
+            raise self._not_finite(error) from error
+
+    def _not_finite(self, error: NotFinite) -> RunError:
+        folder, position = self.run.folder, self.trainer.position
+        path = folder.path / "nan-batch.pt"
+        try:
+            checkpoint.save(path, {"batch": error.data})
+            saved = str(path)
+        except RunError:
+            saved = "not storable"
+        where = f"epoch {position.epoch + 1}, step {position.step + 1}"
+        return not_finite_error(error, where, str(folder.last), saved)
+
+    # Checkpoints
+
+    def save(self, trainer: Trainer, is_best: bool) -> None:
+        """Write last.pt, and the best checkpoint if this is it."""
+        run, subject = self.run, trainer.subject
+        if not run.is_main:
+            return
+        run.write_summary("running", None)
+        content = {
+            **position_state(trainer.position, trainer.best),
+            **model_state(subject.model, subject.compressor),
+            "stage": self.index,
+            "record": run.record,
+            "events_bytes": run.events.length,
+            "torch": str(torch.__version__),
+            "threads": torch.get_num_threads(),
+        }
+        if is_best:
+            checkpoint.save(run.folder.best(self.job.name, self.is_last), content)
+        scheduler = trainer.rates.scheduler
+        content |= {
+            "optimizer": optimizer_state(trainer.optimizer, subject.model),
+            "scheduler": scheduler.state_dict() if scheduler is not None else None,
+            "scaler": run.fabric.strategy.precision.state_dict(),
+            "averages": trainer.averages.state_dict(),
+            "rng": rng_state(),
+            "hooks": {name: hook.state_dict() for name, hook in run.job.hooks.stateful().items()},
+        }
+        checkpoint.save(run.folder.last, content, read_back=run.saves == 0)
+        run.saves += 1
+        position = trainer.position
+        run.events.emit(
+            "saved",
+            path=str(run.folder.last),
+            stage=self.job.name,
+            epoch=position.epoch,
+            step=position.step,
+        )
+
+    def _restore(self, stored: dict[str, Any]) -> None:
+        """Optimizer, scheduler, position and generators as they were; the model is already."""
+        trainer = self.trainer
+        trainer.position, trainer.best = load_position(stored)
+        load_optimizer_state(trainer.optimizer, trainer.subject.model, stored["optimizer"])
+        if trainer.rates.scheduler is not None:
+            trainer.rates.scheduler.load_state_dict(stored["scheduler"])
+        trainer.averages.load_state_dict(stored["averages"])
+        self.run.fabric.strategy.precision.load_state_dict(stored["scaler"])
+        for name, hook in self.run.job.hooks.stateful().items():
+            hook.load_state_dict(stored["hooks"][name])
+        set_rng_state(stored["rng"])
+
+    # The result
+
+    def best_model(self) -> tuple[Compressor, nn.Module]:
+        """The best checkpoint's model, in the form it was trained in.
+
+        Raises:
+            GoalError: No checkpoint meets the goal.
+        """
+        trainer = self.trainer
+        if trainer.best.value is None:
+            raise self._goal_missed()
+        path = self.run.folder.best(self.job.name, self.is_last)
+        if self.run.fabric.world_size > 1:
+            self.run.fabric.barrier()
+        compressor, model = copy.deepcopy(self._template)
+        load_model_state(model, compressor, checkpoint.load(path))
+        return compressor, model.to(self.run.fabric.device).eval()
+
+    def _goal_missed(self) -> GoalError:
+        goal, trainer = self.plan.goal, self.trainer
+        status = trainer.state()
+        reached = ", ".join(f"{name} {value:g}" for name, value in status.items())
+        return GoalError(
+            Problem(
+                "E-GOAL-MISSED",
+                f"{self.job.algorithm}: no checkpoint of stage {self.job.name} meets the goal",
+                str(self.run.folder.last),
+                expected=f"{goal.name} of at most {goal.target:g}" if goal else "",
+                received=reached,
+                fix="a longer schedule or a weaker goal; the checkpoints are kept",
+            )
+        )
+
+
+def _layer_rows(plan: Plan) -> list[dict[str, Any]]:
+    """The rows of ``layers`` in summary.json; ``channels_after`` is filled in at the end."""
+    return [
+        {
+            "name": row.name,
+            "type": row.type,
+            "channels_before": row.channels,
+            "channels_after": row.channels,
+            "frozen_reason": row.frozen_reason,
+        }
+        for row in plan.layers
+    ]

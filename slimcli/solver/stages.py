@@ -1,0 +1,244 @@
+"""A whole run: stage after stage, then the artifacts; how it ends is written down in any case."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from slimcli.artifacts import checkpoint, deploy, run_folder
+from slimcli.artifacts.finish import Finished, FinishRequest, finish_run
+from slimcli.compressor import Compressor
+from slimcli.errors import GoalError, Problem, RecipeError, SlimError, VerificationError
+from slimcli.solver.evaluation import first_batches
+from slimcli.solver.interrupts import Signals, StopNow, StopRequested, as_error
+from slimcli.solver.job import Job, RunResult
+from slimcli.solver.planner import fresh_model
+from slimcli.solver.run import Run, begin
+from slimcli.solver.stage import Stage
+
+VERIFICATION_BATCHES = 4
+
+
+def run(job: Job) -> RunResult:
+    """Do the whole job.
+
+    Returns:
+        The run folder and its summary; the goal is met and every artifact verified.
+
+    Raises:
+        SlimError: Anything else, with its exit code; summary.json says the same.
+    """
+    stored = checkpoint.load(run_folder.open_run(job.resume).last) if job.resume else None
+    with Signals() as signals:
+        current: Run | None = None
+        try:
+            current = begin(job, signals, stored)
+            _all_stages(current, stored)
+        except StopRequested as stop:
+            raise _interrupted(current, stop.number, is_saved=True) from None
+        except StopNow as stop:
+            raise _interrupted(current, stop.number, is_saved=False) from None
+        except SlimError as error:
+            _end(current, _status_of(error), error.exit_code)
+            raise
+        except BaseException:
+            _end(current, "failed", 1)
+            raise
+        _end(current, "finished", 0)
+    assert current is not None
+    return RunResult(current.folder.path, current.record)
+
+
+def _status_of(error: SlimError) -> str:
+    if isinstance(error, GoalError):
+        return "goal_missed"
+    return "not_verified" if isinstance(error, VerificationError) else "failed"
+
+
+def _end(current: Run | None, status: str, exit_code: int) -> None:
+    """Write down how the run ended; a disk that is full must not hide why."""
+    if current is None:
+        return
+    try:
+        current.write_summary(status, exit_code)
+        current.events.emit(
+            "run_end",
+            status=status,
+            exit_code=exit_code,
+            seconds=round(current.seconds(), 3),
+            folder=str(current.folder.path),
+        )
+    except SlimError:
+        if status in ("finished", "interrupted"):
+            raise
+    finally:
+        current.events.close()
+
+
+def _interrupted(current: Run | None, number: int, is_saved: bool) -> SlimError:
+    name = signal.Signals(number).name
+    if current is None or not current.folder.last.exists():
+        return as_error(number, f"{name}: stopped before the first checkpoint", "")
+    last = current.folder.last
+    if is_saved:
+        current.events.emit("interrupted", signal=name, path=str(last))
+    error = as_error(
+        number,
+        f"{name}: saved {last}" if is_saved else f"{name}: stopped; the last checkpoint is {last}",
+        f"slim resume {current.folder.path}",
+    )
+    _end(current, "interrupted", error.exit_code)
+    return error
+
+
+def _all_stages(current: Run, stored: dict[str, Any] | None) -> None:
+    first = stored["stage"] if stored else 0
+    for index in range(first, len(current.job.stages)):
+        stage = Stage(current, index, stored if index == first else None)
+        try:
+            stage.train()
+        except StopRequested:
+            stage.save(stage.trainer, False)
+            raise
+        compressor, model = stage.best_model()
+        _note_stage(current, stage)
+        if stage.is_last:
+            _finish(current, stage, compressor, model)
+        else:
+            _hand_over(current, stage, compressor, model)
+
+
+def _note_stage(current: Run, stage: Stage) -> None:
+    """One entry a stage in the summary; a stage that is done again replaces its entry."""
+    best, goal = stage.trainer.best, stage.plan.goal
+    entry = {
+        "name": stage.job.name,
+        "algorithm": stage.job.algorithm,
+        "epochs": stage.job.training.epoch,
+        "best": {
+            "metric": stage.job.training.save_keyword,
+            "value": best.value,
+            "epoch": best.epoch,
+            "metrics": best.metrics,
+        },
+        "goal": {"name": goal.name, "target": goal.target} if goal else None,
+        "settings": stage.plan.settings,
+        "notes": stage.plan.notes,
+        "warnings": [*stage.schedule.warnings, *stage.plan.warnings],
+    }
+    stages = [each for each in current.record["stages"] if each["name"] != stage.job.name]
+    current.record["stages"] = [*stages, entry]
+
+
+def _hand_over(current: Run, stage: Stage, compressor: Compressor, model: nn.Module) -> None:
+    """Leave the next stage a plain model, as files, so that a resume finds it too."""
+    plain = compressor.handover(model, stage.training_batches(stage.job.training.epoch))
+    if current.is_main:
+        folder = current.folder.handover(stage.job.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        deploy.save(folder, plain, fresh_model(current.job.hooks, current.seed))
+    if current.fabric.world_size > 1:
+        current.fabric.barrier()
+
+
+def _finish(current: Run, stage: Stage, compressor: Compressor, model: nn.Module) -> None:
+    """Artifacts, numbers for the summary, and what was required of them."""
+    if not current.is_main:
+        return
+    job, training = current.job, stage.job.training
+    request = FinishRequest(
+        model=model,
+        compressor=compressor,
+        fresh_model=lambda: fresh_model(job.hooks, current.seed),
+        example=stage.example,
+        batches=[
+            stage.evaluator.move(batch.data)
+            for batch in first_batches(stage.data.validation, VERIFICATION_BATCHES)
+        ],
+        evaluate=lambda each: stage.evaluator.run(each, stage.data.validation),
+        folder=current.folder.artifacts,
+        deploy=training.save_deploy_format,
+        onnx=job.export.onnx,
+        metadata={"task_name": job.task_name, "algorithm": stage.job.algorithm},
+        emit=current.events.emit,
+    )
+    finished = Finished(model, 0, 0)
+    try:
+        finish_run(request, finished)
+    finally:
+        _note_result(current, stage, finished)
+    if stage.data.test is not None:
+        tested = stage.evaluator.run(finished.plain, stage.data.test)
+        current.record["final"]["test_metrics"] = tested
+    else:
+        current.record["notes"].append(
+            "no test set was given: the validation set also chose the checkpoint"
+        )
+    _check_requirements(current)
+
+
+def _note_result(current: Run, stage: Stage, finished: Finished) -> None:
+    record, goal = current.record, stage.plan.goal
+    record["final"] = {
+        "metrics": finished.metrics.get("deploy", finished.metrics.get("trained", {})),
+        "metrics_by_form": finished.metrics,
+        "macs": finished.macs,
+        "params": finished.params,
+        "file_bytes": finished.file_bytes,
+    }
+    record["verification"] = finished.seams
+    record["notes"] = list(finished.notes)
+    if goal is not None:
+        reached = {"macs": finished.macs, "params": finished.params}.get(goal.name)
+        record["goal"] = {"name": goal.name, "target": goal.target, "reached": reached}
+    modules = dict(finished.plain.named_modules())
+    for row in record["layers"]:
+        row["channels_after"] = _channels(modules.get(row["name"]), row["channels_before"])
+
+
+def _channels(module: nn.Module | None, before: int) -> int:
+    for name in ("out_channels", "out_features", "num_features"):
+        if isinstance(value := getattr(module, name, None), int):
+            return value
+    return before
+
+
+def _check_requirements(current: Run) -> None:
+    """``--require``: conditions on the final numbers.
+
+    Raises:
+        GoalError: One is not kept.
+        RecipeError: One names something that is not there.
+    """
+    final, baseline = current.record["final"], current.record["baseline"]
+    numbers: dict[str, float] = dict(final["metrics"])
+    missed: list[Problem] = []
+    for requirement in current.job.requirements:
+        name = requirement.name
+        if name in ("macs", "params"):
+            numbers[name] = float(final[name])
+            if requirement.value <= 1 and baseline:
+                numbers[name] /= baseline[name]
+        if name not in numbers:
+            raise RecipeError(
+                Problem(
+                    "E-REQUIRE-UNKNOWN",
+                    f"--require {requirement}: there is no {name!r}",
+                    expected=", ".join([*numbers, "macs", "params"]),
+                    received=name,
+                )
+            )
+        if not requirement.holds(numbers[name]):
+            what = f"--require {requirement} is not met"
+            received = f"{numbers[name]:.4g}"
+            missed.append(Problem("E-REQUIRE-MISSED", what, str(requirement), received=received))
+    if missed:
+        raise GoalError(*missed)
+
+
+def resumable(path: Path) -> dict[str, Any]:
+    """The checkpoint a run goes on from, for messages."""
+    return checkpoint.load(run_folder.open_run(path).last)
