@@ -87,7 +87,9 @@ def same_kind(module: nn.Module, other: nn.Module) -> bool:
     """Whether one can stand where the other does, once attributes and tensors are set."""
     if class_name(module) != class_name(other):
         return False
-    return all(getattr(module, name, None) == getattr(other, name, None) for name in CONSTRUCTED)
+    return not _is_torch_layer(module) or all(
+        getattr(module, name, None) == getattr(other, name, None) for name in CONSTRUCTED
+    )
 
 
 def _compare_modules(after: Tree, before: Tree) -> tuple[list[str], dict[str, dict[str, Any]]]:

@@ -151,7 +151,19 @@ def _bilinear(module: nn.Module, selections: Selections) -> Attributes:
     return {"out_features": after[0], "in1_features": after[1], "in2_features": after[2]}
 
 
+def _check_alike(module: nn.Module, selections: Selections) -> None:
+    """A norm has one entry a channel in all its vectors: all must be cut alike."""
+    vectors = dict(module.named_parameters(recurse=False)) | dict(
+        module.named_buffers(recurse=False)
+    )
+    chosen = {name: selections.get(name, {}).get(0) for name, each in vectors.items() if each.dim()}
+    for name, sources in chosen.items():
+        if sources != next(iter(chosen.values())):
+            raise ValueError(f"{name} and {next(iter(chosen))} would not keep the same channels")
+
+
 def _per_channel_norm(module: nn.Module, selections: Selections) -> Attributes:
+    _check_alike(module, selections)
     for name in ("weight", "parametrizations.weight.original", "running_mean", "bias"):
         if name in selections and 0 in selections[name]:
             return {"num_features": len(selections[name][0])}
@@ -161,6 +173,7 @@ def _per_channel_norm(module: nn.Module, selections: Selections) -> Attributes:
 def _group_norm(module: nn.Module, selections: Selections) -> Attributes:
     channels: int = module.num_channels  # type: ignore[assignment]
     groups: int = module.num_groups  # type: ignore[assignment]
+    _check_alike(module, selections)
     chosen = _weight_selection(module, selections)
     if 0 in chosen:
         groups = groups_after(chosen[0], channels, groups)

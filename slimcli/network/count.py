@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from slimcli.network.example import Example
@@ -43,8 +44,9 @@ def count_macs(model: nn.Module, example: Example, samples: int | None = None) -
     fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
         model.eval()
-        torch.backends.mha.set_fastpath_enabled(False)  # the fused attention op is not counted
-        with torch.no_grad(), counter:
+        torch.backends.mha.set_fastpath_enabled(False)
+        # Plain matrix products, because not every fused attention kernel is known to the counter.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
             example.run(model)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
