@@ -14,8 +14,16 @@ TOLERANCE = 1e-4
 """The spread that the plan asks for at the merge, relative to the size of what is merged."""
 
 LIMIT = 1e-3
-"""The measured spread above which the merge is refused: ten times the plan's tolerance, because
-batch norm's running statistics follow the filters with a delay."""
+"""The measured spread of parameters above which the merge is refused."""
+
+STATISTICS_TOLERANCE = 0.03
+"""The spread of running statistics that the plan asks for, in standard deviations.
+
+They follow the filters with a delay of about ``1 / momentum`` steps.
+"""
+
+STATISTICS_LIMIT = 0.1
+"""The measured spread of running statistics above which the merge is refused."""
 
 STABLE = 1.0
 """Largest ``lr * (eta + eps)``: beyond it filters overshoot their mean at every step."""
@@ -60,18 +68,22 @@ def remaining(rates: Iterable[float], force: float, dynamics: Dynamics) -> list[
     return left
 
 
-def largest_after(left: Sequence[float]) -> list[float]:
-    """For each step the largest distance from there on: momentum may swing through zero.
+def delayed(left: Sequence[float], momentum: float) -> list[float]:
+    """What running averages of something have left of a difference of 1 after each step.
 
-    >>> largest_after([0.5, 0.0, -0.1])
-    [0.5, 0.1, 0.1]
+    Args:
+        left: The difference itself after each step.
+        momentum: Share of the newest value in the average.
+
+    >>> delayed([0.5, 0.0], 0.5)
+    [0.75, 0.375]
     """
-    peaks = [0.0] * len(left)
-    peak = 0.0
-    for step in range(len(left) - 1, -1, -1):
-        peak = max(peak, abs(left[step]))
-        peaks[step] = peak
-    return peaks
+    average = 1.0
+    averages = []
+    for value in left:
+        average = (1 - momentum) * average + momentum * value
+        averages.append(average)
+    return averages
 
 
 def strength_for(

@@ -76,8 +76,9 @@ def compact(features: NDArray[np.float64]) -> NDArray[np.float64]:
     channels, numbers = features.shape
     if numbers <= channels:
         return features
-    upper: NDArray[np.float64] = np.linalg.qr(features.T, mode="r")
-    return upper.T
+    upper = np.asarray(np.linalg.qr(features.T, mode="r"), dtype=np.float64)
+    coordinates: NDArray[np.float64] = upper.T
+    return coordinates
 
 
 def _in_order(labels: NDArray[np.int64], count: int) -> Clusters:

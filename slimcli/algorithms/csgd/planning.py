@@ -1,0 +1,293 @@
+"""What C-SGD will do to a model under a schedule: which channels, when, and whether they meet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from slimcli.algorithms.csgd import clustering
+from slimcli.algorithms.csgd.clustering import Clusters, clusters_kept
+from slimcli.algorithms.csgd.collapse import Collapse, Start, find_collapse
+from slimcli.algorithms.csgd.config import CSGDConfig
+from slimcli.algorithms.csgd.ties import Tie, distance
+from slimcli.compressor import Goal, LayerPlan, Plan, Refusal, Schedule
+from slimcli.network.cuts import Slot
+from slimcli.network.example import Example
+from slimcli.network.fuse import norm_as_scale
+from slimcli.network.structure import Group, Structure, analyze
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What the plan hands to ``prepare``.
+
+    Attributes:
+        structure: The coupled groups of the model.
+        groups: The groups that are clustered, in network order.
+        clusters: Group name -> clusters of its channels.
+        collapse: How and when the filters meet.
+    """
+
+    structure: Structure
+    groups: tuple[Group, ...]
+    clusters: dict[str, Clusters]
+    collapse: Collapse
+
+
+def make_plan(config: CSGDConfig, model: nn.Module, example: Example, schedule: Schedule) -> Plan:
+    """The plan; ``model`` is not changed."""
+    structure = analyze(model, example)
+    groups, reasons = find_groups(config, model, structure)
+    sizes = {group.name: group.size for group in groups}
+    lowest = {name: min(config.min_channels, size) for name, size in sizes.items()}
+    plan = Plan(
+        targets=list(sizes),
+        macs=structure.macs,
+        params=sum(parameter.numel() for parameter in model.parameters()),
+        reachable_macs=structure.macs_with(lowest),
+        warnings=list(schedule.warnings),
+    )
+    features = {group.name: group_features(model, structure, group) for group in groups}
+    clusters: dict[str, Clusters] = {}
+    if not groups:
+        _explain_nothing(config, plan, reasons)
+    elif schedule.epochs == 0:
+        clusters = {name: clustering.duplicates(each) for name, each in features.items()}
+        plan.notes.append("epoch: 0 merges only filters that are equal already")
+    else:
+        widths = _widths(config, structure, sizes, plan)
+        clusters = {
+            name: clustering.cluster(
+                features[name], widths[name], config.cluster_method, schedule.seed
+            )
+            for name in widths
+        }
+    kept = {name: len(each) for name, each in clusters.items()}
+    plan.layers = _layers(structure, kept, reasons)
+    if kept:
+        plan.goal = Goal("macs", float(structure.macs_with(kept)))
+        plan.notes += _removal_notes(sizes, kept)
+    collapse = _collapse(config, model, schedule, plan, groups, clusters)
+    plan.private = Analysis(structure, tuple(groups), clusters, collapse)
+    return plan
+
+
+def find_groups(
+    config: CSGDConfig, model: nn.Module, structure: Structure
+) -> tuple[list[Group], dict[str, str]]:
+    """Groups to cluster, and why other selected groups can't be (group name -> reason)."""
+    names = config.prune_module_names
+    if names is not None and not names:
+        return [], {}
+    chosen = structure.select(config.auto_find_module_strategy, names)
+    frozen = {name for name, each in model.named_parameters() if not each.requires_grad}
+    groups, reasons = [], {}
+    for group in chosen:
+        untrained = sorted(frozen & {slot.tensor for slot in (*group.producers, *group.followers)})
+        if group.frozen_reason:
+            reasons[group.name] = group.frozen_reason
+        elif not group.exact_duplicate:
+            reasons[group.name] = group.duplicate_reason or "merging duplicates would not be exact"
+        elif untrained:
+            reasons[group.name] = f"{untrained[0]} is not trained (requires_grad is False)"
+        elif group.size > 1:
+            groups.append(group)
+    return groups, reasons
+
+
+def tied_slots(model: nn.Module, group: Group) -> list[tuple[Slot, str]]:
+    """Every slot whose channels must become equal, and what it holds.
+
+    Returns:
+        Slots with ``kernel``, ``vector`` (a norm's or a bias) or ``statistics`` (a buffer).
+    """
+    parameters = dict(model.named_parameters())
+    kinds = []
+    for slot in dict.fromkeys((*group.producers, *group.followers)):
+        if slot.tensor not in parameters:
+            kinds.append((slot, "statistics"))
+        else:
+            is_vector = parameters[slot.tensor].dim() == 1
+            kinds.append((slot, "vector" if is_vector else "kernel"))
+    return kinds
+
+
+def group_features(model: nn.Module, structure: Structure, group: Group) -> NDArray[np.float64]:
+    """What k-means sees of each channel: all its kernels, scaled by the norms behind them.
+
+    Returns:
+        (channels, numbers): one row a channel, all layers of the group side by side.
+    """
+    norm_of = {pair.conv: pair.norm for pair in structure.conv_batch_norms}
+    norm_of |= {site.conv: site.norm for site in group.sites if site.norm}
+    parts = []
+    for slot, kind in tied_slots(model, group):
+        if kind != "kernel":
+            continue
+        weight = model.get_parameter(slot.tensor).detach().double().cpu()
+        rows = weight.movedim(slot.dim, 0).flatten(1)
+        scale = _scale_behind(model, norm_of.get(slot.tensor.rpartition(".")[0], ""), len(rows))
+        if scale is not None:
+            rows = rows * scale.unsqueeze(1)
+        entries = [entry for channel in slot.indices for entry in channel]
+        parts.append(rows[entries].reshape(group.size, -1).numpy())
+    features: NDArray[np.float64] = np.concatenate(parts, axis=1)
+    return features
+
+
+def _scale_behind(model: nn.Module, norm: str, rows: int) -> Tensor | None:
+    """``gamma / sigma`` of a norm that has one entry a row."""
+    if not norm:
+        return None
+    module = model.get_submodule(norm)
+    if getattr(module, "running_var", None) is None:
+        return None
+    scale = norm_as_scale(module)[0].cpu()
+    return scale if len(scale) == rows else None
+
+
+def _widths(
+    config: CSGDConfig, structure: Structure, sizes: Mapping[str, int], plan: Plan
+) -> dict[str, int]:
+    """Channels each group keeps; refuses a prune_rate that is out of reach."""
+    minimum = config.min_channels
+    if config.cluster_percent is not None:
+        return {
+            name: clusters_kept(size, config.cluster_percent, minimum)
+            for name, size in sizes.items()
+        }
+    assert config.prune_rate is not None
+    target = (1 - config.prune_rate) * structure.macs
+    fractions = sorted({removed / size for size in sizes.values() for removed in range(1, size)})
+    low, high = 0, len(fractions) - 1
+    while low < high:  # the first fraction that is enough
+        middle = (low + high) // 2
+        widths = {
+            name: clusters_kept(size, fractions[middle], minimum) for name, size in sizes.items()
+        }
+        low, high = (middle + 1, high) if structure.macs_with(widths) > target else (low, middle)
+    widths = {name: clusters_kept(size, fractions[low], minimum) for name, size in sizes.items()}
+    reached = structure.macs_with(widths)
+    if reached > target:
+        possible = math.floor((1 - reached / structure.macs) * 1000) / 1000
+        plan.refusals.append(
+            Refusal(
+                f"prune_rate {config.prune_rate} is out of reach: with every selected layer at its "
+                f"smallest, {reached:,} of {structure.macs:,} MACs are left",
+                "prune_rate",
+                f"prune_rate: {possible}, or auto_find_module_strategy: all_conv",
+            )
+        )
+    plan.settings["cluster_percent"] = round(fractions[low], 4)
+    return widths
+
+
+def _removal_notes(sizes: Mapping[str, int], kept: Mapping[str, int]) -> list[str]:
+    """One sentence a layer, so that nobody misreads what the fraction means.
+
+    >>> _removal_notes({"conv1": 64}, {"conv1": 48})
+    ['conv1: 0.25 removes 16 of 64 filters, keeps 48']
+    """
+    return [
+        f"{name}: {round((size - kept[name]) / size, 3):g} removes {size - kept[name]} of {size} "
+        f"filters, keeps {kept[name]}"
+        for name, size in sizes.items()
+    ]
+
+
+def _layers(
+    structure: Structure, kept: Mapping[str, int], reasons: Mapping[str, str]
+) -> list[LayerPlan]:
+    """One row a layer of the structure."""
+    rows = []
+    for layer in structure.layers:
+        lowest = layer.channels
+        if layer.group in kept:
+            size = structure.group(layer.group).size
+            lowest = layer.channels * kept[layer.group] // size
+            reason = ""
+        else:
+            reason = layer.frozen_reason or reasons.get(layer.group, "") or "not selected"
+        rows.append(LayerPlan(layer.name, layer.type, layer.channels, lowest, layer.group, reason))
+    return rows
+
+
+def _explain_nothing(config: CSGDConfig, plan: Plan, reasons: Mapping[str, str]) -> None:
+    """Nothing is clustered: wanted by the recipe, or a reason to stop."""
+    if config.prune_module_names == () or config.cluster_percent == 0:
+        plan.warnings.append("no layer is selected: this trains without compressing")
+        return
+    told = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:5])
+    plan.refusals.append(
+        Refusal(
+            f"no layer can be clustered with {config.auto_find_module_strategy}"
+            + (f" ({told})" if told else ""),
+            "auto_find_module_strategy",
+            "auto_find_module_strategy: all_conv, or prune_module_names: [] to only train",
+        )
+    )
+
+
+def _collapse(
+    config: CSGDConfig,
+    model: nn.Module,
+    schedule: Schedule,
+    plan: Plan,
+    groups: Sequence[Group],
+    clusters: Mapping[str, Clusters],
+) -> Collapse:
+    """Finds how and when filters meet, and writes budget and refusals into the plan."""
+    start = _start(model, groups, clusters)
+    collapse = find_collapse(config, schedule, start)
+    if start.largest > 0 and schedule.epochs:
+        plan.budget = {
+            "spread_now": start.largest,
+            "spread_at_merge": collapse.spread,
+            "statistics_spread_at_merge": collapse.statistics_spread,
+            "spread_wanted": collapse.wanted,
+            "merge_step": collapse.step,
+        }
+        plan.settings |= {
+            "prune_epoch": collapse.epoch,
+            "centri_strength": collapse.strength,
+            "pull": collapse.form,
+        }
+        if collapse.refusal is not None:
+            plan.refusals.append(collapse.refusal)
+        plan.warnings += collapse.warnings
+    return collapse
+
+
+def _start(model: nn.Module, groups: Sequence[Group], clusters: Mapping[str, Clusters]) -> Start:
+    """The spread of the model as it is: kernels, vectors and statistics."""
+    largest = {"kernel": 0.0, "vector": 0.0, "statistics": 0.0}
+    momentum = 1.0
+    for group in groups:
+        for slot, kind in tied_slots(model, group):
+            tie = Tie(slot, clusters[group.name], is_vector=False)
+            if kind == "statistics":
+                spread = statistics_distance(model, tie)
+                owner = model.get_submodule(slot.tensor.rpartition(".")[0])
+                own = getattr(owner, "momentum", None)
+                momentum = min(momentum, own if isinstance(own, float) else 0.1)
+            else:
+                spread = distance(tie, model.get_parameter(slot.tensor))
+            largest[kind] = max(largest[kind], spread)
+    return Start(largest["kernel"], largest["vector"], largest["statistics"], momentum)
+
+
+def statistics_distance(model: nn.Module, tie: Tie) -> float:
+    """Spread of running statistics: means in standard deviations, variances in variances."""
+    owner = model.get_submodule(tie.tensor.rpartition(".")[0])
+    variance = getattr(owner, "running_var", None)
+    values = model.get_buffer(tie.tensor)
+    if not isinstance(variance, Tensor) or variance.shape != values.shape:
+        return distance(tie, values)
+    epsilon = float(getattr(owner, "eps", 1e-5))
+    unit = variance.double() + epsilon
+    return distance(tie, values, unit if values is variance else unit.sqrt())
