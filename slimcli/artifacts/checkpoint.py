@@ -100,12 +100,51 @@ def save(path: Path, content: Mapping[str, Any], *, read_back: bool = False) -> 
     atomic.write_bytes(path, stream.getvalue())
 
 
+def stored_weights(path: Path) -> dict[str, Any]:
+    """The weights in a run folder (its best checkpoint) or in a file.
+
+    A file is safetensors, or what torch saves: a state dict, alone or under ``model`` or
+    ``state_dict``. No code in it is run.
+
+    Raises:
+        RunError: There is nothing of the kind.
+    """
+    if path.is_dir():
+        weights: dict[str, Any] = load(path / "checkpoints" / "best.pt")["model"]
+        return weights
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        loaded: dict[str, Any] = load_file(path)
+        return loaded
+    content = _read(path)
+    for name in ("model", "state_dict"):
+        if isinstance(content.get(name), dict):
+            content = content[name]
+    return content
+
+
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint; no code in it is run.
 
     Raises:
         RunError: There is none, it is damaged, or a newer slim wrote it.
     """
+    content = _read(path)
+    if content.get("version") != VERSION:
+        raise RunError(
+            Problem(
+                "E-CHECKPOINT-VERSION",
+                "the checkpoint has another format",
+                str(path),
+                expected=f"version {VERSION}",
+                received=str(content.get("version")),
+            )
+        )
+    return content
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
@@ -117,14 +156,4 @@ def load(path: Path) -> dict[str, Any]:
         raise RunError(
             Problem("E-CHECKPOINT-DAMAGED", f"the checkpoint can't be read: {reason}", str(path))
         ) from error
-    if content.get("version") != VERSION:
-        raise RunError(
-            Problem(
-                "E-CHECKPOINT-VERSION",
-                "the checkpoint has another format",
-                str(path),
-                expected=f"version {VERSION}",
-                received=str(content.get("version")),
-            )
-        )
     return content

@@ -138,7 +138,7 @@ def write_origin(folder: RunFolder, recipe: str, source: str, code: Sequence[Pat
     atomic.write_text(folder.path / "command.txt", command)
     (folder.path / "code").mkdir(exist_ok=True)
     entries = []
-    for file in code:
+    for file in filter(Path.is_file, code):
         copied = _first_free_file(folder.path / "code", file.name)
         shutil.copyfile(file, copied)
         entries.append({"path": str(file.resolve()), "copy": copied.name, "sha256": digest(file)})
@@ -162,7 +162,7 @@ def digest(file: Path) -> str:
 def changed_code(folder: RunFolder, code: Sequence[Path]) -> list[str]:
     """Hook files that are not what they were when the run started, as ``path (what)``."""
     stored = {entry["path"]: entry["sha256"] for entry in json.loads(folder.manifest.read_text())}
-    current = {str(file.resolve()): digest(file) for file in code}
+    current = {str(file.resolve()): digest(file) for file in filter(Path.is_file, code)}
     changed = [
         f"{path} (changed)" for path, value in current.items() if stored.get(path, value) != value
     ]
@@ -173,7 +173,7 @@ def changed_code(folder: RunFolder, code: Sequence[Path]) -> list[str]:
 
 def _write_git(folder: RunFolder, code: Sequence[Path]) -> None:
     """Commit and uncommitted changes around the hooks, where they lie in a git checkout."""
-    if not code:
+    if not code or not code[0].is_file():
         return
     commit = _git(code[0].resolve().parent, "rev-parse", "HEAD")
     if commit:

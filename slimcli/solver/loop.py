@@ -178,6 +178,13 @@ class Trainer:
             self._save(False)
         self.around.check_stop()
 
+    def try_step(self, batch: Batch) -> None:
+        """One step that nobody hears of: a trial on a copy."""
+        self.subject.model.train()
+        with self.rates.warmed_up(self.position.step):
+            self.stepper.step([batch], self.progress(), self.position.batch, False)
+        self.position.step += 1
+
     def _report_step(
         self, loss: float, metrics: dict[str, float], progress: Progress, is_logged: bool
     ) -> None:

@@ -13,12 +13,13 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
+from slimcli.artifacts.checkpoint import stored_weights
 from slimcli.compressor import Plan, Schedule
 from slimcli.errors import GoalError, HookError, Problem, RecipeError, SlimError
 from slimcli.network.example import Example
 from slimcli.solver.datasets import Data
 from slimcli.solver.evaluation import Evaluator, missing_keyword
-from slimcli.solver.job import JobHooks, StageJob
+from slimcli.solver.job import Job, JobHooks, StageJob
 from slimcli.solver.randomness import seed_all, untouched_rng
 from slimcli.solver.schedule import plan_schedule
 from slimcli.solver.step import checked_loss, move_batch
@@ -47,6 +48,44 @@ def fresh_model(hooks: JobHooks, seed: int) -> nn.Module:
             )
         )
     return model
+
+
+def start_weights(job: Job, model: nn.Module) -> nn.Module:
+    """The model with the weights of ``init_from``, where that is given.
+
+    Raises:
+        RecipeError: They are not weights of this model.
+    """
+    if job.init_from is None:
+        return model
+    state = stored_weights(job.init_from)
+    wrong = model_differences(model, state)
+    if wrong:
+        raise RecipeError(
+            Problem(
+                "E-RECIPE-INIT-FROM",
+                "init_from: these are not weights of this model",
+                str(job.init_from),
+                expected="every tensor of the model, in its shape",
+                received=", ".join(wrong[:5]) + (" ..." if wrong[5:] else ""),
+                fix="a checkpoint of the same model in its training form",
+            )
+        )
+    model.load_state_dict(state)
+    return model
+
+
+def model_differences(model: nn.Module, state: dict[str, Any]) -> list[str]:
+    """Tensors that are missing, unexpected, or of another shape."""
+    own = model.state_dict()
+    wrong = [f"no {name}" for name in own if name not in state]
+    wrong += [f"unexpected {name}" for name in state if name not in own]
+    wrong += [
+        f"{name} {tuple(state[name].shape)} for {tuple(value.shape)}"
+        for name, value in own.items()
+        if name in state and getattr(value, "shape", ()) != getattr(state[name], "shape", ())
+    ]
+    return wrong
 
 
 def example_of(stage: StageJob, data: Data, hooks: JobHooks, fabric: Fabric) -> Example:

@@ -21,7 +21,7 @@ from slimcli.solver.devices import describe, make_fabric, set_determinism
 from slimcli.solver.evaluation import Evaluator
 from slimcli.solver.interrupts import Signals
 from slimcli.solver.job import Job, StageJob
-from slimcli.solver.planner import fresh_model
+from slimcli.solver.planner import fresh_model, start_weights
 from slimcli.solver.step import move_batch
 
 
@@ -84,7 +84,9 @@ class Run:
     def start_model(self, index: int) -> nn.Module:
         """What stage ``index`` starts from: the user's model, or what the stage before left."""
         model = fresh_model(self.job.hooks, self.seed)
-        if index > 0:
+        if index == 0:
+            model = start_weights(self.job, model)
+        else:
             before = self.job.stages[index - 1].name
             model = deploy.load_deploy(self.folder.handover(before), model)
         model.to(self.fabric.device)

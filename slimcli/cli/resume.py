@@ -1,0 +1,156 @@
+"""``slim resume``: go on with a stopped run, from its last checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from slimcli import console
+from slimcli.cli.arguments import RecipeCommand, overrides_argument
+from slimcli.errors import Problem, RecipeError
+
+if TYPE_CHECKING:
+    from slimcli.artifacts.run_folder import RunFolder
+    from slimcli.recipe import Recipe
+
+FREE_KEYS = (
+    "num_workers",
+    "devices",
+    "num_processes",
+    "log_interval",
+    "save_every_minutes",
+    "train_metrics",
+    "test_batch_size",
+)
+"""Keys whose change alters nothing of what is learnt; others need --allow-recipe-change."""
+
+FIXED_KEYS = ("seed", "save_dir")
+
+
+@click.command(name="resume", cls=RecipeCommand)
+@click.argument("run", type=click.Path(path_type=Path))
+@overrides_argument
+@click.option("--allow-code-change", is_flag=True, help="Go on although hook files changed.")
+@click.option(
+    "--allow-recipe-change", is_flag=True, help="Go on with settings that change the training."
+)
+@click.option("--max-steps", type=click.IntRange(min=1), help="As in slim run.")
+def command(
+    run: Path,
+    overrides: tuple[str, ...],
+    allow_code_change: bool,
+    allow_recipe_change: bool,
+    max_steps: int | None,
+) -> None:
+    """Go on with a stopped run, bit for bit where nothing was changed.
+
+    \b
+    Examples:
+      slim resume checkpoints/digits/latest
+      slim resume checkpoints/digits/latest num_workers=4
+      slim resume checkpoints/digits/latest epoch=40 --allow-recipe-change
+    """
+    from slimcli.artifacts import run_folder
+    from slimcli.cli.run import show_result, start
+    from slimcli.recipe import load
+
+    folder = run_folder.open_run(run)
+    before = load(folder.recipe)
+    after = load(folder.recipe, overrides)
+    _check_recipe(before, after, allow_recipe_change)
+    _check_code(folder, after, allow_code_change)
+    if _is_finished(folder) and not after_changes(before, after):
+        from slimcli.artifacts import summary
+
+        console.say(f"{folder.path} is finished: nothing to resume")
+        console.say(f"to train longer: slim resume {run} epoch=N --allow-recipe-change")
+        if console.settings().quiet:
+            console.result(str(folder.path))
+        elif not console.settings().json:
+            show_result(folder.path, summary.read(folder.summary))
+        return
+    start(after, resume=folder.path, max_steps=max_steps)
+
+
+def after_changes(before: Recipe, after: Recipe) -> list[tuple[str, object, object]]:
+    """Every key that differs: (dotted name, old, new)."""
+    old, new = _flat(before), _flat(after)
+    return [
+        (name, old.get(name), new.get(name))
+        for name in dict.fromkeys((*old, *new))
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _flat(recipe: Recipe) -> dict[str, object]:
+    flat: dict[str, object] = {
+        "task_name": recipe.task_name,
+        "model": str(recipe.model),
+        "hooks": str(recipe.hooks),
+        "export.onnx": recipe.export.onnx,
+        "export.trt": recipe.export.trt,
+    }
+    for stage in recipe.stages:
+        flat[f"{stage.name}.algorithm"] = stage.algorithm_name
+        for key, value in stage.keys().items():
+            flat[f"{stage.name}.{key}"] = value
+    return flat
+
+
+def _check_recipe(before: Recipe, after: Recipe, is_allowed: bool) -> None:
+    """Free keys pass; others are shown and need a flag; some can't change.
+
+    Raises:
+        RecipeError: With the difference.
+    """
+    changes = after_changes(before, after)
+    for name, old, new in changes:
+        console.say(f"- {name}: {old}\n+ {name}: {new}")
+    fixed: list[Problem] = []
+    unsure: list[Problem] = []
+    for name, old, new in changes:
+        key = name.rpartition(".")[2]
+        if key in FREE_KEYS or name.startswith("export."):
+            continue
+        in_stage = any(name.startswith(f"{stage.name}.") for stage in before.stages)
+        is_fixed = not in_stage or key in (*FIXED_KEYS, "algorithm")
+        (fixed if is_fixed else unsure).append(
+            Problem(
+                "E-RESUME-RECIPE",
+                f"{name} was {old} when the run started, now {new}",
+                fix="start a new run" if is_fixed else "--allow-recipe-change, if you mean it",
+            )
+        )
+    if fixed or (unsure and not is_allowed):
+        raise RecipeError(*fixed, *([] if is_allowed else unsure))
+
+
+def _check_code(folder: RunFolder, recipe: Recipe, is_allowed: bool) -> None:
+    """The hook files must be those the run started with.
+
+    Raises:
+        RecipeError: One changed, and that was not allowed.
+    """
+    from slimcli.artifacts import run_folder
+    from slimcli.recipe.hooks import resolve
+
+    changed = run_folder.changed_code(folder, resolve(recipe).files)
+    for each in changed:
+        console.warn(f"hook file {each}")
+    if changed and not is_allowed:
+        raise RecipeError(
+            Problem(
+                "E-RESUME-CODE",
+                f"hook files are not what they were when the run started: {', '.join(changed)}",
+                fix=f"undo the change (a copy is in {folder.path / 'code'}), "
+                "or --allow-code-change",
+            )
+        )
+
+
+def _is_finished(folder: RunFolder) -> bool:
+    from slimcli.artifacts import summary
+
+    return folder.summary.is_file() and summary.read(folder.summary)["status"] == "finished"

@@ -1,0 +1,189 @@
+"""The plan of every stage before anything starts, and a trial step on copies; writes nothing."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from slimcli.artifacts import verify
+from slimcli.artifacts.events import EventLog
+from slimcli.compressor import Compressor, Plan, Schedule
+from slimcli.errors import Problem, VerificationError
+from slimcli.network.example import Example
+from slimcli.solver import planner
+from slimcli.solver.data import Sharding
+from slimcli.solver.datasets import build_data, generate_datasets
+from slimcli.solver.devices import make_fabric
+from slimcli.solver.evaluation import Evaluator
+from slimcli.solver.job import Job, StageJob
+from slimcli.solver.loop import Subject, Surroundings, Trainer
+from slimcli.solver.step import move_batch
+
+TRIAL_STEPS = 3
+
+
+@dataclass(frozen=True)
+class StageForecast:
+    """What is known of a stage before training.
+
+    Attributes:
+        name: The stage.
+        algorithm: Its algorithm.
+        plan: What its compressor plans on today's weights.
+        schedule: Its learning rates.
+        is_certain: No compressing stage comes before it, so that its plan is about the very model
+            it will get, but for the weights.
+        metrics: The metrics of one validation batch.
+        notices: What to know about the data.
+        trial: What a trial step and deployment showed, by name; empty without a trial.
+    """
+
+    name: str
+    algorithm: str
+    plan: Plan
+    schedule: Schedule
+    is_certain: bool
+    metrics: dict[str, float]
+    notices: tuple[str, ...]
+    trial: dict[str, str] = field(default_factory=dict)
+
+
+def forecast(job: Job, *, trial: bool = False) -> list[StageForecast]:
+    """Plan every stage on the user's model as it is today.
+
+    Args:
+        job: What would be run.
+        trial: Also take a few steps on a copy and deploy it.
+
+    Raises:
+        SlimError: Data, model or hooks are wrong.
+        VerificationError: The trial's deployed model differs from the trained one.
+    """
+    first = job.stages[0].training
+    fabric = make_fabric(first.model_copy(update={"num_processes": None, "devices": _one(first)}))
+    datasets = generate_datasets(job.hooks, first.seed)
+    found = []
+    is_certain = True
+    for stage in job.stages:
+        found.append(_stage(job, stage, fabric, datasets, (is_certain, trial)))
+        is_certain = is_certain and not stage.compressor.compresses
+    return found
+
+
+def _one(training: Any) -> Any:
+    """A plan needs one device."""
+    return training.devices if training.devices == "cpu" else training.devices[:1]
+
+
+def _stage(
+    job: Job, stage: StageJob, fabric: Fabric, datasets: tuple[Any, ...], flags: tuple[bool, bool]
+) -> StageForecast:
+    is_certain, wants_trial = flags
+    model = planner.start_weights(job, planner.fresh_model(job.hooks, job.stages[0].training.seed))
+    model.to(fabric.device)
+    data = build_data(datasets, job.hooks, stage.training, model, Sharding(), lambda each: each)
+    evaluator = Evaluator(
+        job.hooks, lambda each: move_batch(fabric, each, stage.training.channels_last)
+    )
+    example = planner.example_of(stage, data, job.hooks, fabric)
+    schedule = planner.schedule_of(stage, data, job.hooks, job.max_steps)
+    metrics = planner.check_one_batch(model, stage, data, job.hooks, evaluator)
+    compressor = stage.compressor(stage.config)
+    plan = compressor.plan(model, example, schedule)
+    result = StageForecast(
+        stage.name,
+        stage.algorithm,
+        plan,
+        schedule,
+        is_certain,
+        metrics,
+        data.notices,
+    )
+    if not wants_trial or plan.refusals:
+        return result
+    subject = Subject(copy.deepcopy(model), compressor, plan, example)
+    around = Surroundings(
+        fabric=fabric,
+        stage=_short(stage),
+        hooks=job.hooks,
+        data=data,
+        schedule=schedule,
+        evaluator=evaluator,
+        events=EventLog(None),
+        check_stop=lambda: None,
+        save=lambda trainer, is_best: None,
+    )
+    return replace(result, trial=_trial(subject, around))
+
+
+def _short(stage: StageJob) -> StageJob:
+    """The same stage without compilation, whose minutes a trial should not cost."""
+    return replace(stage, training=stage.training.model_copy(update={"compile": False}))
+
+
+def _trial(subject: Subject, around: Surroundings) -> dict[str, str]:
+    """A few real steps on a copy, then deploy and compare."""
+    compressor, example = subject.compressor, subject.example
+    subject.model = compressor.prepare(subject.model, example, subject.plan)
+    subject.model.to(around.fabric.device)
+    compressor.calibrate(subject.model, _examples(around, example))
+    shown: dict[str, str] = {}
+    if around.stage.training.epoch > 0:
+        shown["trial"] = _steps(Trainer(subject, around), around)
+    shown["deploy"] = _deploy(compressor, subject.model, example)
+    return shown
+
+
+def _examples(around: Surroundings, example: Example) -> list[Example]:
+    batch = next(iter(around.data.train.batches(0)))
+    return [Example(around.evaluator.move(batch.data), around.hooks.predict_function)]
+
+
+def _steps(trainer: Trainer, around: Surroundings) -> str:
+    """Timed steps, and what the whole stage would take at that pace."""
+    seconds: list[float] = []
+    for batch, _ in zip(around.data.train.batches(0), range(TRIAL_STEPS), strict=False):
+        started = time.perf_counter()
+        trainer.try_step(batch)
+        seconds.append(time.perf_counter() - started)
+    pace = min(seconds)
+    total = pace * around.schedule.steps
+    from slimcli.artifacts.event_lines import seconds as in_words
+
+    device = around.fabric.device
+    return (
+        f"{len(seconds)} steps ok · {1000 * pace:.0f} ms/step on {device} · "
+        f"{around.schedule.steps} steps take about {in_words(total)}"
+    )
+
+
+def _deploy(compressor: Compressor, model: nn.Module, example: Example) -> str:
+    """Deploy the copy as it is and compare.
+
+    Raises:
+        VerificationError: The two differ.
+    """
+    with torch.no_grad():
+        plain = compressor.deploy(model)
+    seam = verify.compare(
+        verify.runner(model, example.predict),
+        verify.runner(plain, example.predict),
+        [example.batch],
+        names=("trained", "deploy"),
+    )
+    if not seam.ok:
+        raise VerificationError(
+            Problem(
+                "E-VERIFY-DEPLOY",
+                "deploy differs from trained in the trial",
+                expected=f"at most {seam.limit:.1e}",
+                received=f"{seam.max_abs:.1e}",
+            )
+        )
+    return f"ok  max difference {seam.max_abs:.1e} (limit {seam.limit:.1e})"
