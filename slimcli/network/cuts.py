@@ -19,11 +19,14 @@ class Slot:
         dim: The dimension whose entries are channels.
         indices: For each channel of the group, the entries of that dimension which belong to it
             (one entry for a plain conv, H*W for a Linear after flatten).
+        size: Entries of the whole dimension, those of other groups included; None: none beyond the
+            last one in ``indices``.
     """
 
     tensor: str
     dim: int
     indices: tuple[tuple[int, ...], ...]
+    size: int | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,25 @@
+"""Which channels of a network belong together, learnt by running it.
+
+``analyze`` is the entry; ``Structure`` and ``Group`` are what it finds; ``zero_channels`` does what a
+compactor row of zero does.
+"""
+
+from slimcli.network.structure.analyze import analyze
+from slimcli.network.structure.structure import (
+    ConvBatchNorm,
+    Group,
+    LayerRow,
+    Site,
+    Structure,
+    zero_channels,
+)
+
+__all__ = [
+    "ConvBatchNorm",
+    "Group",
+    "LayerRow",
+    "Site",
+    "Structure",
+    "analyze",
+    "zero_channels",
+]

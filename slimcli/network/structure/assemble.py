@@ -1,0 +1,195 @@
+"""Puts the public ``Structure`` together from what was traced and grouped."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from torch import nn
+
+from slimcli.network import fuse
+from slimcli.network.cuts import Slot
+from slimcli.network.structure.exactness import Flow, flows
+from slimcli.network.structure.groups import Grouping, RawGroup, to_slot
+from slimcli.network.structure.record import Labels, Record
+from slimcli.network.structure.structure import (
+    ConvBatchNorm,
+    Group,
+    LayerRow,
+    Site,
+    Structure,
+    counted,
+)
+
+
+def assemble(
+    model: nn.Module,
+    record: Record,
+    grouping: Grouping,
+    norm_after: dict[str, str],
+    samples: int,
+    notes: tuple[str, ...],
+) -> Structure:
+    """The public result."""
+    site_norms = {key: norm for key, norm in norm_after.items() if is_site_norm(model, norm)}
+    found = flows(record, grouping, site_norms)
+    groups = []
+    names: dict[str, int] = {}
+    duplicates = _duplicate_reasons(record, grouping)
+    for number, (raw, flow) in enumerate(zip(grouping.groups, found, strict=True)):
+        group = _group(record, raw, flow, site_norms)
+        names[group.name] = names.get(group.name, 0) + 1
+        if names[group.name] > 1:
+            group = replace(group, name=f"{group.name}#{names[group.name]}")
+        groups.append(_with_duplicates(group, duplicates.get(number, "")))
+    groups = [replace(g, is_linear=_is_linear(g, f, groups)) for g, f in zip(groups, found, strict=True)]
+    group_names = [group.name for group in groups]
+    sizes = {group.name: group.size for group in groups}
+    terms = counted(record.macs, grouping.group_of, group_names, sizes)
+    result = Structure(
+        tuple(groups),
+        _layers(model, record, grouping, groups),
+        _pairs(model, norm_after),
+        0,
+        notes,
+        terms,
+        samples,
+    )
+    return replace(result, macs=result.macs_with({}))
+
+
+def is_site_norm(model: nn.Module, path: str) -> bool:
+    """Can something be put right behind this norm? Exact batch norms and registered ones."""
+    norm = model.get_submodule(path)
+    batch_norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    registered = {*fuse.PLAIN_NORMS, *fuse.ACTIVATED_NORMS}
+    return type(norm) in batch_norms or type(norm).__name__ in registered
+
+
+def _group(record: Record, raw: RawGroup, flow: Flow, norm_after: dict[str, str]) -> Group:
+    sites = tuple(
+        Site("" if key.startswith("tensor:") else key, norm_after.get(key)) for key in flow.zeroed
+    )
+    reading = {s for r in flow.readings for s in _dims(record, r.consumer.weight_labels)}
+    writing = {s for key in flow.zeroed for s in _dims(record, flow.producers[key].labels)}
+    producers, followers, consumers = [], [], []
+    for number, entries in raw.slots:
+        slot = to_slot(record, number, entries)
+        path = slot.tensor.rpartition(".")[0]
+        is_bias = slot.tensor.endswith(".bias") and any(site.conv == path for site in sites)
+        if number in writing or is_bias:
+            producers.append(slot)
+        elif number in reading:
+            consumers.append(slot)
+        else:
+            followers.append(slot)
+    constants = tuple(
+        (consumer.path, slot)
+        for consumer in flow.constant_readers
+        for slot in consumers
+        if record.sources.dims
+        and any(_is_dim(record, number, slot) for number in _dims(record, consumer.weight_labels))
+    )
+    reason = raw.reason or flow.reason or ("it has one channel" if raw.size < 2 else "")
+    return Group(
+        name=_name(flow, norm_after),
+        size=raw.size,
+        producers=tuple(producers),
+        followers=tuple(followers),
+        consumers=tuple(consumers),
+        sites=sites,
+        frozen_reason=reason,
+        exact_zero=not reason,
+        constants=() if reason else constants,
+        is_placeable=all(site.conv for site in sites),
+    )
+
+
+def _is_dim(record: Record, number: int, slot: Slot) -> bool:
+    dim = record.sources.dims[number]
+    return dim.tensor == slot.tensor and dim.dim == slot.dim
+
+
+def _name(flow: Flow, norm_after: dict[str, str]) -> str:
+    key = flow.zeroed[0]
+    return norm_after.get(key) or key.removeprefix("tensor:")
+
+
+def _dims(record: Record, labels: Labels) -> list[int]:
+    """Numbers of the source dimensions these labels belong to."""
+    starts = np.array([each.first for each in record.sources.dims])
+    used = labels[labels != 0]
+    return np.unique(np.searchsorted(starts, used, side="right") - 1).tolist() if len(used) else []
+
+
+def _duplicate_reasons(record: Record, grouping: Grouping) -> dict[int, str]:
+    found: dict[int, str] = {}
+    for labels, reason in record.no_duplicates:
+        for number in np.unique(grouping.group_of[labels]).tolist():
+            found.setdefault(number, reason)
+    return found
+
+
+def _with_duplicates(group: Group, reason: str) -> Group:
+    if group.frozen_reason:
+        reason = group.frozen_reason
+    both = {(s.tensor, s.dim) for s in group.producers + group.followers}
+    if not reason and any((slot.tensor, slot.dim) in both for slot in group.consumers):
+        reason = "one tensor dimension both makes and reads these channels"
+    return replace(group, exact_duplicate=not reason, duplicate_reason=reason)
+
+
+def _is_linear(group: Group, flow: Flow, groups: list[Group]) -> bool:
+    """One dense value producer and one dense value reader; the way to a gate doesn't count."""
+    if group.frozen_reason or len(group.sites) != 1 or not group.is_placeable:
+        return False
+    if not all(flow.producers[key].is_plain for key in flow.zeroed):
+        return False
+    gates = {slot.tensor for slot in group.followers}
+    readers = {r.consumer.path: r.consumer for r in flow.readings}
+    if any(not path or path.startswith("tensor:") for path in readers):
+        return False
+    values = [c for path, c in readers.items() if not _feeds_only(path, gates, groups, set())]
+    calls = [r for r in flow.readings if r.consumer.path in {c.path for c in values}]
+    return len(values) == 1 and values[0].is_plain and len(calls) <= 2
+
+
+def _feeds_only(path: str, gates: set[str], groups: list[Group], seen: set[str]) -> bool:
+    """Does all that this layer puts out end in the weights of gates?"""
+    if f"{path}.weight" in gates:
+        return True
+    if path in seen:
+        return False
+    mine = [g for g in groups if any(s.tensor == f"{path}.weight" for s in g.producers)]
+    if not mine:
+        return False
+    readers = {slot.tensor for g in mine for slot in g.consumers}
+    return bool(readers) and all(
+        tensor in gates or _feeds_only(tensor.rpartition(".")[0], gates, groups, seen | {path})
+        for tensor in readers
+    )
+
+
+def _layers(
+    model: nn.Module, record: Record, grouping: Grouping, groups: list[Group]
+) -> tuple[LayerRow, ...]:
+    modules = dict(model.named_modules())
+    rows = []
+    for key, labels in record.layers.items():
+        path = key.removeprefix("tensor:")
+        kind = type(modules[path]).__name__ if path in modules else "tensor"
+        numbers = [n for n in np.unique(grouping.group_of[labels]).tolist() if n >= 0]
+        mine = sorted((groups[n] for n in numbers), key=lambda g: bool(g.frozen_reason))
+        name, reason = (mine[0].name, mine[0].frozen_reason) if mine else ("", "its outputs carry no channels")
+        rows.append(LayerRow(path, kind, len(labels), name, reason))
+    return tuple(rows)
+
+
+def _pairs(model: nn.Module, norm_after: dict[str, str]) -> tuple[ConvBatchNorm, ...]:
+    found = []
+    for conv, norm in norm_after.items():
+        if conv.startswith("tensor:") or not is_site_norm(model, norm):
+            continue
+        if not fuse.why_not_foldable(model.get_submodule(conv), model.get_submodule(norm)):
+            found.append(ConvBatchNorm(conv, norm))
+    return tuple(found)

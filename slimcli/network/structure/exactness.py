@@ -1,0 +1,106 @@
+"""Where a channel must be made zero, and whether the zero (or a constant) survives to its readers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from slimcli.network.structure.groups import Grouping
+from slimcli.network.structure.nodes import State, ZeroStates
+from slimcli.network.structure.planes import LABEL_MASK, SHIFT
+from slimcli.network.structure.record import Consumer, Producer, Record
+
+
+@dataclass
+class Reading:
+    """One consumer of a group, with the nodes it reads there."""
+
+    consumer: Consumer
+    nodes: tuple[int, ...]
+
+
+@dataclass
+class Flow:
+    """How values flow through one group.
+
+    Attributes:
+        producers: Key -> producer, in network order.
+        readings: Consumers.
+        zeroed: Keys that must be zero.
+        reason: Why no zero survives; empty if one does.
+        constant_readers: Paths where a constant arrives.
+    """
+
+    producers: dict[str, Producer] = field(default_factory=dict)
+    readings: list[Reading] = field(default_factory=list)
+    zeroed: list[str] = field(default_factory=list)
+    reason: str = ""
+    constant_readers: list[Consumer] = field(default_factory=list)
+
+
+def flows(record: Record, grouping: Grouping, norm_after: dict[str, str]) -> list[Flow]:
+    """One flow for each group."""
+    found = [Flow() for _ in grouping.groups]
+    for producer in record.producers:
+        for number in _numbers(grouping, producer.labels):
+            known = found[number].producers.setdefault(producer.key, producer)
+            if not producer.is_plain and known.is_plain:
+                found[number].producers[producer.key] = producer
+    for consumer in record.consumers:
+        by_group: dict[int, set[int]] = defaultdict(set)
+        groups = grouping.group_of[consumer.arrivals & LABEL_MASK]
+        pairs = np.unique(np.stack([groups, consumer.arrivals >> SHIFT]), axis=1)
+        for number, node in pairs.T.tolist():
+            if number >= 0:
+                by_group[number].add(node)
+        for number, nodes in by_group.items():
+            found[number].readings.append(Reading(consumer, tuple(sorted(nodes))))
+    for raw, flow in zip(grouping.groups, found, strict=True):
+        _choose_sites(record, flow, norm_after)
+        if not raw.reason:
+            _judge(record, flow, norm_after)
+    return found
+
+
+def _numbers(grouping: Grouping, labels: np.ndarray) -> list[int]:
+    numbers = np.unique(grouping.group_of[labels]).tolist()
+    return [number for number in numbers if number >= 0]
+
+
+def _choose_sites(record: Record, flow: Flow, norm_after: dict[str, str]) -> None:
+    """Drops producers, last first, whose zero changes nothing for any reader (gates)."""
+    keys = list(flow.producers)
+    best = _states(record, flow, keys, norm_after)
+    for key in reversed(list(keys)):
+        fewer = [each for each in keys if each != key]
+        if fewer and _states(record, flow, fewer, norm_after) == best:
+            keys = fewer
+    flow.zeroed = keys
+
+
+def _states(
+    record: Record, flow: Flow, keys: list[str], norm_after: dict[str, str]
+) -> list[State]:
+    states = ZeroStates(record.table, keys, norm_after)
+    return [max(states.of(node) for node in reading.nodes) for reading in flow.readings]
+
+
+def _judge(record: Record, flow: Flow, norm_after: dict[str, str]) -> None:
+    states = _states(record, flow, flow.zeroed, norm_after)
+    if not states:
+        flow.reason = "nothing reads it"
+        return
+    for reading, state in zip(flow.readings, states, strict=True):
+        consumer = reading.consumer
+        name = consumer.path or "a sum over channels"
+        if state == State.VARYING:
+            flow.reason = f"a removed channel would not be zero where {name} reads it"
+            return
+        if state == State.CONSTANT:
+            if not consumer.takes_constants or not consumer.is_plain:
+                flow.reason = f"a removed channel would arrive at {name} as a constant that no bias can take up"
+                return
+            if all(consumer.path != other.path for other in flow.constant_readers):
+                flow.constant_readers.append(consumer)

@@ -1,0 +1,207 @@
+"""From label pairs to groups of channels: connected components, gathered by what they touch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from slimcli.network.cuts import Slot
+from slimcli.network.structure.record import Labels, Record
+
+
+class Choice(Enum):
+    """What happens to blocks of an axis that is divided."""
+
+    OFFSETS = 0
+    BLOCKS = 1
+
+
+@dataclass
+class RawGroup:
+    """Channels with the same slots and the same fate; not yet looked at for zeros.
+
+    Attributes:
+        slots: (index into ``sources.dims``, entries per channel as a matrix (size, k)).
+        size: Channels.
+        reason: Why it is frozen, or empty.
+    """
+
+    slots: list[tuple[int, Labels]]
+    size: int
+    reason: str
+
+
+@dataclass
+class Grouping:
+    """All groups and, for every label, the number of its group (-1: none)."""
+
+    groups: list[RawGroup]
+    group_of: Labels
+
+
+def build(record: Record, choices: Sequence[Choice], bans: Iterable[tuple[Labels, str]]) -> Grouping:
+    """Groups under a choice for every split.
+
+    Args:
+        record: What was traced.
+        choices: One for each of ``record.splits``.
+        bans: More labels to freeze, with reasons (what a trial cut found).
+    """
+    component = components(record, choices)
+    reasons, reason_of = _frozen_components(record, component, bans)
+    produced = _unique_labels([producer.labels for producer in record.producers])
+    wanted = np.zeros(int(component.max()) + 1, dtype=bool)
+    wanted[component[produced]] = True
+    slot_of = _slot_of_label(record)
+    return _gather(record, component, wanted, slot_of, reason_of, reasons)
+
+
+def components(record: Record, choices: Sequence[Choice]) -> Labels:
+    """Number of the component of every label."""
+    pairs = list(record.edges)
+    for split, choice in zip(record.splits, choices, strict=True):
+        pairs.append(split.offset_pairs if choice == Choice.OFFSETS else split.block_pairs)
+    count = record.sources.count
+    left = np.concatenate([pair[0] for pair in pairs] or [np.zeros(0, np.int64)])
+    right = np.concatenate([pair[1] for pair in pairs] or [np.zeros(0, np.int64)])
+    both = (left != 0) & (right != 0)
+    left, right = left[both], right[both]
+    graph = coo_matrix((np.ones(len(left), np.int8), (left, right)), shape=(count, count))
+    return np.asarray(connected_components(graph, directed=False)[1], dtype=np.int64)
+
+
+def first_choices(record: Record) -> list[Choice]:
+    """Equal offsets, except where that would leave a single channel and whole blocks would not."""
+    choices = [Choice.OFFSETS] * len(record.splits)
+    if not choices:
+        return choices
+    component = components(record, choices)
+    collapsed = [
+        number
+        for number, split in enumerate(record.splits)
+        if _count(component, split.offset_pairs[0]) == 1
+    ]
+    if not collapsed:
+        return choices
+    for number in collapsed:
+        choices[number] = Choice.BLOCKS
+    component = components(record, choices)
+    for number in collapsed:
+        if _count(component, record.splits[number].offset_pairs[0]) == 1:
+            choices[number] = Choice.OFFSETS
+    return choices
+
+
+def _count(component: Labels, labels: Labels) -> int:
+    return len(np.unique(component[labels[labels != 0]]))
+
+
+def _unique_labels(arrays: Sequence[Labels]) -> Labels:
+    labels = np.unique(np.concatenate([*arrays, np.zeros(1, np.int64)]))
+    return labels[labels != 0]
+
+
+def _frozen_components(
+    record: Record, component: Labels, bans: Iterable[tuple[Labels, str]]
+) -> tuple[list[str], Labels]:
+    """Reasons, and for each component the number of its first one (-1: not frozen)."""
+    reasons = list(record.reasons)
+    frozen = list(record.frozen)
+    for labels, reason in bans:
+        reasons.append(reason)
+        frozen.append((labels, len(reasons) - 1))
+    numbers = {reason: number for number, reason in reversed(list(enumerate(reasons)))}
+    none = len(reasons)
+    first = np.full(int(component.max()) + 1, none, dtype=np.int64)
+    for labels, number in frozen:
+        np.minimum.at(first, component[labels], numbers[reasons[number]])
+    first[first == none] = -1
+    return reasons, first
+
+
+def _slot_of_label(record: Record) -> Labels:
+    sizes = [1, *(each.size for each in record.sources.dims)]
+    return np.repeat(np.arange(-1, len(sizes) - 1, dtype=np.int64), sizes)
+
+
+def _gather(
+    record: Record,
+    component: Labels,
+    wanted: np.ndarray,
+    slot_of: Labels,
+    reason_of: Labels,
+    reasons: Sequence[str],
+) -> Grouping:
+    """Components with equal slots and equal reasons become one group."""
+    labels = np.flatnonzero(wanted[component])
+    labels = labels[labels != 0]
+    group_of = np.full(record.sources.count, -1, dtype=np.int64)
+    if not len(labels):
+        return Grouping([], group_of)
+    labels = labels[np.lexsort((labels, slot_of[labels], component[labels]))]
+    starts = np.flatnonzero(np.diff(component[labels], prepend=-1))
+    ids = np.random.default_rng(0).integers(1, 2**62, size=len(record.sources.dims), dtype=np.int64)
+    with np.errstate(over="ignore"):
+        signature = np.add.reduceat(ids[slot_of[labels]], starts)
+    signature = signature ^ (reason_of[component[labels[starts]]] * 1_000_003)
+    _, which = np.unique(signature, return_inverse=True)
+    counts = np.diff([*starts, len(labels)])
+    group_of[labels] = np.repeat(which, counts)
+    order = _network_order(record, group_of, int(which.max()) + 1)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    group_of[labels] = rank[group_of[labels]]
+    groups = _raw_groups(record, labels, component, group_of, slot_of, reason_of, reasons)
+    return Grouping(groups, group_of)
+
+
+def _network_order(record: Record, group_of: Labels, count: int) -> Labels:
+    first = np.full(count, np.iinfo(np.int64).max)
+    for producer in record.producers:
+        groups = np.unique(group_of[producer.labels])
+        groups = groups[groups >= 0]
+        first[groups] = np.minimum(first[groups], producer.order)
+    return np.argsort(first, kind="stable")
+
+
+def _raw_groups(
+    record: Record,
+    labels: Labels,
+    component: Labels,
+    group_of: Labels,
+    slot_of: Labels,
+    reason_of: Labels,
+    reasons: Sequence[str],
+) -> list[RawGroup]:
+    heads = np.minimum.reduceat(labels, np.flatnonzero(np.diff(component[labels], prepend=-1)))
+    counts = np.diff([*np.flatnonzero(np.diff(component[labels], prepend=-1)), len(labels)])
+    head = np.repeat(heads, counts)
+    order = np.lexsort((labels, head, slot_of[labels], group_of[labels]))
+    labels, head = labels[order], head[order]
+    firsts = np.array([each.first for each in record.sources.dims])
+    groups = []
+    bounds = [*np.flatnonzero(np.diff(group_of[labels], prepend=-1)), len(labels)]
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        mine = labels[start:end]
+        slots = slot_of[mine]
+        size = len(np.unique(head[start:end]))
+        cuts = [*np.flatnonzero(np.diff(slots, prepend=-2)), len(mine)]
+        matrices = [
+            (int(slots[a]), (mine[a:b] - firsts[slots[a]]).reshape(size, -1))
+            for a, b in zip(cuts, cuts[1:], strict=False)
+        ]
+        number = int(reason_of[component[mine[0]]])
+        groups.append(RawGroup(matrices, size, reasons[number] if number >= 0 else ""))
+    return groups
+
+
+def to_slot(record: Record, number: int, entries: Labels) -> Slot:
+    """A slot from a matrix of entries (channels, entries per channel)."""
+    dim = record.sources.dims[number]
+    indices = tuple(tuple(row) for row in entries.tolist())
+    return Slot(dim.tensor, dim.dim, indices, dim.size)

@@ -1,0 +1,152 @@
+"""How a channel's value came about, so that one can tell what a zero at its source becomes.
+
+Nodes form a directed graph over whole calls, not over single channels. ``ZeroStates`` answers, for a
+set of producers held at zero: is the value here zero, a constant (the same number at every position), or
+neither?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from enum import IntEnum
+
+
+class State(IntEnum):
+    """What is known of a removed channel's value; a larger one is worse."""
+
+    ZERO = 0
+    CONSTANT = 1
+    VARYING = 2
+
+
+class Kind(IntEnum):
+    """What made a value."""
+
+    FIXED = 0  # no channel of ours
+    SOURCE = 1  # a parameter or buffer itself
+    PRODUCER = 2  # convolution, linear layer, embedding
+    AFFINE = 3  # batch normalisation and its like: zero goes to the shift
+    MAP = 4  # f(x) with f(0) = 0 or not
+    BORDER = 5  # something was added at the border: zero, or another value
+    DEPTHWISE = 6  # a convolution of each channel with itself
+    COMBINE = 7  # several tensors, position by position
+    CARRY = 8  # a sum over other axes with varying weights
+    JOIN = 9  # different values at different positions of one channel
+
+
+@dataclass(frozen=True)
+class Node:
+    """One value, given by what made it and from what.
+
+    Attributes:
+        kind: What made it.
+        parents: Nodes it was made from.
+        flags: COMBINE: does f(0 here, anything elsewhere) = 0, per parent. DEPTHWISE: (biased, padded).
+            MAP, COMBINE: see ``keeps_zero``. SOURCE: (one number per channel,).
+        keeps_zero: MAP, COMBINE: f(0, ...) = 0. BORDER: the border is zero.
+        name: PRODUCER, AFFINE: key of the producer, path of the norm; SOURCE: tensor.
+    """
+
+    kind: Kind
+    parents: tuple[int, ...] = ()
+    flags: tuple[bool, ...] = ()
+    keeps_zero: bool = True
+    name: str = ""
+
+
+class NodeTable:
+    """All nodes of a trace; equal nodes are one."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = [Node(Kind.FIXED)]
+        self._index: dict[Node, int] = {self.nodes[0]: 0}
+        self._weight_like: dict[int, bool] = {}
+
+    def add(self, node: Node) -> int:
+        """The number of a node equal to this one."""
+        number = self._index.get(node)
+        if number is None:
+            number = self._index[node] = len(self.nodes)
+            self.nodes.append(node)
+        return number
+
+    def is_weight(self, number: int) -> bool:
+        """Is the value computed from parameters and buffers alone?"""
+        known = self._weight_like.get(number)
+        if known is None:
+            node = self.nodes[number]
+            known = node.kind == Kind.SOURCE or (
+                node.kind not in (Kind.FIXED, Kind.PRODUCER)
+                and all(self.is_weight(parent) for parent in node.parents if parent)
+                and any(node.parents)
+            )
+            self._weight_like[number] = known
+        return known
+
+
+class ZeroStates:
+    """States of nodes while the named producers are held at zero.
+
+    Args:
+        table: The nodes.
+        zeroed: Keys of the producers that are zero.
+        norm_after: For a producer's key, the norm behind which its zero is made.
+    """
+
+    def __init__(self, table: NodeTable, zeroed: Collection[str], norm_after: dict[str, str]) -> None:
+        self._nodes = table.nodes
+        self._zeroed = set(zeroed)
+        self._norm_after = norm_after
+        self._known: dict[int, State] = {}
+
+    def of(self, number: int) -> State:
+        """The state of one node (parents first, without recursion: graphs are deep)."""
+        todo = [number]
+        while todo:
+            current = todo[-1]
+            missing = [p for p in self._nodes[current].parents if p not in self._known]
+            if current not in self._known and missing:
+                todo += missing
+                continue
+            self._known.setdefault(current, self._evaluate(self._nodes[current]))
+            todo.pop()
+        return self._known[number]
+
+    def _evaluate(self, node: Node) -> State:
+        states = [self._known[parent] for parent in node.parents]
+        if node.kind == Kind.SOURCE:
+            return State.CONSTANT if node.flags[0] else State.VARYING
+        if node.kind == Kind.PRODUCER:
+            return State.ZERO if node.name in self._zeroed else State.VARYING
+        if node.kind == Kind.COMBINE:
+            return self._combine(node, states)
+        return self._unary(node, states) if states else State.VARYING
+
+    def _combine(self, node: Node, states: list[State]) -> State:
+        pairs = zip(states, node.flags, strict=True)
+        if any(state == State.ZERO and absorbs for state, absorbs in pairs):
+            return State.ZERO
+        if max(states) == State.ZERO:
+            return State.ZERO if node.keeps_zero else State.CONSTANT
+        return max(states)
+
+    def _unary(self, node: Node, states: list[State]) -> State:
+        state = max(states)
+        zero = state == State.ZERO
+        if node.kind == Kind.AFFINE:
+            parent = self._nodes[node.parents[0]]
+            if zero and parent.kind == Kind.PRODUCER:
+                at_site = self._norm_after.get(parent.name, "") == node.name != ""
+                return State.ZERO if at_site else State.CONSTANT
+            return max(state, State.CONSTANT)
+        if node.kind == Kind.MAP:
+            return state if node.keeps_zero else max(state, State.CONSTANT)
+        if node.kind == Kind.DEPTHWISE:
+            biased, padded = node.flags
+            if zero:
+                return State.CONSTANT if biased else State.ZERO
+            return State.VARYING if padded else state
+        if node.kind == Kind.BORDER and zero and not node.keeps_zero:
+            return State.VARYING
+        return State.ZERO if zero else State.VARYING  # BORDER, CARRY, JOIN

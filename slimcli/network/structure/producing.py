@@ -1,0 +1,79 @@
+"""What all mixing operators share: who called, what is produced, what is consumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from torch import Tensor, nn
+
+from slimcli.network.structure.nodes import Kind, Node
+from slimcli.network.structure.planes import labels_of
+from slimcli.network.structure.record import Consumer, Producer
+from slimcli.network.structure.trace import Op
+
+MIXING = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
+"""Modules that can be named as the place of a producer; subclasses included."""
+
+
+def caller(op: Op, weight: Tensor, plane: Tensor | None) -> str:
+    """Path of the module whose weight this is, if it is the one running; else ``tensor:NAME``."""
+    owner = ""
+    if plane is not None:
+        labels = labels_of(plane).reshape(-1)
+        first = int(labels[labels != 0][0]) if bool(labels.any()) else 0
+        owner = op.record.sources.dim_of(first).tensor if first else ""
+    else:
+        source = op.record.sources.find(weight)
+        owner = source.name if source else ""
+    path, module = op.tracer.calls.top()
+    inside = owner.startswith(f"{path}.") if path else bool(owner)
+    if isinstance(module, MIXING) and inside:
+        return path
+    return f"tensor:{owner}"
+
+
+def only_plane(op: Op, tensor: Tensor, axis: int) -> Tensor | None:
+    """The plane of a weight along an axis; more than one there, or a tilted one, is frozen."""
+    found = [plane for plane in op.planes(tensor) if plane.shape[axis] > 1]
+    if len(found) == 1 and found[0].numel() == found[0].shape[axis]:
+        return found[0]
+    op.freeze_planes(found, "the weight is computed in a way that mixes its axes")
+    return None
+
+
+def add_consumer(
+    op: Op, path: str, plane: Tensor, pairs: Tensor, *, takes_constants: bool, is_plain: bool
+) -> None:
+    """Records the reading side of a mixing op. ``pairs``: arriving and weight labels, (2, n)."""
+    numbers = pairs.numpy()
+    op.record.consumers.append(
+        Consumer(
+            op.record.next_order(),
+            path,
+            np.unique(plane.reshape(-1).numpy()),
+            np.unique(numbers[1]),
+            numbers,
+            takes_constants,
+            is_plain,
+        )
+    )
+
+
+def add_producer(op: Op, key: str, labels: Tensor, *, is_plain: bool) -> int:
+    """Records the writing side of a mixing op; returns the node of its values."""
+    op.record.layers.setdefault(key, labels.reshape(-1).numpy())
+    op.record.producers.append(
+        Producer(op.record.next_order(), key, labels.reshape(-1).numpy(), is_plain)
+    )
+    return op.record.table.add(Node(Kind.PRODUCER, name=key))
+
+
+def weights_only(op: Op) -> Callable[[Tensor], bool]:
+    """Tells planes of weights from planes of activations."""
+
+    def is_weight(plane: Tensor) -> bool:
+        nodes = np.unique(plane.reshape(-1).numpy() >> 32)
+        return all(op.record.table.is_weight(int(node)) for node in nodes if node)
+
+    return is_weight

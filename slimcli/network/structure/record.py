@@ -1,0 +1,154 @@
+"""What a trace finds out: which labels belong together, which are frozen and why, which ops consume."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slimcli.network.structure.nodes import NodeTable
+from slimcli.network.structure.planes import labels_of
+from slimcli.network.structure.sources import Sources
+
+Labels = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+
+
+@dataclass(frozen=True)
+class Split:
+    """A place where an axis with channels is divided into blocks of equal size.
+
+    Which blocks shrink is decided by the user's Python: either every block loses the same offsets,
+    or whole blocks go. Each hypothesis is a list of label pairs that must then stay together.
+    """
+
+    line: str
+    op: str
+    offset_pairs: tuple[Labels, Labels]
+    block_pairs: tuple[Labels, Labels]
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """One mixing op's reading side.
+
+    Attributes:
+        order: Position in the trace.
+        path: Module path, or empty if no module of a known type was called for it.
+        arrivals: Unique packed (label, node) entries that are read.
+        weight_labels: Labels of the weight's reading dimension; empty if an activation is on the other side.
+        pairs: (arriving label, weight label) in index order, shape (2, n).
+        takes_constants: Can a constant input be taken up by a bias?
+        is_plain: One group, so that it counts as a plain consumer.
+    """
+
+    order: int
+    path: str
+    arrivals: Labels
+    weight_labels: Labels
+    pairs: Labels
+    takes_constants: bool
+    is_plain: bool
+
+
+@dataclass(frozen=True)
+class Producer:
+    """One mixing op's writing side.
+
+    Attributes:
+        order: Position in the trace.
+        key: Module path, or ``tensor:NAME`` if the op was not called through a module.
+        labels: Labels of the outputs.
+        is_plain: One group.
+        is_gate_like: Depthwise: no value of its own.
+    """
+
+    order: int
+    key: str
+    labels: Labels
+    is_plain: bool
+
+
+@dataclass(frozen=True)
+class MacTerm:
+    """Multiply-accumulates of one op: ``scale`` x the kept entries of each factor / ``divisor``."""
+
+    path: str
+    scale: int
+    factors: tuple[Labels, ...]
+    divisor: int = 1
+
+
+@dataclass
+class Record:
+    """Everything two traces (eval and train mode) found, in the terms of one set of labels."""
+
+    sources: Sources
+    table: NodeTable = field(default_factory=NodeTable)
+    edges: list[tuple[Labels, Labels]] = field(default_factory=list)
+    frozen: list[tuple[Labels, int]] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    splits: list[Split] = field(default_factory=list)
+    consumers: list[Consumer] = field(default_factory=list)
+    producers: list[Producer] = field(default_factory=list)
+    lines: list[tuple[str, Labels]] = field(default_factory=list)
+    macs: list[MacTerm] = field(default_factory=list)
+    no_duplicates: list[tuple[Labels, str]] = field(default_factory=list)
+    layers: dict[str, Labels] = field(default_factory=dict)
+    rule_errors: list[str] = field(default_factory=list)
+    order: int = 0
+
+    def join(self, left: Tensor, right: Tensor) -> None:
+        """These entries (packed or labels, broadcastable) are the same channels."""
+        left, right = torch.broadcast_tensors(labels_of(left), labels_of(right))
+        a, b = left.reshape(-1).numpy(), right.reshape(-1).numpy()
+        self.join_labels(a, b)
+
+    def join_labels(self, a: Labels, b: Labels) -> None:
+        """The same for flat label arrays."""
+        both = (a != b) & (a != 0) & (b != 0)
+        if both.any():
+            self.edges.append((a[both], b[both]))
+
+    def tie(self, left: Tensor, right: Tensor, reason: str) -> None:
+        """Joins; where only one side has a label, it is frozen."""
+        left, right = torch.broadcast_tensors(labels_of(left), labels_of(right))
+        a, b = left.reshape(-1).numpy(), right.reshape(-1).numpy()
+        self.join_labels(a, b)
+        alone = np.concatenate([a[b == 0], b[a == 0]])
+        if alone.any():
+            self.freeze_labels(alone, reason)
+
+    def freeze(self, planes: Sequence[Tensor], reason: str) -> None:
+        """No channel in these planes may be cut."""
+        for plane in planes:
+            self.freeze_labels(labels_of(plane).reshape(-1).numpy(), reason)
+
+    def freeze_labels(self, labels: Labels, reason: str) -> None:
+        """The same for a flat array of labels."""
+        labels = np.unique(labels)
+        labels = labels[labels != 0]
+        if len(labels):
+            if not self.reasons or self.reasons[-1] != reason:
+                self.reasons.append(reason)
+            self.frozen.append((labels, len(self.reasons) - 1))
+
+    def refuse_duplicates(self, planes: Sequence[Tensor], reason: str) -> None:
+        """Merging equal channels here would change the result."""
+        for plane in planes:
+            self.no_duplicates.append((np.unique(labels_of(plane).reshape(-1).numpy()), reason))
+
+    def next_order(self) -> int:
+        """A position for the next mixing op."""
+        self.order += 1
+        return self.order
+
+    def axis_labels(self, planes: Sequence[Tensor], axis: int, size: int) -> Labels:
+        """Labels along an axis, in index order (the first of each where they vary); 0 where there are none."""
+        for plane in planes:
+            if plane.shape[axis] > 1:
+                first = labels_of(plane).movedim(axis, 0).reshape(size, -1)[:, 0]
+                return first.contiguous().numpy()
+        return np.zeros(size, dtype=np.int64)

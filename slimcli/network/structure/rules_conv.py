@@ -1,0 +1,165 @@
+"""Convolutions: labels end at the weight's input dimension and start at its output dimension."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from slimcli.network.structure.nodes import Kind, Node
+from slimcli.network.structure.planes import labels_of, pack
+from slimcli.network.structure.producing import add_consumer, add_producer, caller, only_plane
+from slimcli.network.structure.record import MacTerm
+from slimcli.network.structure.rules_norm import channel_rows
+from slimcli.network.structure.rules_pointwise import map_nodes
+from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule
+
+FIXED_INPUT = "it reads a tensor of fixed size (the model's input or computed values)"
+FIXED_WEIGHT = "the kernel is no parameter of its own"
+
+
+def convolution(op: Op) -> Sequence[Planes]:
+    """``aten::convolution`` and its variants: dense, grouped, depthwise, transposed."""
+    tensor, weight = op.args[0], op.args[1]
+    groups, transposed = int(op.args[8]), bool(op.args[6])
+    unbatched = tensor.dim() == weight.dim() - 1
+    if unbatched:
+        return _refuse(op, "a convolution without a batch axis")
+    inputs = _channel_plane(op, tensor)
+    out_dim, in_dim = (1, 0) if transposed else (0, 1)
+    _count(op, groups)
+    if groups > 1 and weight.shape[1] == 1 and groups == tensor.shape[1] and weight.shape[0] >= groups:
+        return _depthwise(op, inputs, weight, groups)
+    arriving = only_plane(op, weight, in_dim)
+    leaving = only_plane(op, weight, out_dim)
+    _connect(op, inputs, arriving, groups, transposed)
+    outputs = _outputs(op, leaving, groups, transposed)
+    op.tracer.calls.produced(op.output, caller(op, weight, leaving))
+    return [_carried(op, tensor) + outputs]
+
+
+def _refuse(op: Op, reason: str) -> Sequence[Planes]:
+    op.freeze(op.tensors(), reason)
+    return []
+
+
+def _channel_plane(op: Op, tensor: Tensor) -> Tensor | None:
+    """The packed entry of each input channel, or None; labels along the image are frozen."""
+    found: Tensor | None = None
+    for plane in op.planes(tensor):
+        if plane.shape[1] > 1:
+            found = plane
+        elif plane.shape[0] == 1:
+            op.freeze_planes([plane], "a convolution runs along an axis with channels")
+    return found
+
+
+def _carried(op: Op, tensor: Tensor) -> Planes:
+    """Channels folded into the batch axis pass, each mixed with itself only."""
+    add = op.record.table.add
+    flags = (op.args[2] is not None, any(op.args[4]))
+    planes: Planes = NO_PLANES
+    for plane in op.planes(tensor):
+        if plane.shape[0] > 1 and plane.shape[1] == 1:
+            if plane.numel() > plane.shape[0]:
+                op.freeze_planes([plane], "a convolution runs along an axis with channels")
+                continue
+            planes += (
+                map_nodes(op.record, plane, lambda n: add(Node(Kind.DEPTHWISE, (n,), flags))),
+            )
+    return planes
+
+
+def _connect(
+    op: Op, plane: Tensor | None, arriving: Tensor | None, groups: int, transposed: bool
+) -> None:
+    """Ties the input channels to the weight's input dimension, group by group."""
+    size = op.args[0].shape[1]
+    if plane is None:
+        if arriving is not None:
+            op.freeze_planes([arriving], FIXED_INPUT)
+        return
+    rows = channel_rows(op, plane, 1)
+    if arriving is None:
+        if size > 1:
+            op.freeze_planes([plane], FIXED_WEIGHT)
+        return
+    wanted = arriving.reshape(-1)
+    blocks = wanted.view(groups, -1) if transposed else wanted.view(1, -1).expand(groups, -1)
+    by_group = rows.view(groups, -1)
+    if groups > 1:
+        op.record.join(blocks[:1], blocks)
+        op.record.join(by_group[:1], by_group)
+    op.record.tie(by_group, blocks, FIXED_INPUT)
+    path = caller(op, op.args[1], arriving)
+    add_consumer(
+        op,
+        path,
+        plane,
+        torch.stack([labels_of(by_group).reshape(-1), labels_of(blocks).reshape(-1)]),
+        takes_constants=not path.startswith("tensor:") and not any(op.args[4]) and not transposed,
+        is_plain=groups == 1,
+    )
+
+
+def _outputs(op: Op, leaving: Tensor | None, groups: int, transposed: bool) -> Planes:
+    """Fresh values under the labels of the weight's output dimension."""
+    size = op.output.shape[1]
+    bias = op.args[2]
+    if leaving is None:
+        if size > 1:
+            op.freeze([bias], FIXED_WEIGHT)
+        return NO_PLANES
+    labels = labels_of(leaving).reshape(-1)
+    labels = labels.repeat(groups) if transposed else labels
+    if groups > 1:
+        blocks = labels.view(groups, -1)
+        op.record.join(blocks[:1], blocks)
+    if bias is not None:
+        planes = op.planes(bias)
+        other = planes[0].reshape(-1) if planes else torch.zeros_like(labels)
+        op.record.tie(labels, other, FIXED_WEIGHT)
+    node = add_producer(op, caller(op, op.args[1], leaving), labels, is_plain=groups == 1)
+    shape = [1] * op.output.dim()
+    shape[1] = size
+    return (pack(labels, node).view(shape),)
+
+
+def _depthwise(op: Op, plane: Tensor | None, weight: Tensor, groups: int) -> Sequence[Planes]:
+    """Every channel by itself; with a multiplier all outputs of a channel go with it."""
+    leaving = only_plane(op, weight, 0)
+    if plane is None:
+        op.freeze([weight, op.args[2]], FIXED_INPUT)
+        return []
+    rows = channel_rows(op, plane, 1)
+    multiplier = op.output.shape[1] // groups
+    spread = rows.repeat_interleave(multiplier)
+    labels = torch.zeros_like(spread) if leaving is None else labels_of(leaving).reshape(-1)
+    op.record.tie(spread, labels, FIXED_WEIGHT)
+    if op.args[2] is not None:
+        bias = op.planes(op.args[2])
+        op.record.tie(spread, bias[0].reshape(-1) if bias else torch.zeros_like(spread), FIXED_WEIGHT)
+    flags = (op.args[2] is not None, any(op.args[4]) or bool(op.args[6]))
+    add = op.record.table.add
+    shape = [1] * op.output.dim()
+    shape[1] = spread.numel()
+    out = map_nodes(op.record, spread, lambda n: add(Node(Kind.DEPTHWISE, (n,), flags)))
+    out = pack(torch.where(labels == 0, labels_of(spread), labels), out >> 32)
+    key = caller(op, weight, leaving)
+    op.record.layers.setdefault(key, labels_of(out).numpy())
+    op.tracer.calls.produced(op.output, key)
+    return [(out.view(shape),)]
+
+
+def _count(op: Op, groups: int) -> None:
+    tensor, weight = op.args[0], op.args[1]
+    places = tensor.shape[2:] if op.args[6] else op.output.shape[2:]
+    scale = tensor.shape[0] * math.prod(places) * math.prod(weight.shape[2:])
+    factors = [op.record.axis_labels(op.planes(weight), dim, weight.shape[dim]) for dim in (0, 1)]
+    path = op.tracer.calls.top()[0]
+    op.record.macs.append(MacTerm(path, scale, tuple(factors)))
+
+
+RULES: dict[str, Rule] = {"convolution": convolution, "_convolution": convolution}

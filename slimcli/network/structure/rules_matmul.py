@@ -1,0 +1,253 @@
+"""Matrix products: linear layers, attention, embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimcli.network.structure.nodes import Kind, Node
+from slimcli.network.structure.planes import labels_of, pack
+from slimcli.network.structure.producing import add_consumer, add_producer, caller, weights_only
+from slimcli.network.structure.record import Consumer, MacTerm
+from slimcli.network.structure.rules_conv import FIXED_INPUT, FIXED_WEIGHT
+from slimcli.network.structure.rules_pointwise import combine_nodes, map_nodes
+from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule
+
+
+def product(op: Op) -> Sequence[Planes]:
+    """``mm`` and ``bmm``."""
+    return [multiply(op, op.args[0], op.args[1], op.output)]
+
+
+def added_product(op: Op) -> Sequence[Planes]:
+    """``addmm`` and ``baddbmm``: the added tensor is a bias if it has only the columns' labels."""
+    bias, left, right = op.args[:3]
+    planes = multiply(op, left, right, op.output)
+    if not isinstance(bias, Tensor) or (op.kwargs.get("beta", 1) == 0):
+        return [planes]
+    return [_with_bias(op, bias, planes)]
+
+
+def _with_bias(op: Op, bias: Tensor, planes: Planes) -> Planes:
+    add = op.record.table.add
+    result: Planes = NO_PLANES
+    known = op.planes(bias)
+    for plane in planes:
+        axes = {axis for axis, size in enumerate(plane.shape) if size > 1}
+        lead = plane.dim() - bias.dim()
+        match = [each for each in known if {a + lead for a, n in enumerate(each.shape) if n > 1} & axes]
+        if match:
+            op.record.tie(plane, match[0].reshape([1] * lead + list(match[0].shape)), FIXED_WEIGHT)
+            result += (plane,)
+        elif any(bias.shape[axis - lead] > 1 for axis in axes if axis >= lead):
+            op.freeze_planes([plane], "channels meet a tensor of fixed size")
+        else:
+            anything = add(Node(Kind.SOURCE, flags=(False,)))
+            result += (
+                map_nodes(
+                    op.record,
+                    plane,
+                    lambda n: add(Node(Kind.COMBINE, (n, anything), (False, False))),
+                ),
+            )
+    alone = [p for p in known if not any(_overlap(p, plane) for plane in planes)]
+    op.freeze_planes(alone, FIXED_WEIGHT)
+    return result
+
+
+def _overlap(bias: Tensor, plane: Tensor) -> bool:
+    lead = plane.dim() - bias.dim()
+    return any(n > 1 and plane.shape[a + lead] > 1 for a, n in enumerate(bias.shape))
+
+
+def linear(op: Op) -> Sequence[Planes]:
+    """``aten::linear`` where it is not taken apart."""
+    tensor, weight, bias = op.args[0], op.args[1], op.arg(2, "bias")
+    flat = _Transposed(op, weight)
+    planes = multiply(op, tensor, flat, op.output)
+    return [_with_bias(op, bias, planes) if bias is not None else planes]
+
+
+class _Transposed:
+    """A weight seen as its transpose: shape and planes, no data."""
+
+    def __init__(self, op: Op, weight: Tensor) -> None:
+        self.weight = weight
+        self.shape = torch.Size(reversed(weight.shape))
+        self.planes = tuple(plane.t() for plane in op.planes(weight))
+
+
+def multiply(op: Op, left: Any, right: Any, output: Tensor) -> Planes:
+    """(..., m, k) x (..., k, n): ends labels along k, passes those along m and n."""
+    left_planes = op.planes(left)
+    right_planes = right.planes if isinstance(right, _Transposed) else op.planes(right)
+    weight = right.weight if isinstance(right, _Transposed) else right
+    dims = output.dim()
+    a = [_lead(plane, dims) for plane in left_planes]
+    b = [_lead(plane, dims) for plane in right_planes]
+    is_weight = weights_only(op)
+    a_weight = bool(a) and all(is_weight(plane) for plane in a)
+    b_weight = bool(b) and all(is_weight(plane) for plane in b)
+    arrivals = [plane for plane in a if plane.shape[-1] > 1]
+    readers = [plane for plane in b if plane.shape[-2] > 1]
+    _count(op, left.shape, right.shape, a, b)
+    if b_weight or not a_weight:
+        _contract(op, arrivals, [p.transpose(-1, -2) for p in readers], weight, b_weight)
+    else:
+        _contract(op, [p.transpose(-1, -2) for p in readers], arrivals, left, True)
+    rows = [p for p in a if p.shape[-1] == 1]
+    columns = [p for p in b if p.shape[-2] == 1]
+    result = _leaving(op, columns, weight, b_weight and not a_weight, -1)
+    result += _leaving(op, rows, left, a_weight and not b_weight, -2)
+    return _settle(op, result)
+
+
+def _settle(op: Op, planes: Planes) -> Planes:
+    """Planes from both sides that share an axis (batch, heads) are one."""
+    if len(planes) == 2:
+        shared = [i for i, (x, y) in enumerate(zip(planes[0].shape, planes[1].shape, strict=True)) if x > 1 and y > 1]
+        if shared:
+            op.freeze_planes(planes, "channels on both sides of a product share an axis")
+            return NO_PLANES
+    return planes
+
+
+def _lead(plane: Tensor, dims: int) -> Tensor:
+    return plane.reshape([1] * (dims - plane.dim()) + list(plane.shape))
+
+
+def _contract(
+    op: Op, arrivals: list[Tensor], readers: list[Tensor], weight: Tensor, is_weight: bool
+) -> None:
+    """Both sides with k as their last axis; a weight's side reads, two activations just meet."""
+    if not arrivals or not readers:
+        op.freeze_planes(readers, FIXED_INPUT)
+        op.freeze_planes(arrivals, FIXED_WEIGHT)
+        return
+    if len(arrivals) > 1 or len(readers) > 1:
+        op.freeze_planes([*arrivals, *readers], "several kinds of channels are summed over")
+        return
+    left, right = _one_row(op, arrivals[0]), _one_row(op, readers[0])
+    op.record.tie(left, right, FIXED_INPUT)
+    pairs = torch.stack([each.reshape(-1) for each in torch.broadcast_tensors(left, right)])
+    if is_weight:
+        path = caller(op, weight, readers[0])
+        absorbs = not path.startswith("tensor:")
+        add_consumer(
+            op, path, arrivals[0], labels_of(pairs), takes_constants=absorbs, is_plain=True
+        )
+        return
+    _meet(op, left, right)
+
+
+def _one_row(op: Op, plane: Tensor) -> Tensor:
+    """Joins what differs along the row axis."""
+    first = plane.narrow(-2, 0, 1)
+    if plane.shape[-2] > 1:
+        op.record.join(first, plane)
+    return first
+
+
+def _meet(op: Op, left: Tensor, right: Tensor) -> None:
+    """Two activations are multiplied and summed over channels: one zero side suffices."""
+    wide = [each.contiguous() for each in torch.broadcast_tensors(left, right)]
+    add = op.record.table.add
+    nodes = combine_nodes(wide, lambda parents: add(Node(Kind.COMBINE, parents, (True, True))))
+    packed = pack(labels_of(wide[0]), nodes).reshape(-1).unique().numpy()
+    empty = torch.zeros(0, dtype=torch.int64).numpy()
+    none = torch.zeros(2, 0, dtype=torch.int64).numpy()
+    op.record.consumers.append(
+        Consumer(op.record.next_order(), "", packed, empty, none, False, False)
+    )
+    op.record.refuse_duplicates([left, right], "two activations are multiplied and summed over them")
+
+
+def _leaving(op: Op, planes: list[Tensor], weight: Tensor, is_weight: bool, axis: int) -> Planes:
+    add = op.record.table.add
+    result: Planes = NO_PLANES
+    for plane in planes:
+        if is_weight and plane.numel() == plane.shape[axis]:
+            labels = labels_of(plane)
+            key = caller(op, weight, plane)
+            node = add_producer(op, key, labels, is_plain=True)
+            op.tracer.calls.produced(op.output, key)
+            result += (pack(labels, node),)
+        else:
+            result += (map_nodes(op.record, plane, lambda n: add(Node(Kind.CARRY, (n,)))),)
+    return result
+
+
+def _count(
+    op: Op, left: Sequence[int], right: Sequence[int], a: list[Tensor], b: list[Tensor]
+) -> None:
+    """``m * k * n`` for each matrix pair; factors are the labels along k and n."""
+    batch = 1
+    for size in torch.broadcast_shapes(tuple(left[:-2]), tuple(right[:-2])):
+        batch *= size
+    rows, inner, columns = left[-2] if len(left) > 1 else 1, left[-1], right[-1]
+    axis = op.record.axis_labels
+    k = axis(a, -1, inner) if any(p.shape[-1] > 1 for p in a) else axis(b, -2, inner)
+    n, m = axis(b, -1, columns), axis(a, -2, rows)
+    op.record.macs.append(MacTerm(op.tracer.calls.top()[0], batch, (m, k, n)))
+
+
+def attention(op: Op) -> Sequence[Planes]:
+    """Fused attention: the value's channels pass, query and key must keep theirs."""
+    query, key, value = op.args[:3]
+    reason = "attention scales by the size of a head"
+    for tensor in (query, key):
+        op.freeze([tensor], reason)
+    op.freeze([t for t in op.tensors() if all(t is not each for each in (query, key, value))], reason)
+    _count_attention(op, query, key, value)
+    add = op.record.table.add
+    kept: Planes = NO_PLANES
+    for plane in op.planes(value):
+        if plane.shape[-2] > 1:
+            op.freeze_planes([plane], "attention over an axis with channels")
+        else:
+            kept += (map_nodes(op.record, plane, lambda n: add(Node(Kind.CARRY, (n,)))),)
+    return [kept]
+
+
+def _count_attention(op: Op, query: Tensor, key: Tensor, value: Tensor) -> None:
+    batch = query.shape[0] * (query.shape[1] if query.dim() > 3 else 1)
+    tokens, others = query.shape[-2], key.shape[-2]
+    empty = torch.zeros(query.shape[-1], dtype=torch.int64).numpy()
+    columns = op.record.axis_labels([p for p in op.planes(value)], -1, value.shape[-1])
+    path = op.tracer.calls.top()[0]
+    op.record.macs.append(MacTerm(path, batch * tokens * others, (empty,)))
+    op.record.macs.append(MacTerm(path, batch * tokens * others, (columns,)))
+
+
+def embedding(op: Op) -> Sequence[Planes]:
+    """Rows of a table: its last dimension produces channels."""
+    weight, index = op.args[0], op.args[1]
+    op.freeze([index], "channels are used as an index")
+    for plane in op.planes(weight):
+        if plane.shape[-1] > 1:
+            labels = labels_of(plane).reshape([1] * (op.output.dim() - 1) + [-1])
+            node = add_producer(op, caller(op, weight, plane), labels, is_plain=True)
+            return [(pack(labels, node),)]
+    return []
+
+
+_ATTENTION = """
+_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention
+_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
+_scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math
+scaled_dot_product_attention
+"""
+
+RULES: dict[str, Rule] = {
+    "mm": product,
+    "bmm": product,
+    "matmul": product,
+    "addmm": added_product,
+    "baddbmm": added_product,
+    "linear": linear,
+    "embedding": embedding,
+    **dict.fromkeys(_ATTENTION.split(), attention),
+}

@@ -1,0 +1,272 @@
+"""Operators that move data: executed on the labels themselves.
+
+Where one divides an axis with channels into blocks, the blocks must shrink together (``Split``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimcli.network.structure import user_line
+from slimcli.network.structure.planes import (
+    labels_of,
+    move,
+    split_blocks,
+    squeeze_equal,
+    view,
+)
+from slimcli.network.structure.record import Split
+from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule, flat_tensors
+
+
+def same(op: Op) -> Sequence[Planes]:
+    """The output has the labels of the first argument."""
+    return [op.planes(op.args[0])]
+
+
+def executed(op: Op) -> Sequence[Planes]:
+    """The operator itself is run on each plane."""
+    tensor, rest, kwargs = op.args[0], op.args[1:], op.kwargs
+    outputs = [NO_PLANES for _ in flat_tensors(op.output)]
+    for plane in op.planes(tensor):
+        moved = op.func(plane.expand(tensor.shape), *rest, **kwargs)
+        for index, each in enumerate(flat_tensors(moved)):
+            outputs[index] += (squeeze_equal(each),)
+    return outputs
+
+
+def viewed(op: Op) -> Sequence[Planes]:
+    """View and reshape."""
+    tensor, output = op.args[0], op.output
+    if tensor.dtype != output.dtype or tensor.numel() == 0:
+        return frozen(op, "the bits are reinterpreted")
+    result: Planes = NO_PLANES
+    for plane in op.planes(tensor):
+        line = note_line(op, plane)
+        blocks = split_blocks(plane, tensor.shape, output.shape)
+        if any(size is None for _, size in blocks):
+            op.freeze_planes([plane], "channels are cut apart by a reshape")
+            continue
+        for axis, size in blocks:
+            assert size is not None
+            add_split(op, plane, axis, size, line)
+        result += (view(plane, tensor.shape, output.shape),)
+    return [result]
+
+
+def note_line(op: Op, plane: Tensor) -> str:
+    """Remembers that these channels pass here, for errors that come up after a cut."""
+    line = user_line.current()
+    op.record.lines.append((line, labels_of(plane).reshape(-1).unique().numpy()))
+    return line
+
+
+def add_split(op: Op, plane: Tensor, axis: int, size: int, line: str) -> None:
+    """An axis is divided into blocks of ``size`` entries."""
+    labels = labels_of(plane).movedim(axis, 0)
+    blocks = labels.reshape(labels.shape[0] // size, size, -1)
+    offsets = blocks[:1].expand_as(blocks)
+    firsts = blocks[:, :1].expand_as(blocks)
+    flat = blocks.reshape(-1).numpy()
+    op.record.splits.append(
+        Split(
+            line,
+            op.name,
+            (flat, offsets.reshape(-1).numpy()),
+            (flat, firsts.reshape(-1).numpy()),
+        )
+    )
+
+
+def divided(op: Op) -> Sequence[Planes]:
+    """Split and chunk: equal blocks shrink together; unequal ones are constants in the code."""
+    tensor = op.args[0]
+    axis = op.arg(2, "dim", 0) % tensor.dim()
+    sizes = [each.shape[axis] for each in flat_tensors(op.output)]
+    planes: Planes = NO_PLANES
+    for plane in op.planes(tensor):
+        if plane.shape[axis] > 1 and len(sizes) > 1:
+            line = note_line(op, plane)
+            if len(set(sizes)) > 1:
+                op.freeze_planes([plane], "channels are split at fixed sizes")
+                continue
+            add_split(op, plane, axis, sizes[0], line)
+        planes += (plane,)
+    return moved_planes(op, planes)
+
+
+def moved_planes(op: Op, planes: Planes) -> Sequence[Planes]:
+    """The operator run on these planes of its first argument."""
+    tensor = op.args[0]
+    outputs = [NO_PLANES for _ in flat_tensors(op.output)]
+    for plane in planes:
+        moved = op.func(plane.expand(tensor.shape), *op.args[1:], **op.kwargs)
+        for index, each in enumerate(flat_tensors(moved)):
+            outputs[index] += (squeeze_equal(each),)
+    return outputs
+
+
+def sliced(op: Op) -> Sequence[Planes]:
+    """``x[:, a:b]``: a block of an axis with channels; step 1 and aligned, or frozen."""
+    tensor = op.args[0]
+    axis = op.arg(1, "dim", 0) % tensor.dim()
+    start, step = op.arg(2, "start", 0) or 0, op.arg(4, "step", 1)
+    total, size = tensor.shape[axis], op.output.shape[axis]
+    start = max(start + total, 0) if start < 0 else start
+    planes: Planes = NO_PLANES
+    for plane in op.planes(tensor):
+        if plane.shape[axis] > 1 and size != total:
+            line = note_line(op, plane)
+            if not _is_block(start, step, size, total):
+                op.freeze_planes([plane], "channels are sliced at fixed places")
+                continue
+            if step == 1:
+                add_split(op, plane, axis, size, line)
+            else:
+                _add_stride(op, plane, axis, step, line)
+        planes += (plane,)
+    return moved_planes(op, planes)
+
+
+def _is_block(start: int, step: int, size: int, total: int) -> bool:
+    if size == 0 or total % size:
+        return False
+    return start % size == 0 if step == 1 else step * size == total
+
+
+def _add_stride(op: Op, plane: Tensor, axis: int, step: int, line: str) -> None:
+    """``x[:, i::step]``: neighbours belong together."""
+    labels = labels_of(plane).movedim(axis, 0)
+    blocks = labels.reshape(labels.shape[0] // step, step, -1)
+    pairs = (blocks.reshape(-1).numpy(), blocks[:, :1].expand_as(blocks).reshape(-1).numpy())
+    op.record.splits.append(Split(line, op.name, pairs, pairs))
+
+
+def picked(op: Op) -> Sequence[Planes]:
+    """``select`` and ``unbind``: one index of an axis."""
+    tensor = op.args[0]
+    axis = op.arg(1, "dim", 0) % tensor.dim()
+    planes: Planes = NO_PLANES
+    for plane in op.planes(tensor):
+        if plane.shape[axis] > 1:
+            line = note_line(op, plane)
+            others = [a for a, n in enumerate(plane.shape) if n > 1 and a != axis]
+            if not others:
+                op.freeze_planes([plane], "single channels are picked")
+                continue
+            add_split(op, plane, axis, 1, line)
+        planes += (plane,)
+    return moved_planes(op, planes)
+
+
+def indexed(op: Op) -> Sequence[Planes]:
+    """``x[indices]``: fine unless the indices go along an axis with channels."""
+    tensor, indices = op.args[0], list(op.args[1])
+    axes: list[int] = []
+    position = 0
+    for index in indices:
+        width = index.dim() if index is not None and index.dtype == torch.bool else 1
+        axes += list(range(position, position + width)) if index is not None else []
+        position += width
+    planes = _without(op, op.planes(tensor), axes, "channels are picked by index")
+    op.freeze(indices, "channels are used as an index")
+    indices = [None if index is None else index.cpu() for index in indices]
+    result: Planes = NO_PLANES
+    for plane in planes:
+        result += (move(plane, tensor.shape, lambda full: op.func(full, indices)),)
+    return [tuple(squeeze_equal(plane) for plane in result)]
+
+
+def gathered(op: Op) -> Sequence[Planes]:
+    """``gather`` and ``index_select`` along an axis without channels."""
+    tensor = op.args[0]
+    axis, index = op.args[1] % tensor.dim(), op.args[2]
+    planes = _without(op, op.planes(tensor), [axis], "channels are picked by index")
+    op.freeze([index], "channels are used as an index")
+    return [
+        tuple(
+            squeeze_equal(op.func(plane.expand(tensor.shape), axis, index.cpu()))
+            for plane in planes
+        )
+    ]
+
+
+def _without(op: Op, planes: Planes, axes: Sequence[int], reason: str) -> Planes:
+    kept: Planes = NO_PLANES
+    for plane in planes:
+        if any(plane.shape[axis] > 1 for axis in axes):
+            op.freeze_planes([plane], reason)
+        else:
+            kept += (plane,)
+    return kept
+
+
+def rolled(op: Op) -> Sequence[Planes]:
+    """Roll and flip: nothing moves along axes without channels."""
+    tensor = op.args[0]
+    index = 2 if op.name == "roll" else 1
+    axes = [axis % tensor.dim() for axis in op.arg(index, "dims", ())]
+    planes = op.planes(tensor)
+    if not axes or any(plane.shape[axis] > 1 for plane in planes for axis in axes):
+        return executed(op)
+    return [planes]
+
+
+def repeated(op: Op) -> Sequence[Planes]:
+    """``repeat``: executed along axes with channels only."""
+    repeats = list(op.args[1])
+    result: Planes = NO_PLANES
+    for plane in op.planes(op.args[0]):
+        padded = plane.reshape([1] * (len(repeats) - plane.dim()) + list(plane.shape))
+        counts = [r if n > 1 else 1 for r, n in zip(repeats, padded.shape, strict=True)]
+        result += (padded.repeat(counts),)
+    return [result]
+
+
+def im2col(op: Op) -> Sequence[Planes]:
+    """``unfold``: each channel becomes one entry for each place of the kernel."""
+    planes = _without(op, op.planes(op.args[0]), [2, 3], "channels lie along the image")
+    places = op.args[1][0] * op.args[1][1]
+    result: Planes = NO_PLANES
+    for plane in planes:
+        flat = plane.reshape(plane.shape[0], plane.shape[1])
+        result += (flat.repeat_interleave(places, 1).unsqueeze(2),)
+    return [result]
+
+
+def frozen(op: Op, reason: str) -> Sequence[Planes]:
+    """All arguments are frozen."""
+    op.freeze(op.tensors(), reason)
+    return []
+
+
+def nothing(op: Op) -> Sequence[Planes]:
+    """The output tells nothing about channels (a number read by Python, an empty tensor)."""
+    return []
+
+
+def _table(rule: Any, names: str) -> dict[str, Rule]:
+    return dict.fromkeys(names.split(), rule)
+
+
+RULES: dict[str, Rule] = {
+    **_table(same, "clone contiguous detach alias lift lift_fresh lift_fresh_copy _to_copy to"),
+    **_table(same, "_conj _neg_view resolve_conj resolve_neg view_as _autocast_to_full_precision"),
+    **_table(same, "_autocast_to_reduced_precision positive"),
+    **_table(executed, "permute transpose t expand squeeze unsqueeze movedim moveaxis"),
+    **_table(executed, "pixel_shuffle pixel_unshuffle diagonal"),
+    **_table(viewed, "view _unsafe_view reshape _reshape_alias unflatten flatten"),
+    **_table(divided, "split split_with_sizes chunk unsafe_split unsafe_chunk split_with_sizes_copy"),
+    **_table(sliced, "slice narrow_copy"),
+    **_table(picked, "select unbind"),
+    **_table(indexed, "index"),
+    **_table(gathered, "gather index_select"),
+    **_table(rolled, "roll flip"),
+    **_table(repeated, "repeat"),
+    **_table(im2col, "im2col"),
+    **_table(nothing, "_local_scalar_dense is_same_size sym_size is_nonzero equal"),
+}

@@ -1,0 +1,210 @@
+"""Normalisation, reductions, softmax, sorting: a statistic over channels freezes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from slimcli.network.structure.nodes import Kind, Node
+from slimcli.network.structure.planes import active_axes, axis_entries
+from slimcli.network.structure.record import Consumer, Labels
+from slimcli.network.structure.rules_pointwise import map_nodes
+from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule, affine_node, flat_tensors
+
+BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+def channel_rows(op: Op, plane: Tensor, axis: int) -> Tensor:
+    """The packed entry of each index along an axis; what else occurs at that index is joined to it."""
+    rows = axis_entries(plane, axis)
+    if rows.shape[1] > 1:
+        op.record.join(rows[:, :1], rows)
+    return rows[:, 0]
+
+
+def batch_norm(op: Op) -> Sequence[Planes]:
+    """Per-channel statistics along axis 1; its parameters and statistics belong to the channels."""
+    tensor = op.args[0]
+    path, module = op.tracer.calls.top()
+    is_module = isinstance(module, BATCH_NORMS)
+    if is_module:
+        op.tracer.calls.normed(tensor, path)
+    measured = _measures(op)
+    result: Planes = NO_PLANES
+    tied = False
+    for plane in op.planes(tensor):
+        if plane.shape[1] == 1:
+            if measured:
+                op.freeze_planes([plane], "a norm measures statistics over channels")
+            else:
+                result += (plane,)
+            continue
+        tied = True
+        rows = channel_rows(op, plane, 1)
+        _tie_vectors(op, rows, op.args[1:5])
+        affine = affine_node(op.record, path if is_module else "")
+        result += (map_nodes(op.record, plane, affine),)
+    if not tied:
+        op.freeze(op.args[1:5], "a norm reads a tensor of fixed size")
+    return [result]
+
+
+def _measures(op: Op) -> bool:
+    training = [arg for arg in op.args if isinstance(arg, bool)]
+    return bool(training and training[0]) or op.args[3] is None or "no_stats" in op.func.name()
+
+
+def _tie_vectors(op: Op, rows: Tensor, vectors: Sequence[Tensor | None]) -> None:
+    for vector in vectors:
+        if vector is None:
+            continue
+        planes = op.planes(vector)
+        other = planes[0].reshape(-1) if planes else torch.zeros_like(rows)
+        op.record.tie(rows, other, "a norm reads a tensor of fixed size")
+
+
+def layer_norm(op: Op) -> Sequence[Planes]:
+    """Statistics over the last axes."""
+    return _over_axes(op, range(-len(op.args[1]), 0), "layer norm measures statistics over channels")
+
+
+def group_norm(op: Op) -> Sequence[Planes]:
+    """Statistics over blocks of axis 1."""
+    reason = "group norm measures statistics over channels"
+    return _over_axes(op, range(1, op.args[0].dim()), reason)
+
+
+def _over_axes(op: Op, axes: Sequence[int], reason: str) -> Sequence[Planes]:
+    tensor = op.args[0]
+    over = {axis % tensor.dim() for axis in axes}
+    rest = op.tensors()[1:]
+    result: Planes = NO_PLANES
+    for plane in op.planes(tensor):
+        if over & set(active_axes(plane)):
+            op.freeze_planes([plane], reason)
+        else:
+            result += (map_nodes(op.record, plane, affine_node(op.record, "")),)
+    op.freeze(rest, reason)
+    return [result]
+
+
+def softmax(op: Op) -> Sequence[Planes]:
+    """Softmax over an axis with channels freezes them."""
+    return _over_axes(op, [op.args[1]], f"{op.name.strip('_')} over channels")
+
+
+def reduced(op: Op) -> Sequence[Planes]:
+    """Mean, max, variance and their like."""
+    tensor = op.args[0]
+    axes = _reduced_axes(op)
+    keepdim = op.output.dim() == tensor.dim() if isinstance(op.output, Tensor) else _keeps(op)
+    reads = op.name in ("sum", "linalg_vector_norm", "norm") and op.arg(1, "ord", 2) != 0
+    result: Planes = NO_PLANES
+    for plane in op.planes(tensor):
+        if axes & set(active_axes(plane)):
+            if reads:
+                _consume(op, plane, axes)
+            else:
+                op.freeze_planes([plane], f"{op.name.removeprefix('linalg_')} over channels")
+            continue
+        plane = _node_of_reduction(op, plane)
+        if not keepdim:
+            kept = [n for axis, n in enumerate(plane.shape) if axis not in axes]
+            plane = plane.reshape(kept)
+        result += (plane,)
+    return [result for _ in flat_tensors(op.output)]
+
+
+def _consume(op: Op, plane: Tensor, axes: set[int]) -> None:
+    """A sum over channels: zero ones may go; equal ones can't be merged, constants can't either."""
+    flat = plane.reshape(-1)
+    op.record.consumers.append(
+        Consumer(
+            op.record.next_order(), "", flat.unique().numpy(), _no_labels(), _no_pairs(), False, False
+        )
+    )
+    op.record.refuse_duplicates([plane], f"{op.name.removeprefix('linalg_')} over channels")
+
+
+def _no_labels() -> Labels:
+    return torch.zeros(0, dtype=torch.int64).numpy()
+
+
+def _no_pairs() -> Labels:
+    return torch.zeros(2, 0, dtype=torch.int64).numpy()
+
+
+def _node_of_reduction(op: Op, plane: Tensor) -> Tensor:
+    """Constant stays constant (another number), zero stays zero or becomes a constant."""
+    keeps_zero = op.name in ("sum", "mean", "amax", "amin", "max", "min", "linalg_vector_norm", "norm")
+    if keeps_zero or op.name in ("var", "std", "var_mean"):
+        return plane
+    add = op.record.table.add
+    return map_nodes(op.record, plane, lambda n: add(Node(Kind.MAP, (n,), keeps_zero=False)))
+
+
+def _keeps(op: Op) -> bool:
+    first = next(flat_tensors(op.output))
+    return first.dim() == op.args[0].dim()
+
+
+def _reduced_axes(op: Op) -> set[int]:
+    tensor = op.args[0]
+    index = 2 if op.name in ("linalg_vector_norm", "norm") else 1
+    dims = op.arg(index, "dim", None)
+    if dims is None or dims == []:
+        return set(range(tensor.dim()))
+    dims = [dims] if isinstance(dims, int) else dims
+    return {dim % tensor.dim() for dim in dims}
+
+
+def accumulated(op: Op) -> Sequence[Planes]:
+    """``cumsum`` and its like along an axis without channels."""
+    tensor = op.args[0]
+    axis = op.args[1] % tensor.dim()
+    add = op.record.table.add
+    result: Planes = NO_PLANES
+    for plane in op.planes(tensor):
+        if plane.shape[axis] > 1:
+            op.freeze_planes([plane], f"{op.name} over channels")
+        else:
+            result += (map_nodes(op.record, plane, lambda n: add(Node(Kind.CARRY, (n,)))),)
+    return [result for _ in flat_tensors(op.output)]
+
+
+def sorted_along(op: Op) -> Sequence[Planes]:
+    """``topk``, ``sort`` and ``argmax``: along an axis without channels they pass."""
+    tensor = op.args[0]
+    index = 2 if op.name == "topk" else 1
+    axis = op.arg(index, "dim", None if op.name.startswith("arg") else -1)
+    planes = op.planes(tensor)
+    if axis is None or any(plane.shape[axis] > 1 for plane in planes):
+        op.freeze_planes(planes, f"{op.name} over channels")
+        return []
+    first = next(flat_tensors(op.output))
+    if first.dim() != tensor.dim():
+        planes = tuple(plane.squeeze(axis) for plane in planes)
+    return [planes for _ in flat_tensors(op.output)]
+
+
+_REDUCTIONS = """
+sum mean amax amin max min var std var_mean std_mean linalg_vector_norm norm prod logsumexp any all
+count_nonzero nansum median
+"""
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys("native_batch_norm cudnn_batch_norm miopen_batch_norm".split(), batch_norm),
+    **dict.fromkeys("_native_batch_norm_legit _native_batch_norm_legit_no_training".split(), batch_norm),
+    "_batch_norm_with_update": batch_norm,
+    "_batch_norm_no_update": batch_norm,
+    "native_layer_norm": layer_norm,
+    "_fused_rms_norm": layer_norm,
+    "rms_norm": layer_norm,
+    "native_group_norm": group_norm,
+    **dict.fromkeys("_softmax _log_softmax _safe_softmax softmax log_softmax".split(), softmax),
+    **dict.fromkeys(_REDUCTIONS.split(), reduced),
+    **dict.fromkeys("cumsum cumprod cummax cummin logcumsumexp".split(), accumulated),
+    **dict.fromkeys("topk sort argsort argmax argmin msort".split(), sorted_along),
+}

@@ -1,0 +1,310 @@
+"""Operators that work position by position, and concatenation: labels of all operands merge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slimcli.network.structure.nodes import Kind, Node
+from slimcli.network.structure.planes import LABEL_MASK, SHIFT, active_axes, labels_of, nodes_of, pack
+from slimcli.network.structure.record import Record
+from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule, flat_tensors
+
+_PROBES: dict[Any, tuple[bool, bool]] = {}
+
+
+def map_nodes(record: Record, plane: Tensor, function: Callable[[int], int]) -> Tensor:
+    """The plane with every node replaced (0 stays 0)."""
+    flat = plane.reshape(-1).numpy()
+    nodes = flat >> SHIFT
+    first = int(nodes[0])
+    if first and (nodes == first).all():
+        return pack(labels_of(plane), function(first))
+    unique, inverse = np.unique(nodes, return_inverse=True)
+    new = np.array([function(int(node)) if node else 0 for node in unique], dtype=np.int64)
+    packed = (flat & LABEL_MASK) + (new[inverse] << SHIFT)
+    return torch.from_numpy(packed).view(plane.shape)
+
+
+def combine_nodes(planes: Sequence[Tensor], function: Callable[[tuple[int, ...]], int]) -> Tensor:
+    """Nodes of a value made from several, each packed plane of the same shape."""
+    stacked = torch.stack([nodes_of(plane).reshape(-1) for plane in planes]).numpy()
+    unique, inverse = np.unique(stacked, axis=1, return_inverse=True)
+    new = [function(tuple(int(node) for node in column)) for column in unique.T]
+    result = np.array(new, dtype=np.int64)[inverse.reshape(-1)]
+    return torch.from_numpy(result).view(planes[0].shape)
+
+
+def pointwise(op: Op) -> Sequence[Planes]:
+    """Any pointwise operator."""
+    output = next(flat_tensors(op.output), None)
+    if output is None:
+        return []
+    return [merged(op, op.tensors(), output.dim())]
+
+
+def merged(op: Op, tensors: Sequence[Tensor], dims: int) -> Planes:
+    """Merges the planes of all operands, broadcast to ``dims`` axes."""
+    operands: list[tuple[int, Tensor]] = []
+    for index, tensor in enumerate(tensors):
+        for plane in op.planes(tensor):
+            operands.append((index, _lead(plane, dims)))
+    result: Planes = NO_PLANES
+    while operands:
+        group = [operands.pop(0)]
+        axes = set(active_axes(group[0][1]))
+        overlapping = True
+        while overlapping:
+            overlapping = [o for o in operands if axes & set(active_axes(o[1]))]
+            group += overlapping
+            operands = [o for o in operands if all(o is not each for each in overlapping)]
+            axes |= {axis for each in overlapping for axis in active_axes(each[1])}
+        plane = _merge_group(op, tensors, group, axes)
+        result += (plane,) if plane is not None else NO_PLANES
+    return result
+
+
+def _lead(plane: Tensor, dims: int) -> Tensor:
+    return plane.reshape([1] * (dims - plane.dim()) + list(plane.shape))
+
+
+def _merge_group(
+    op: Op, tensors: Sequence[Tensor], group: list[tuple[int, Tensor]], axes: set[int]
+) -> Tensor | None:
+    planes = [plane for _, plane in group]
+    dims = planes[0].dim()
+    have = {index for index, _ in group}
+    for index, tensor in enumerate(tensors):
+        sizes = (1,) * (dims - tensor.dim()) + tuple(tensor.shape)
+        if index not in have and any(sizes[axis] > 1 for axis in axes):
+            op.freeze_planes(planes, "channels meet a tensor of fixed size")
+            return None
+    if len(planes) == 1 and len(tensors) == 1:
+        keeps_zero, _ = probe(op, [0], tensors)
+        if keeps_zero:
+            return planes[0]
+        map_node = Node(Kind.MAP, keeps_zero=False)
+        add = op.record.table.add
+        return map_nodes(
+            op.record, planes[0], lambda n: add(Node(Kind.MAP, (n,), keeps_zero=map_node.keeps_zero))
+        )
+    wide = [plane.contiguous() for plane in torch.broadcast_tensors(*planes)]
+    for other in wide[1:]:
+        op.record.tie(wide[0], other, "channels meet fixed values")
+    nodes = _combined(op, tensors, [index for index, _ in group], wide)
+    return pack(labels_of(wide[0]), nodes)
+
+
+def _combined(
+    op: Op, tensors: Sequence[Tensor], places: list[int], planes: list[Tensor]
+) -> Tensor:
+    """Nodes of the result: what zeros in one operand, or in all of them, do."""
+    keeps_zero, _ = probe(op, places, tensors)
+    absorbs = tuple(probe(op, [place], tensors)[0] for place in places)
+    others = len(tensors) > len(set(places))
+    table = op.record.table
+
+    def node_of(parents: tuple[int, ...]) -> int:
+        if others:  # an operand without channels: any value
+            return table.add(
+                Node(Kind.COMBINE, (*parents, _anything(op.record)), (*absorbs, False), keeps_zero)
+            )
+        return table.add(Node(Kind.COMBINE, parents, absorbs, keeps_zero))
+
+    return combine_nodes(planes, node_of)
+
+
+def _anything(record: Record) -> int:
+    """A value that may be anything."""
+    return record.table.add(Node(Kind.SOURCE, flags=(False,)))
+
+
+def probe(op: Op, zeros: Sequence[int], tensors: Sequence[Tensor]) -> tuple[bool, bool]:
+    """Is the result zero if these operands are zero and the others anything? Found by trying.
+
+    Returns:
+        (is zero, could be tried).
+    """
+    scalars = repr([a for a in op.args if not isinstance(a, (Tensor, list, tuple))])
+    scalars += repr({k: v for k, v in op.kwargs.items() if not isinstance(v, (Tensor, torch.Generator))})
+    dtypes = tuple(tensor.dtype for tensor in tensors)
+    key = (op.func.name(), tuple(zeros), dtypes, scalars)
+    if key not in _PROBES:
+        _PROBES[key] = _try(op, zeros, tensors)
+    return _PROBES[key]
+
+
+def _try(op: Op, zeros: Sequence[int], tensors: Sequence[Tensor]) -> tuple[bool, bool]:
+    position = iter(range(len(tensors)))
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            place = next(position)
+            values = torch.tensor([0.7, -1.3, 2.1, 0.4], dtype=torch.float64)
+            return (values * (place not in zeros)).to(value.dtype)
+        if isinstance(value, (tuple, list)):
+            return type(value)(replaced(each) for each in value)
+        return value
+
+    args = replaced(op.args)
+    kwargs = {key: replaced(value) for key, value in op.kwargs.items() if key != "device"}
+    try:
+        result = next(flat_tensors(op.func(*args, **kwargs)))
+    except (RuntimeError, TypeError, ValueError, StopIteration):
+        return False, False
+    return not bool(result.any()), True
+
+
+def copied(op: Op) -> Sequence[Planes]:
+    """``copy_``: the target takes the labels of the source, broadcast."""
+    target, source = op.args[0], op.args[1]
+    planes = tuple(_lead(plane, target.dim()) for plane in op.planes(source))
+    return [planes]
+
+
+def filled(op: Op) -> Sequence[Planes]:
+    """A tensor filled with values that don't come from channels keeps the labels it had."""
+    node = _anything(op.record)
+    return [tuple(map_nodes(op.record, plane, lambda _: node) for plane in op.planes(op.args[0]))]
+
+
+def like(op: Op) -> Sequence[Planes]:
+    """``ones_like`` and ``new_empty`` of the same shape follow the tensor they are made from."""
+    same_shape = isinstance(op.output, Tensor) and op.output.shape == op.args[0].shape
+    if not same_shape:
+        return []
+    if op.name in ("zeros_like", "new_zeros"):
+        return [op.planes(op.args[0])]
+    return filled(op)
+
+
+def masked(op: Op) -> Sequence[Planes]:
+    """Dropout: zero stays zero; the mask follows."""
+    planes = op.planes(op.args[0])
+    return [planes, planes]
+
+
+def halves(op: Op) -> Sequence[Planes]:
+    """``glu``: the first half times the sigmoid of the second."""
+    tensor = op.args[0]
+    axis = op.arg(1, "dim", -1) % tensor.dim()
+    planes = op.planes(tensor)
+    if any(plane.shape[axis] == 1 for plane in planes):
+        return [planes]
+    from slimcli.network.structure.rules_movement import add_split, note_line
+
+    result: Planes = NO_PLANES
+    for plane in planes:
+        half = plane.shape[axis] // 2
+        add_split(op, plane, axis, half, note_line(op, plane))
+        value, gate = plane.narrow(axis, 0, half), plane.narrow(axis, half, half)
+        op.record.join(value, gate)
+        add = op.record.table.add
+        nodes = combine_nodes(
+            [value.contiguous(), gate.contiguous()],
+            lambda parents: add(Node(Kind.COMBINE, parents, (True, False))),
+        )
+        result += (pack(labels_of(value), nodes),)
+    return [result]
+
+
+def concatenated(op: Op) -> Sequence[Planes]:
+    """``cat`` and ``stack``: along an axis with channels executed; along another one, all must agree."""
+    tensors = [tensor for tensor in op.args[0] if tensor.numel()]
+    dims = op.output.dim()
+    axis = op.arg(1, "dim", 0) % dims
+    stacks = op.name == "stack"
+    along: list[Tensor | None] = []
+    across: list[tuple[Tensor, Planes]] = []
+    for tensor in tensors:
+        planes = op.planes(tensor)
+        if stacks:
+            planes = tuple(plane.unsqueeze(axis) for plane in planes)
+        here = [plane for plane in planes if plane.shape[axis] > 1]
+        if len(here) > 1:
+            op.freeze_planes(here, "two kinds of channels lie along a concatenated axis")
+            here = []
+        along.append(here[0] if here else None)
+        across.append((tensor, tuple(plane for plane in planes if plane.shape[axis] == 1)))
+    result = _joined_across(op, across, axis, stacks)
+    if any(plane is not None for plane in along):
+        result += (_laid_along(along, [t.shape[axis] for t in tensors], axis),)
+    return [result]
+
+
+def _laid_along(planes: list[Tensor | None], sizes: list[int], axis: int) -> Tensor:
+    known = [plane for plane in planes if plane is not None]
+    shape = list(torch.broadcast_shapes(*[p.narrow(axis, 0, 1).shape for p in known]))
+    parts = []
+    for plane, size in zip(planes, sizes, strict=True):
+        shape[axis] = size
+        parts.append(torch.zeros(shape, dtype=torch.int64) if plane is None else plane.expand(shape))
+    return torch.cat(parts, axis)
+
+
+def _joined_across(
+    op: Op, pieces: list[tuple[Tensor, Planes]], axis: int, stacks: bool
+) -> Planes:
+    """Planes that don't lie along the axis: pieces next to each other have the same channels."""
+    first = next((planes for _, planes in pieces if planes), NO_PLANES)
+    result: Planes = NO_PLANES
+    for plane in first:
+        axes = set(active_axes(plane))
+        matching = [plane]
+        for tensor, planes in pieces:
+            match = [p for p in planes if set(active_axes(p)) == axes]
+            sizes = tensor.unsqueeze(axis).shape if stacks else tensor.shape
+            if match:
+                matching += [p for p in match if p is not plane]
+            elif any(sizes[a] > 1 for a in axes):
+                op.freeze_planes([plane], "channels are laid beside a tensor of fixed size")
+                matching = []
+                break
+        if matching:
+            result += (_beside(op.record, matching),)
+    for _, planes in pieces:
+        odd = [p for p in planes if all(active_axes(p) != active_axes(q) for q in first)]
+        op.freeze_planes(odd, "channels are laid beside a tensor of fixed size")
+    return result
+
+
+def _beside(record: Record, planes: list[Tensor]) -> Tensor:
+    for other in planes[1:]:
+        record.tie(planes[0], other, "channels meet fixed values")
+    if len(planes) == 1:
+        return planes[0]
+    add = record.table.add
+    nodes = combine_nodes(
+        [plane.contiguous() for plane in planes],
+        lambda parents: parents[0] if len(set(parents)) == 1 else add(Node(Kind.JOIN, parents)),
+    )
+    return pack(labels_of(planes[0]), nodes)
+
+
+_POINTWISE = """
+hardswish _prelu_kernel prelu gelu silu mish selu celu elu where masked_fill lerp addcmul addcdiv
+hardtanh leaky_relu rrelu rrelu_with_noise softplus softshrink hardshrink threshold clamp clip clamp_min
+clamp_max bernoulli fmod remainder maximum minimum nan_to_num logit polar complex real imag fill_diagonal
+_fake_quantize_learnable_per_tensor_affine fake_quantize_per_tensor_affine isnan isinf log_sigmoid_forward
+"""
+
+_LIKE = """
+empty_like zeros_like ones_like full_like rand_like randn_like new_empty new_zeros new_ones new_full
+new_empty_strided
+"""
+
+RULES: dict[str, Rule] = {
+    "pointwise": pointwise,
+    **dict.fromkeys(_POINTWISE.split(), pointwise),
+    "copy": copied,
+    **dict.fromkeys(_LIKE.split(), like),
+    **dict.fromkeys("fill zero normal uniform random exponential".split(), filled),
+    "native_dropout": masked,
+    "glu": halves,
+    "cat": concatenated,
+    "stack": concatenated,
+}

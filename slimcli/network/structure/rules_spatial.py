@@ -1,0 +1,103 @@
+"""Pooling, resizing, padding: operators on the last axes that leave channels alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from slimcli.network.structure.nodes import Kind, Node
+from slimcli.network.structure.rules_pointwise import map_nodes
+from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule, flat_tensors
+
+
+def passing(op: Op) -> Sequence[Planes]:
+    """Zero stays zero and a constant stays constant (max pooling, resizing, reflecting)."""
+    planes = off_image(op, _image_axes(op.name))
+    return [planes for _ in flat_tensors(op.output)]
+
+
+def averaged(op: Op) -> Sequence[Planes]:
+    """Average pooling: zeros that are padded and counted spoil a constant at the border."""
+    padding = op.arg(3, "padding", [0])
+    counts = op.arg(5, "count_include_pad", True)
+    planes = off_image(op, _image_axes(op.name))
+    if counts and any(padding if isinstance(padding, (list, tuple)) else [padding]):
+        planes = bordered(op, planes, is_zero=True)
+    return [planes]
+
+
+def sampled(op: Op) -> Sequence[Planes]:
+    """``grid_sample``: outside the image there are zeros."""
+    op.freeze([op.args[1]], "channels are used as sampling positions")
+    return [bordered(op, off_image(op, 2), is_zero=True)]
+
+
+def padded(op: Op) -> Sequence[Planes]:
+    """``constant_pad_nd``; new entries along an axis with channels have no label."""
+    tensor, pads = op.args[0], list(op.args[1])
+    value = op.arg(2, "value", 0) or 0
+    result: Planes = NO_PLANES
+    for plane in op.planes(tensor):
+        spec, along = [], False
+        for place in range(len(pads) // 2):
+            axis = tensor.dim() - 1 - place
+            here = plane.shape[axis] > 1
+            along |= here and any(pads[2 * place : 2 * place + 2])
+            spec += pads[2 * place : 2 * place + 2] if here else [0, 0]
+        wide = torch.constant_pad_nd(plane, spec, 0) if along else plane
+        elsewhere = spec != pads
+        result += bordered(op, (wide,), is_zero=value == 0) if elsewhere else (wide,)
+    return [result]
+
+
+def bordered(op: Op, planes: Planes, is_zero: bool) -> Planes:
+    """Something was added at the border."""
+    add = op.record.table.add
+
+    def node(parent: int) -> int:
+        return add(Node(Kind.BORDER, (parent,), keeps_zero=is_zero))
+
+    return tuple(map_nodes(op.record, plane, node) for plane in planes)
+
+
+def off_image(op: Op, count: int) -> Planes:
+    """Planes of the first argument; those along the last ``count`` axes are frozen."""
+    kept: Planes = NO_PLANES
+    for plane in op.planes(op.args[0]):
+        if any(size > 1 for size in plane.shape[plane.dim() - count :]):
+            op.freeze_planes([plane], f"{op.name} along an axis with channels")
+        else:
+            kept += (plane,)
+    return kept
+
+
+def _image_axes(name: str) -> int:
+    found = re.search(r"(\d)d", name)
+    return int(found.group(1)) if found else 2
+
+
+def _names(text: str, rule: Any) -> dict[str, Rule]:
+    return dict.fromkeys(text.split(), rule)
+
+
+_PASSING = """
+max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices max_pool1d_with_indices
+adaptive_avg_pool1d adaptive_max_pool1d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool2d
+adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d mkldnn_max_pool2d fractional_max_pool2d
+upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
+_upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d
+upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa
+reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
+replication_pad3d
+"""
+
+RULES: dict[str, Rule] = {
+    **_names(_PASSING, passing),
+    **_names("avg_pool1d avg_pool2d avg_pool3d", averaged),
+    **_names("grid_sampler_2d grid_sampler_3d", sampled),
+    "constant_pad_nd": padded,
+}
+

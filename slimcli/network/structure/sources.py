@@ -1,0 +1,131 @@
+"""The labels: one number for every entry of every dimension of every parameter and buffer."""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from slimcli.network.structure.nodes import Kind, Node, NodeTable
+from slimcli.network.structure.planes import pack
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parameter or buffer with the first label of each of its dimensions (0: not labelled)."""
+
+    name: str
+    tensor: Tensor
+    first_labels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SourceDim:
+    """One labelled dimension; its labels are ``first`` ... ``first + size - 1``."""
+
+    tensor: str
+    dim: int
+    first: int
+    size: int
+
+
+class Sources:
+    """All labelled tensors of a model, found by identity or by the memory they share.
+
+    Args:
+        model: Its parameters and buffers get labels, tied ones the same.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.dims: list[SourceDim] = []
+        self._starts: list[int] = []
+        self._next = 1
+        self._by_identity: dict[int, Source] = {}
+        self._by_memory: dict[tuple[int, int, tuple[int, ...]], Source] = {}
+        self._storages: set[int] = set()
+        kernels = _kernels(model)
+        named = [*model.named_parameters(remove_duplicate=False)]
+        named += [*model.named_buffers(remove_duplicate=False)]
+        for name, tensor in named:
+            self._register(name, tensor, 2 if id(tensor) in kernels else tensor.dim())
+
+    @property
+    def count(self) -> int:
+        """Labels in use, label 0 included."""
+        return self._next
+
+    def _register(self, name: str, tensor: Tensor, labelled_dims: int) -> None:
+        if id(tensor) in self._by_identity or isinstance(tensor, nn.UninitializedParameter):
+            return
+        key = _memory_key(tensor)
+        source = self._by_memory.get(key) if tensor.numel() else None
+        if source is None:
+            first_labels = []
+            for dim, size in enumerate(tensor.shape):
+                if size <= 1 or dim >= labelled_dims:
+                    first_labels.append(0)
+                    continue
+                self._starts.append(self._next)
+                self.dims.append(SourceDim(name, dim, self._next, size))
+                first_labels.append(self._next)
+                self._next += size
+            source = Source(name, tensor, tuple(first_labels))
+            self._by_memory[key] = source
+        self._by_identity[id(tensor)] = source
+        self._storages.add(tensor.untyped_storage().data_ptr())
+
+    def find(self, tensor: Tensor) -> Source | None:
+        """The source a tensor is, also through ``.data``."""
+        source = self._by_identity.get(id(tensor))
+        if source is None and tensor.layout == torch.strided:
+            if tensor.untyped_storage().data_ptr() not in self._storages:
+                return None
+            source = self._by_memory.get(_memory_key(tensor))
+        return source
+
+    def shares_memory(self, tensor: Tensor) -> Source | None:
+        """A source whose memory the tensor is part of."""
+        storage = tensor.untyped_storage().data_ptr()
+        if storage not in self._storages:
+            return None
+        for source in self._by_memory.values():
+            if source.tensor.untyped_storage().data_ptr() == storage:
+                return source
+        return None
+
+    def dim_of(self, label: int) -> SourceDim:
+        """The tensor dimension a label belongs to."""
+        return self.dims[bisect.bisect_right(self._starts, label) - 1]
+
+
+def source_planes(source: Source, table: NodeTable) -> tuple[Tensor, ...]:
+    """One plane for each labelled dimension of a source."""
+    shape = source.tensor.shape
+    planes = []
+    for dim, first in enumerate(source.first_labels):
+        if first:
+            per_channel = source.tensor.numel() == shape[dim]
+            node = table.add(Node(Kind.SOURCE, flags=(per_channel,), name=source.name))
+            labels = torch.arange(first, first + shape[dim])
+            plane_shape = [1] * len(shape)
+            plane_shape[dim] = shape[dim]
+            planes.append(pack(labels, node).view(plane_shape))
+    return tuple(planes)
+
+
+def _kernels(model: nn.Module) -> set[int]:
+    """Identities of conv weights (also parametrized ones): only two dimensions carry channels."""
+    convs = torch.nn.modules.conv._ConvNd
+    found = set()
+    for module in model.modules():
+        if isinstance(module, convs):
+            tensors = [*module.named_parameters()]
+            found |= {id(tensor) for name, tensor in tensors if tensor.dim() > 2}
+    return found
+
+
+def _memory_key(tensor: Tensor) -> tuple[int, int, tuple[int, ...]]:
+    pointer = tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
+    return pointer, tensor.storage_offset(), tuple(tensor.shape)

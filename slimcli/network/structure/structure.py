@@ -1,0 +1,286 @@
+"""What the analysis found: groups of channels that live and die together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from slimcli.network.cuts import Constant, Cut, Slot, SlotCut
+from slimcli.network.structure.record import MacTerm
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a channel is made zero.
+
+    Attributes:
+        conv: Path of the producing module (conv, transposed conv, linear layer, embedding); empty if
+            the weight is used without calling a module.
+        norm: Path of the norm that alone reads all its output, or None: then the place is behind the conv.
+    """
+
+    conv: str
+    norm: str | None = None
+
+
+@dataclass(frozen=True)
+class ConvBatchNorm:
+    """A conv (or linear layer) and the norm that can be folded into it."""
+
+    conv: str
+    norm: str
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One mixing layer, for tables.
+
+    Attributes:
+        name: Module path (or tensor name where no module is called).
+        type: Class name.
+        channels: Outputs.
+        group: Name of the group its outputs belong to; empty for none.
+        frozen_reason: Empty if (some of) its outputs can be pruned.
+    """
+
+    name: str
+    type: str
+    channels: int
+    group: str
+    frozen_reason: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels coupled over several tensors; channel ``i`` is entry ``i`` of every slot's indices.
+
+    Attributes:
+        name: Path of the norm or conv of the first site.
+        size: Channels.
+        producers: Output dimensions of the weights and biases that make the values.
+        followers: Everything on the way: norms, depthwise convs, scales, the gate side of a product.
+        consumers: Input dimensions that read the values.
+        sites: Where a channel is made zero; in a sum everywhere, in a product on one side.
+        frozen_reason: Why it can't be cut; empty if it can.
+        exact_zero: Removing a channel that is zero at every site changes nothing.
+        exact_duplicate: Merging channels that are equal in every producer and follower changes nothing.
+        duplicate_reason: Why not.
+        constants: (path, slot) of consumers that a zero channel reaches as a constant; their bias takes it up.
+        is_linear: One producer and one consumer, both dense.
+        is_placeable: Every site is a module, so that something can be put behind it.
+    """
+
+    name: str
+    size: int
+    producers: tuple[Slot, ...]
+    followers: tuple[Slot, ...]
+    consumers: tuple[Slot, ...]
+    sites: tuple[Site, ...]
+    frozen_reason: str = ""
+    exact_zero: bool = True
+    exact_duplicate: bool = True
+    duplicate_reason: str = ""
+    constants: tuple[tuple[str, Slot], ...] = ()
+    is_linear: bool = False
+    is_placeable: bool = True
+
+    @property
+    def is_prunable(self) -> bool:
+        """Can channels be removed?"""
+        return not self.frozen_reason
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """All slots."""
+        return self.producers + self.followers + self.consumers
+
+    def cut(self, keep: Sequence[int]) -> Cut:
+        """Drops every channel that is not in ``keep``.
+
+        Raises:
+            ValueError: ``keep`` is empty, has an unknown channel or one twice.
+
+        >>> slot = Slot("conv.weight", 0, ((0,), (1,), (2,)))
+        >>> Group("conv", 3, (slot,), (), (), ()).cut([2, 0]).slots[0].sources
+        ((0,), (2,))
+        """
+        return self.merge([[channel] for channel in sorted(keep)])
+
+    def merge(self, clusters: Sequence[Sequence[int]]) -> Cut:
+        """Keeps the first channel of each cluster; consumers get the sum over the cluster.
+
+        Channels in no cluster are dropped.
+
+        Raises:
+            ValueError: No cluster, an unknown channel, or one that is named twice.
+
+        >>> out = Slot("a.weight", 0, ((0,), (1,), (2,)))
+        >>> read = Slot("b.weight", 1, ((0, 1), (2, 3), (4, 5)))
+        >>> cut = Group("a", 3, (out,), (), (read,), ()).merge([[0, 2], [1]])
+        >>> [each.sources for each in cut.slots]
+        [((0,), (1,)), ((0, 4), (1, 5), (2,), (3,))]
+        """
+        channels = [channel for cluster in clusters for channel in cluster]
+        _check_channels(channels, self.size)
+        firsts = [cluster[0] for cluster in clusters if cluster]
+        slots = [_kept(slot, firsts) for slot in self.producers + self.followers]
+        slots += [_summed(slot, clusters) for slot in self.consumers]
+        gone = sorted(set(range(self.size)) - set(channels))
+        constants = tuple(
+            Constant(path, tuple(sorted(i for c in gone for i in slot.indices[c])))
+            for path, slot in self.constants
+            if gone
+        )
+        return Cut(self.name, self.size, len(firsts), tuple(slots), constants)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Everything the analysis found about a model.
+
+    Attributes:
+        groups: In network order, frozen ones included.
+        layers: In network order.
+        conv_batch_norms: Pairs that can be folded.
+        macs: Multiply-accumulates of one sample.
+        notes: What could not be looked at, in words.
+    """
+
+    groups: tuple[Group, ...]
+    layers: tuple[LayerRow, ...]
+    conv_batch_norms: tuple[ConvBatchNorm, ...]
+    macs: int
+    notes: tuple[str, ...] = ()
+    mac_terms: tuple[tuple[int, tuple[tuple[int, dict[str, int]], ...]], ...] = ()
+    samples: int = 1
+    paths: tuple[str, ...] = field(default=(), repr=False)
+
+    def macs_with(self, widths: Mapping[str, int]) -> int:
+        """Multiply-accumulates of one sample if groups keep this many channels.
+
+        Args:
+            widths: Group name -> channels that stay; groups not named keep all.
+
+        Raises:
+            KeyError: There is no such group.
+        """
+        sizes = {group.name: group.size for group in self.groups}
+        for name, width in widths.items():
+            if not 0 <= width <= sizes[name]:
+                raise ValueError(f"{name} has {sizes[name]} channels, it cannot keep {width}")
+        total = 0
+        for scale, factors in self.mac_terms:
+            for fixed, counts in factors:
+                scale *= fixed + sum(
+                    each * widths.get(name, sizes[name]) for name, each in counts.items()
+                )
+            total += scale
+        return total // self.samples
+
+    def group(self, name: str) -> Group:
+        """The group of this name.
+
+        Raises:
+            KeyError: There is none.
+        """
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise KeyError(name)
+
+    def select(self, strategy: str, names: Sequence[str] | None = None) -> list[Group]:
+        """Groups chosen by a strategy, or by name.
+
+        Args:
+            strategy: ``linear_bn``, ``linear_conv`` (one producer, one consumer) or ``all_bn``,
+                ``all_conv`` (every group that can be cut).
+            names: Module paths, with or without a leading ``self.``; the strategy is then ignored.
+
+        Raises:
+            RecipeError: A name matches nothing, can't be cut, or names only a part of a group.
+        """
+        from slimcli.network.structure.select import select_groups
+
+        return select_groups(self, strategy, names)
+
+
+def zero_channels(model: nn.Module, group: Group, channels: Sequence[int]) -> None:
+    """Makes channels of a group zero at its sites, in place: as if a compactor row there were zero."""
+    with torch.no_grad():
+        for site in group.sites:
+            norm = model.get_submodule(site.norm) if site.norm else None
+            has_affine = norm is not None and getattr(norm, "weight", None) is not None
+            parts = ("weight", "bias") if has_affine else ()
+            followers = [s for s in group.followers if site.norm and _inside(s, site.norm)]
+            for slot in followers:
+                local = slot.tensor.rpartition(".")[2]
+                if local in parts or local == "running_mean":
+                    _zero(model, slot, channels)
+            if not has_affine:
+                for slot in group.producers:
+                    if not site.conv or _inside(slot, site.conv):
+                        _zero(model, slot, channels)
+
+
+def _inside(slot: Slot, path: str) -> bool:
+    return slot.tensor.startswith(f"{path}.")
+
+
+def _zero(model: nn.Module, slot: Slot, channels: Sequence[int]) -> None:
+    path, _, local = slot.tensor.rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(path), local)
+    entries = [index for channel in channels for index in slot.indices[channel]]
+    tensor.index_fill_(slot.dim, torch.tensor(entries, device=tensor.device), 0)
+
+
+def _check_channels(channels: Sequence[int], size: int) -> None:
+    if not channels:
+        raise ValueError("at least one channel must stay")
+    if len(set(channels)) != len(channels):
+        raise ValueError("a channel is named twice")
+    if min(channels) < 0 or max(channels) >= size:
+        raise ValueError(f"channels must be in 0..{size - 1}")
+
+
+def _kept(slot: Slot, channels: Sequence[int]) -> SlotCut:
+    return _summed(slot, [[channel] for channel in channels])
+
+
+def _summed(slot: Slot, clusters: Sequence[Sequence[int]]) -> SlotCut:
+    """Entries outside the group stay; entry ``k`` of a first channel sums entry ``k`` of its cluster."""
+    sources: dict[int, tuple[int, ...]] = {}
+    for cluster in clusters:
+        columns = zip(*(slot.indices[channel] for channel in cluster), strict=True)
+        for column in columns:
+            sources[column[0]] = tuple(column)
+    owned = {index for entries in slot.indices for index in entries}
+    for index in range(slot.size or max(owned) + 1):
+        if index not in owned:
+            sources[index] = (index,)
+    return SlotCut(slot.tensor, slot.dim, tuple(sources[index] for index in sorted(sources)))
+
+
+def label_counts(labels: np.ndarray, group_of: np.ndarray, names: Sequence[str]) -> tuple[int, dict[str, int]]:
+    """Entries outside all groups, and entries per group."""
+    groups = group_of[labels]
+    unique, counts = np.unique(groups, return_counts=True)
+    found = {names[g]: int(n) for g, n in zip(unique, counts, strict=True) if g >= 0}
+    return int((groups < 0).sum()), found
+
+
+def counted(
+    terms: Sequence[MacTerm], group_of: np.ndarray, names: Sequence[str], sizes: Mapping[str, int]
+) -> tuple[tuple[int, tuple[tuple[int, dict[str, int]], ...]], ...]:
+    """MAC terms in widths of groups: scale x (fixed + entries per channel x width) x ..."""
+    result = []
+    for term in terms:
+        factors = []
+        for labels in term.factors:
+            fixed, found = label_counts(labels, group_of, names)
+            factors.append((fixed, {name: n // sizes[name] for name, n in found.items()}))
+        result.append((term.scale // term.divisor, tuple(factors)))
+    return tuple(result)

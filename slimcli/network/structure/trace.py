@@ -1,0 +1,292 @@
+"""Runs a model once and follows every channel through it.
+
+A ``TorchDispatchMode`` sees each ATen operation with its real tensors. Labels travel beside the tensors
+(``planes.py``); what an operation does to them is looked up in a table of rules, one file a family.
+An operation without a rule freezes the channels it touches.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from slimcli.network.structure import user_line
+from slimcli.network.structure.nodes import Kind, Node
+from slimcli.network.structure.planes import is_useful, squeeze_equal
+from slimcli.network.structure.record import Record
+from slimcli.network.structure.sources import source_planes
+
+Planes = tuple[Tensor, ...]
+NO_PLANES: Planes = ()
+
+
+@dataclass
+class Op:
+    """One call of an ATen operator, for a rule.
+
+    Attributes:
+        name: Base name without overload and without a trailing underscore (``add`` for ``add_.Tensor``).
+        output: What the call returned.
+    """
+
+    tracer: Tracer
+    func: Any
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+    @property
+    def record(self) -> Record:
+        """Where findings go."""
+        return self.tracer.record
+
+    def planes(self, tensor: Any) -> Planes:
+        """Planes of an argument; none for anything that is no tensor."""
+        return self.tracer.planes_of(tensor) if isinstance(tensor, Tensor) else NO_PLANES
+
+    def arg(self, index: int, name: str, default: Any = None) -> Any:
+        """An argument given by position or by name."""
+        if index < len(self.args):
+            return self.args[index]
+        return self.kwargs.get(name, default)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensor arguments in order."""
+        return list(flat_tensors((self.args, self.kwargs)))
+
+    def freeze(self, tensors: Sequence[Any], reason: str) -> None:
+        """Freezes every channel of these arguments; the user's line is appended to the reason."""
+        planes = [plane for tensor in tensors for plane in self.planes(tensor)]
+        self.freeze_planes(planes, reason)
+
+    def freeze_planes(self, planes: Sequence[Tensor], reason: str) -> None:
+        """Freezes these planes' channels; the user's line is appended to the reason."""
+        if planes:
+            line = user_line.current()
+            self.record.freeze(planes, f"{reason} at {line}" if line else reason)
+
+
+Rule = Callable[[Op], Sequence[Planes]]
+
+
+@dataclass
+class Calls:
+    """Which module is running, and whose outputs go where (to find conv and norm pairs).
+
+    Attributes:
+        outputs: Tensor -> (key of its producer, number of the call).
+        uses: Number of the call -> how often its output was used.
+        norms: Number of the call -> path of the norm that used it.
+        keys: Number of the call -> key of the producer.
+        norm_inputs: Path of a norm -> keys of the producers it read ("" for anything else).
+    """
+
+    stack: list[tuple[str, nn.Module]] = field(default_factory=list)
+    outputs: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    uses: dict[int, int] = field(default_factory=dict)
+    norms: dict[int, str] = field(default_factory=dict)
+    keys: dict[int, str] = field(default_factory=dict)
+    norm_inputs: dict[str, set[str]] = field(default_factory=dict)
+
+    def top(self) -> tuple[str, nn.Module | None]:
+        """Path and module of the innermost running module."""
+        return self.stack[-1] if self.stack else ("", None)
+
+    def produced(self, tensor: Tensor, key: str) -> None:
+        """Remembers the output of a mixing op."""
+        number = len(self.keys)
+        self.keys[number] = key
+        self.uses[number] = 0
+        self.outputs[tensor] = (key, number)
+
+    def used(self, tensor: Tensor) -> None:
+        """Counts a use of a tensor if it is the output of a mixing op."""
+        found = self.outputs.get(tensor)
+        if found is not None:
+            self.uses[found[1]] += 1
+
+    def normed(self, tensor: Tensor, path: str) -> None:
+        """A norm module read this tensor."""
+        found = self.outputs.get(tensor)
+        self.norm_inputs.setdefault(path, set()).add(found[0] if found else "")
+        if found is not None:
+            self.norms[found[1]] = path
+
+    def norm_after(self) -> dict[str, str]:
+        """Producer key -> the one norm that alone reads all it ever puts out."""
+        found: dict[str, set[str]] = {}
+        for number, key in self.keys.items():
+            path = self.norms.get(number, "") if self.uses[number] == 1 else ""
+            found.setdefault(key, set()).add(path)
+        pairs = {key: next(iter(paths)) for key, paths in found.items() if len(paths) == 1}
+        return {key: norm for key, norm in pairs.items() if norm and self.norm_inputs[norm] == {key}}
+
+
+class Tracer(TorchDispatchMode):
+    """Follows labels through everything that runs inside its ``with`` block.
+
+    Args:
+        record: Findings are added to it.
+        calls: Kept by the module hooks.
+        rules: Base name of an operator -> its rule; pointwise operators need no entry.
+    """
+
+    def __init__(self, record: Record, calls: Calls, rules: dict[str, Rule]) -> None:
+        super().__init__()
+        self.record = record
+        self.calls = calls
+        self._rules = rules
+        self._planes = WeakIdKeyDictionary()
+        self._aliases: dict[int, list[weakref.ref[Tensor]]] = {}
+        self.backups: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def planes_of(self, tensor: Tensor) -> Planes:
+        """The planes of a tensor; those of a parameter or buffer are made when first asked for."""
+        known: Planes | None = self._planes.get(tensor)
+        if known is None:
+            source = self.record.sources.find(tensor)
+            known = source_planes(source, self.record.table) if source else NO_PLANES
+            self._planes[tensor] = known
+        return known
+
+    def relabel(self, tensor: Tensor, planes: Planes) -> None:
+        """Gives a tensor these planes."""
+        self._planes[tensor] = planes
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Executes the operator, then its rule."""
+        kwargs = kwargs or {}
+        name, in_place = base_name(func)
+        inputs = list(flat_tensors((args, kwargs)))
+        for tensor in inputs:
+            self.calls.used(tensor)
+        labelled = any([self.planes_of(tensor) for tensor in inputs])
+        if in_place and inputs:
+            self._back_up(inputs[0])
+        output = func(*args, **kwargs)
+        if not labelled:
+            self._note_views(inputs, output)
+            return output
+        op = Op(self, func, name, args, kwargs, output)
+        planes = self._apply(op)
+        if in_place and inputs:
+            self._write(inputs[0], planes[0] if planes else NO_PLANES)
+            return output
+        for tensor, each in zip(flat_tensors(output), planes, strict=False):
+            useful = tuple(plane for plane in each if is_useful(plane))
+            if useful:
+                self._planes[tensor] = useful
+        self._note_views(inputs, output)
+        return output
+
+    def _apply(self, op: Op) -> Sequence[Planes]:
+        rule = self._rules.get(op.name)
+        if rule is None and torch.Tag.pointwise in op.func.tags:
+            rule = self._rules["pointwise"]
+        if rule is None:
+            op.freeze(op.tensors(), f"the operator {op.func.name()} is unknown")
+            return ()
+        try:
+            return rule(op)
+        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+            self.record.rule_errors.append(f"{op.func.name()}: {error!r} at {user_line.current()}")
+            op.freeze(op.tensors(), f"the operator {op.func.name()} could not be followed")
+            return ()
+
+    def _back_up(self, tensor: Tensor) -> None:
+        source = self.record.sources.shares_memory(tensor)
+        if source is not None and source.name not in self.backups:
+            self.backups[source.name] = (source.tensor, source.tensor.detach().clone())
+
+    def _note_views(self, inputs: Sequence[Tensor], output: Any) -> None:
+        """Remembers tensors that share memory, for writes into one of them."""
+        for result in flat_tensors(output):
+            if result.layout != torch.strided:
+                continue
+            storage = result.untyped_storage().data_ptr()
+            for tensor in inputs:
+                if tensor.layout == torch.strided and tensor is not result:
+                    if tensor.untyped_storage().data_ptr() == storage and storage:
+                        known = self._aliases.setdefault(storage, [])
+                        known += [weakref.ref(tensor), weakref.ref(result)]
+
+    def _living_aliases(self, tensor: Tensor) -> list[Tensor]:
+        storage = tensor.untyped_storage().data_ptr()
+        living: dict[int, Tensor] = {}
+        for reference in self._aliases.get(storage, ()):
+            other = reference()
+            if other is not None and other.untyped_storage().data_ptr() == storage:
+                living[id(other)] = other
+        living.pop(id(tensor), None)
+        return list(living.values())
+
+    def _write(self, tensor: Tensor, planes: Planes) -> None:
+        """The tensor was written in place: so were all tensors that share its memory."""
+        planes = tuple(plane for plane in planes if is_useful(plane))
+        old = self.planes_of(tensor)
+        same = len(old) == len(planes) and all(
+            a is b or torch.equal(a, b) for a, b in zip(old, planes, strict=True)
+        )
+        if same:
+            return
+        aliases = self._living_aliases(tensor)
+        self._planes[tensor] = planes
+        if not aliases:
+            return
+        if len(planes) > 1 or any(len(self.planes_of(other)) > 1 for other in aliases):
+            everything = [*planes, *(p for other in aliases for p in self.planes_of(other))]
+            self.record.freeze(everything, f"written in place through a view at {user_line.current()}")
+            return
+        self._write_through(tensor, aliases)
+
+    def _write_through(self, tensor: Tensor, aliases: Sequence[Tensor]) -> None:
+        numel = tensor.untyped_storage().nbytes() // tensor.element_size()
+        memory = torch.zeros(numel, dtype=torch.int64)
+        for each in [*sorted(aliases, key=lambda other: -other.numel()), tensor]:
+            planes = self.planes_of(each)
+            place = memory.as_strided(each.shape, each.stride(), each.storage_offset())
+            if planes:
+                place.copy_(planes[0].expand(each.shape))
+            elif each is tensor:
+                place.zero_()
+        for other in aliases:
+            view = memory.as_strided(other.shape, other.stride(), other.storage_offset())
+            plane = squeeze_equal(view.clone())
+            self._planes[other] = (plane,) if plane.numel() > 1 and bool(plane.any()) else NO_PLANES
+
+
+def base_name(func: Any) -> tuple[str, bool]:
+    """``("add", True)`` for ``aten::add_.Tensor``; other namespaces keep theirs."""
+    full = func.name()
+    space, _, rest = full.partition("::")
+    base = rest.partition(".")[0]
+    in_place = base.endswith("_") and not base.startswith("__")
+    base = base[:-1] if in_place else base
+    return (base if space == "aten" else f"{space}::{base}"), in_place
+
+
+def flat_tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from flat_tensors(each)
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from flat_tensors(each)
+
+
+def affine_node(record: Record, path: str) -> Callable[[int], int]:
+    """Node -> the node behind a norm."""
+    return lambda node: record.table.add(Node(Kind.AFFINE, (node,), name=path))

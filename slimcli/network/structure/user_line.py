@@ -1,0 +1,46 @@
+"""The line of the user's code that is being executed, or that an exception came through."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from types import FrameType, TracebackType
+
+import torch
+
+import slimcli
+
+_OURS = (torch.__path__[0], slimcli.__path__[0], "<frozen", "<string>")
+
+
+def _is_ours(filename: str) -> bool:
+    return filename.startswith(_OURS)
+
+
+def describe(filename: str, line: int) -> str:
+    """``blocks.py:12: x = x.view(-1, 9216)``."""
+    text = linecache.getline(filename, line).strip()
+    short = "/".join(filename.replace("\\", "/").split("/")[-2:])
+    return f"{short}:{line}: {text}" if text else f"{short}:{line}"
+
+
+def current() -> str:
+    """The innermost frame outside torch and slimcli."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if not _is_ours(frame.f_code.co_filename):
+            return describe(frame.f_code.co_filename, frame.f_lineno)
+        frame = frame.f_back
+    return ""
+
+
+def of_error(error: BaseException) -> str:
+    """The innermost such frame of a traceback; empty if there is none."""
+    found = ""
+    step: TracebackType | None = error.__traceback__
+    while step is not None:
+        filename = step.tb_frame.f_code.co_filename
+        if not _is_ours(filename):
+            found = describe(filename, step.tb_lineno)
+        step = step.tb_next
+    return found
