@@ -13,9 +13,10 @@ from typing import ClassVar
 from torch import nn
 
 from slimcli.algorithms.finetune.config import ALGORITHM
-from slimcli.compressor import AlgorithmInfo, Compressor, Plan, Schedule
+from slimcli.compressor import AlgorithmInfo, Compressor, LayerPlan, Plan, Schedule
 from slimcli.network import count, fuse
 from slimcli.network.example import Example
+from slimcli.network.structure import analyze
 
 
 class FinetuneCompressor(Compressor):
@@ -28,8 +29,25 @@ class FinetuneCompressor(Compressor):
 
     def plan(self, model: nn.Module, example: Example, schedule: Schedule) -> Plan:
         """Count, and list the layers; no channel will go."""
-        total = count.count_macs(model, example).total
-        return Plan(macs=total, params=count.count_params(model), private=())
+        structure = analyze(model, example, trial=False)
+        pairs = tuple((pair.conv, pair.norm) for pair in structure.conv_batch_norms)
+        layers = [
+            LayerPlan(
+                name=row.name,
+                type=row.type,
+                channels=row.channels,
+                channels_minimum=row.channels,
+                group=row.group,
+                frozen_reason=row.frozen_reason,
+            )
+            for row in structure.layers
+        ]
+        return Plan(
+            layers=layers,
+            macs=structure.macs,
+            params=count.count_params(model),
+            private=pairs,
+        )
 
     def prepare(self, model: nn.Module, example: Example, plan: Plan) -> nn.Module:
         """The model as it is; which norms can be folded is remembered."""
