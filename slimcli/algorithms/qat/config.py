@@ -56,6 +56,7 @@ ALGORITHM = AlgorithmInfo(
     compressor="slimcli.algorithms.qat.method:QATCompressor",
     solver="QATSolver",
     training_defaults={"lr": 0.001},
+    example={"weight_granularity": "channel", "freeze_bn_epoch": 1},
     aliases=(
         "torchslim.reparameter.quantizing.qat.QATSolver",
         "torchslim.quantizing.qat.QATSolver",

@@ -30,6 +30,7 @@ from slimcli.compressor import (
     default_param_groups,
 )
 from slimcli.errors import Problem, RunError
+from slimcli.network.count import count_macs, count_params
 from slimcli.network.cuts import Cut
 from slimcli.network.example import Example
 from slimcli.network.quantize.audit import float_readers
@@ -53,13 +54,14 @@ class QATCompressor(Compressor):
 
     def plan(self, model: nn.Module, example: Example, schedule: Schedule) -> Plan:
         """Which layers become int8, and why the others stay float."""
-        placement = place(copy.deepcopy(model), example, self.config.skip)
+        clone = copy.deepcopy(model)
+        placement = place(clone, example, self.config.skip)
         plan = Plan(targets=list(placement.quantized), private=placement)
         plan.layers = [
             LayerPlan(each.name, each.type, each.channels, each.channels, "", each.reason)
             for each in placement.layers
         ]
-        plan.params = sum(each.numel() for each in model.parameters())
+        plan.macs, plan.params = count_macs(clone, example).total, count_params(model)
         plan.budget = {
             "quantized_layers": float(len(placement.quantized)),
             "float_layers": float(len(placement.layers) - len(placement.quantized)),

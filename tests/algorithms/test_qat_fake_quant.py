@@ -1,0 +1,188 @@
+"""What one quantizer computes, against numpy."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from slimcli.network.quantize.fake_quant import (
+    WEIGHT_LOW,
+    FakeQuant,
+    Phase,
+    quantizers,
+    scale_of,
+)
+
+# One float32 rounding on each side of a sum of 4,096 products of order one.
+SUM_TOLERANCE = 1e-5
+
+
+def quantizer(amax, phase=Phase.TRAIN, **keywords):
+    made = FakeQuant("input of here", **keywords)
+    made.set_amax(torch.as_tensor(amax, dtype=torch.float32))
+    made.phase = phase
+    return made
+
+
+def by_hand(x, scale, low=-128):
+    """The definition of ONNX QuantizeLinear, in float32; numpy rounds half to even."""
+    codes = np.clip(np.round(x / scale), low, 127)
+    return codes.astype(np.int8), codes.astype(np.float32) * scale
+
+
+def test_values_and_codes_equal_quantizing_by_hand_bit_for_bit():
+    torch.manual_seed(0)
+    x = torch.randn(300_000) * 3
+    made = quantizer(6.35)
+    codes, values = by_hand(x.numpy(), made.scale.numpy())
+    assert np.array_equal(made.codes(x).numpy(), codes)
+    assert np.array_equal(made(x).numpy(), values)
+    assert np.abs(codes.astype(int)).max() >= 127  # some were clamped
+
+
+def test_ties_go_to_the_even_code_and_the_ends_are_minus_128_and_127():
+    made = quantizer(127.0)
+    x = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, 127.4, 127.6, 500.0, -128.5, -500.0])
+    assert made.codes(x).tolist() == [0, 2, 2, 0, -2, 127, 127, 127, -128, -128]
+
+
+def test_weights_never_get_code_minus_128():
+    made = quantizer(127.0, low=WEIGHT_LOW)
+    assert made.codes(torch.tensor([-127.4, -300.0, 300.0])).tolist() == [-127, -127, 127]
+
+
+def test_the_gradient_is_one_inside_the_range_and_zero_outside():
+    made = quantizer(12.7)  # scale 0.1
+    x = torch.tensor([0.0, 12.74, 12.76, -12.84, -12.86, 99.0], requires_grad=True)
+    made(x).backward(torch.full((6,), 3.0))
+    assert x.grad.tolist() == [3.0, 3.0, 0.0, 3.0, 0.0, 0.0]
+
+
+def test_each_channel_has_its_own_scale_along_its_axis():
+    weight = torch.tensor([[1.0, -127.0], [0.5, 0.25], [0.0, 0.0]])
+    made = FakeQuant("weight of here", WEIGHT_LOW, channels=3)
+    made.set_amax(made.magnitude(weight))
+    made.phase = Phase.FROZEN
+    assert made.amax.tolist() == [127.0, 0.5, 0.0]
+    assert made.codes(weight).tolist() == [[1, -127], [127, 64], [0, 0]]
+    columns = FakeQuant("weight of here", WEIGHT_LOW, channels=2, axis=1)
+    assert columns.magnitude(weight).tolist() == [1.0, 127.0]
+
+
+def test_the_scale_is_amax_over_127_and_a_tensor_of_zeros_has_one_too():
+    assert torch.equal(scale_of(torch.tensor(2.54)), torch.tensor(2.54) / 127)
+    made = quantizer(0.0)
+    assert made(torch.zeros(3)).tolist() == [0.0, 0.0, 0.0]
+    assert made.scale.item() > 0
+
+
+def test_a_learned_scale_gets_the_gradient_of_the_paper():
+    torch.manual_seed(1)
+    x = (torch.randn(8, 512) * 2).requires_grad_()
+    upstream = torch.randn(8, 512)
+    made = quantizer(3.0, policy="lsq")
+    made(x).backward(upstream)
+    ratio = x.detach().numpy() / made.scale.detach().numpy()
+    inside = (np.round(ratio) >= -128) & (np.round(ratio) <= 127)
+    slope = np.where(inside, np.round(ratio) - ratio, np.clip(ratio, -128, 127))
+    expected = (upstream.numpy() * slope).sum() / np.sqrt(512 * 127)
+    assert made.scale.grad.item() == pytest.approx(expected, rel=SUM_TOLERANCE, abs=SUM_TOLERANCE)
+    assert torch.equal(x.grad, upstream * torch.from_numpy(inside))
+
+
+def test_learned_weight_scales_get_one_gradient_a_channel():
+    torch.manual_seed(1)
+    weight = torch.randn(4, 10, requires_grad=True)
+    made = FakeQuant("weight of here", WEIGHT_LOW, "lsq", channels=4)
+    made.set_amax(made.magnitude(weight) * 0.5)
+    made.phase = Phase.TRAIN
+    made(weight).sum().backward()
+    ratio = weight.detach() / made.scale.detach()[:, None]
+    inside = ratio.round().abs() <= 127
+    slope = torch.where(inside, ratio.round() - ratio, ratio.clamp(-127, 127))
+    expected = slope.sum(1) / (10 * 127) ** 0.5
+    assert torch.allclose(made.scale.grad, expected, rtol=SUM_TOLERANCE, atol=SUM_TOLERANCE)
+
+
+def test_a_frozen_learned_scale_gets_no_gradient():
+    made = quantizer(1.0, policy="lsq", phase=Phase.FROZEN)
+    made(torch.randn(10, requires_grad=True)).sum().backward()
+    assert made.scale.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_quantized_in_float32_and_given_back_as_it_came(dtype):
+    torch.manual_seed(2)
+    x = torch.randn(1000).to(dtype)
+    made = quantizer(3.0)
+    result = made(x)
+    assert result.dtype == dtype
+    assert torch.equal(result, made(x.float()).to(dtype))
+
+
+def test_under_autocast_scales_stay_float32_and_codes_exact():
+    made = quantizer(3.0)
+    x = torch.randn(64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        product = x @ x
+        inside = made(product)
+    assert product.dtype == inside.dtype == torch.bfloat16
+    assert made.scale.dtype == torch.float32
+    assert torch.equal(inside, made(product.float()).to(torch.bfloat16))
+
+
+def test_float64_stays_float64():
+    assert quantizer(3.0)(torch.randn(5, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_nan_stays_visible_instead_of_becoming_a_number():
+    assert torch.isnan(quantizer(1.0)(torch.tensor([float("nan")])))
+
+
+def test_channels_last_stays_channels_last():
+    x = torch.randn(2, 4, 5, 5).to(memory_format=torch.channels_last).requires_grad_()
+    assert quantizer(2.0)(x).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_switched_off_it_gives_back_the_tensor_itself():
+    x = torch.randn(3)
+    assert FakeQuant("input of here")(x) is x
+
+
+def test_the_ema_range_is_the_mean_of_the_first_batches_then_moves_by_a_hundredth():
+    made = quantizer(0.0, policy="ema")
+    for largest in (1.0, 2.0, 6.0):
+        made(torch.tensor([-largest, 0.5]))
+    assert made.amax.item() == pytest.approx(3.0, rel=1e-6)
+    made.batches_seen.fill_(500)
+    made(torch.tensor([103.0]))
+    assert made.amax.item() == pytest.approx(4.0, rel=1e-6)
+    made.eval()
+    made(torch.tensor([1000.0]))
+    assert made.amax.item() == pytest.approx(4.0, rel=1e-6)
+
+
+def test_state_survives_save_and_load_bit_for_bit(tmp_path):
+    made = quantizer(0.3, policy="ema")
+    made(torch.randn(100))
+    made.phase = Phase.FROZEN
+    torch.save(made.state_dict(), tmp_path / "state.pt")
+    fresh = FakeQuant("input of here", policy="ema")
+    fresh.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert fresh.phase is Phase.FROZEN
+    assert all(
+        torch.equal(value, fresh.state_dict()[name]) for name, value in made.state_dict().items()
+    )
+    x = torch.randn(100)
+    assert torch.equal(made(x), fresh(x))
+
+
+def test_a_copy_of_a_model_has_quantizers_of_its_own():
+    model = nn.Sequential(quantizer(1.0))
+    other = copy.deepcopy(model)
+    quantizers(other)["0"].set_amax(torch.tensor(9.0))
+    quantizers(other)["0"].phase = Phase.EXPORT
+    assert quantizers(model)["0"].amax.item() == 1.0
+    assert quantizers(model)["0"].phase is Phase.TRAIN
