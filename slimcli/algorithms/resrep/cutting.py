@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from slimcli.algorithms.resrep.targets import Place, Target
 from slimcli.network.cuts import Cut, Slot, SlotCut
-
-if TYPE_CHECKING:
-    from slimcli.network.structure import Group
+from slimcli.network.structure import Group
 
 Removed = Mapping[tuple[str, int], Sequence[int]]
 """(tensor, dimension) -> entries that are gone, ascending, numbered before anything was cut."""

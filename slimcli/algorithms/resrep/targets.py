@@ -5,15 +5,12 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from slimcli.algorithms.resrep.compactor import NAME
 from slimcli.errors import Problem, RecipeError
-
-if TYPE_CHECKING:
-    from slimcli.network.structure import Group, Structure
+from slimcli.network.structure import Group, Structure
 
 Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -132,7 +129,7 @@ def why_not(model: nn.Module, structure: Structure, group: Group) -> str:
     pairs = {(pair.conv, pair.norm) for pair in structure.conv_batch_norms}
     convs = [site.conv for site in group.sites]
     produced = {slot.tensor for slot in group.producers if slot.tensor.endswith("weight")}
-    if not convs or produced != {f"{conv}.weight" for conv in convs}:
+    if not group.is_placeable or produced != {f"{conv}.weight" for conv in convs}:
         return "its channels are made outside a conv or Linear module"
     if len(set(convs)) != len(convs):
         return "one of its convs feeds several norms"
