@@ -142,3 +142,13 @@ def test_another_shape_or_missing_output_is_no_noise():
     named = noise.compare_quantized(model, lambda b: {"a": model(b)}, call, [batch])
     assert not cut.ok
     assert not named.ok
+
+
+def test_the_linter_runs_inside_every_export(exported, tmp_path):
+    _, report, _ = exported
+    found = {(finding.rule, finding.node) for finding in report.findings}
+    assert found == {("P4", "Add"), ("Q9", "up.weight_quantizer/DQ")}
+    model = QuantizedNet()
+    model.head.input_quantizer.zero_point.fill_(3)
+    with pytest.raises(VerificationError, match=r"breaks rule Q1|codes differ"):
+        onnx.export(model, EXAMPLE, tmp_path / "model.onnx")

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import slimcli
-from slimcli.artifacts import noise, verify
+from slimcli.artifacts import lint, noise, verify
 from slimcli.artifacts.onnx import qdq, store, tidy
 from slimcli.artifacts.onnx.capture import (
     Batching,
@@ -64,6 +64,7 @@ class OnnxReport:
         log: What the exporters said.
         quantizers: Name, tensor, granularity and scale of each quantizer.
         codes: Module against file, code by code; None without quantizers.
+        findings: What the linter says; nothing that a runtime would refuse or misread.
     """
 
     path: Path
@@ -81,6 +82,7 @@ class OnnxReport:
     log: tuple[str, ...] = ()
     quantizers: tuple[dict[str, Any], ...] = ()
     codes: CodeReport | None = None
+    findings: tuple[lint.Finding, ...] = ()
 
 
 def export(
@@ -116,6 +118,7 @@ def export(
         graph = _graph(flat, call, batch, opset)
     tidy.tidy(graph.model, [name for name, _ in model.named_modules() if name])
     quantizers = qdq.finish(graph.model) if is_quantized(graph.model) else []
+    findings = tuple(lint.lint(graph.model))
     _add_metadata(graph.model, call, parameter_names(model), dict(metadata or {}))
     with store.staged(graph.model, path) as staged:
         _check(staged.path)
@@ -126,7 +129,7 @@ def export(
             failed = staged.keep_as_failed()
             raise VerificationError(replace(problem, where=str(failed)))
         report = _report(staged, opset, graph, batch, seam)
-        report = replace(report, quantizers=tuple(quantizers), codes=codes)
+        report = replace(report, quantizers=tuple(quantizers), codes=codes, findings=findings)
         staged.publish(_sidecar(report))
     return report
 
@@ -210,6 +213,14 @@ def _problem(path: Path, seam: verify.Seam, codes: CodeReport | None) -> Problem
             received="; ".join([f"{seam.max_abs:.1e}", *seam.notes]),
             fix="a forward that draws random numbers in eval mode can't be exact",
         )
+    return None
+
+
+def _broken_rule(path: Path, findings: tuple[lint.Finding, ...]) -> Problem | None:
+    """The first finding that a runtime would refuse or misread."""
+    for each in lint.errors(findings):
+        what = f"{path.name} breaks rule {each.rule} at {each.node}: {each.message}"
+        return Problem("E-LINT", what, expected=lint.RULES[each.rule].title, fix=each.fix)
     return None
 
 
