@@ -107,7 +107,8 @@ class Question:
         if not steps:
             return math.inf if self.start.largest else 0.0
         parameters, statistics = self.spreads(strength, steps)
-        return max(parameters[-1] / TOLERANCE, statistics[-1] / STATISTICS_TOLERANCE)
+        last = -max(1, steps // 10)  # momentum may swing through zero just at the end
+        return max(max(parameters[last:]) / TOLERANCE, statistics[-1] / STATISTICS_TOLERANCE)
 
     @property
     def strongest(self) -> float:
