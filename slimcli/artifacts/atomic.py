@@ -70,8 +70,8 @@ def _flush(path: Path) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Makes the rename itself durable, where the system lets folders be opened."""
-    with contextlib.suppress(PermissionError, IsADirectoryError):
+    """Makes the rename itself durable, where the system can flush folders."""
+    with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)

@@ -103,7 +103,7 @@ def _compare_modules(after: Tree, before: Tree) -> tuple[list[str], dict[str, di
             continue
         fresh = before.get(path)
         first = first_path.setdefault(id(module), path)
-        if first != path and (fresh is None or before.get(first) is not fresh):
+        if first != path and (first not in kept or before[first] is not fresh):
             modules[path] = {"share": first}
         elif fresh is not None and same_kind(module, fresh):
             _check_sharing(path, first, fresh, before, kept)

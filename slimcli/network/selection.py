@@ -68,8 +68,18 @@ def select(tensor: Tensor, sources: Mapping[int, Sources]) -> Tensor:
     result = tensor.detach()
     for dim, entries in sources.items():
         result = _select_dimension(result, dim, entries)
+    return in_memory_order(result, order)
+
+
+def in_memory_order(tensor: Tensor, order: Sequence[int]) -> Tensor:
+    """A copy whose dimensions lie in memory as ``Tensor.dim_order`` says, also those of size one.
+
+    >>> in_memory_order(torch.zeros(2, 3, 1, 1), (0, 2, 3, 1)).stride()
+    (3, 1, 3, 3)
+    """
     back = sorted(range(tensor.dim()), key=order.__getitem__)
-    return result.permute(order).clone(memory_format=torch.contiguous_format).permute(back)
+    ordered = tensor.permute(tuple(order)).clone(memory_format=torch.contiguous_format)
+    return ordered.permute(back)
 
 
 def shape_after(shape: Sequence[int], sources: Mapping[int, Sources]) -> tuple[int, ...]:
