@@ -74,7 +74,7 @@ def _into_config(draft: Draft, override: Override, key: str) -> None:
     if not draft.is_staged:
         _set(draft, draft.stages[0], key, override)
         return
-    table = keys.Table("config", keys.TRAINING_KEYS, {})
+    table = draft.shared_table
     if table.canonical(key) is None:
         draft.problems.append(keys.unknown_key(key, table, "config.", override.place))
         return

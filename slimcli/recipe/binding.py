@@ -16,7 +16,7 @@ from typing import Any
 from slimcli.errors import HookError, Problem, RunError
 from slimcli.recipe.find import shown
 from slimcli.recipe.frames import describe, frame_lines, place_of, user_frames
-from slimcli.recipe.validate import suggest
+from slimcli.recipe.validate import received, suggest
 
 ROLES: dict[str, tuple[str, ...]] = {
     "model": (),
@@ -150,7 +150,7 @@ def bind(name: str, function: Any, keywords: Mapping[str, Any] | None = None) ->
     if name == "evaluate_function" and is_accumulating(function):
         return function
     if not callable(function):
-        raise _wrong(name, function, f"is {_kind(function)}, which cannot be called")
+        raise _wrong(name, function, f"is {received(function)}, which cannot be called")
     order = call_order(name, function, keywords)
     if name == "collate_fn":
         return functools.partial(function, **keywords) if keywords else function
@@ -259,10 +259,6 @@ def _count(parameters: list[inspect.Parameter]) -> str:
     names = ", ".join(each.name for each in parameters)
     number = len(needed)
     return f"{number} argument{'' if number == 1 else 's'}" + (f" ({names})" if names else "")
-
-
-def _kind(value: object) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def _wrong(name: str, function: Any, what: str, signature: inspect.Signature | None = None) -> Any:

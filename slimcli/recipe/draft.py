@@ -34,6 +34,7 @@ class StageDraft:
         config: Its config under proper names.
         name: Unique name.
         algorithm: Registry entry, path of a user's class, or None if neither.
+        is_broken: It is no mapping, which was reported.
     """
 
     place: Place
@@ -43,6 +44,7 @@ class StageDraft:
     config: dict[str, Entry] = field(default_factory=dict)
     name: str = ""
     algorithm: AlgorithmInfo | str | None = None
+    is_broken: bool = False
 
     @property
     def table(self) -> Table | None:
@@ -116,7 +118,9 @@ class Draft:
         )
         config = given.pop("config", None)
         raw = self._entries(config.node, f"{prefix}config") if config else {}
-        return StageDraft(config.place if config else node.place, f"{prefix}config.", given, raw)
+        place = config.place if config else node.place
+        is_broken = not isinstance(node.value, dict)
+        return StageDraft(place, f"{prefix}config.", given, raw, is_broken=is_broken)
 
     def identify(self, overrides: list[Override]) -> None:
         """Finds every stage's algorithm and brings its keys under their proper names.
@@ -130,7 +134,8 @@ class Draft:
             if stage and override.steps[2:] in (("algorithm",), ("name",)):
                 stage.given[override.steps[2]] = override.entry(override.key)
         for index, stage in enumerate(self.stages):
-            self._identify(index, stage)
+            if not stage.is_broken:
+                self._identify(index, stage)
             table = stage.table
             if table:
                 stage.config = keys.rename(table, stage.raw_config, stage.prefix, self.problems)
@@ -139,9 +144,15 @@ class Draft:
                 for key, entry in stage.config.items():
                     entry.spelled = stage.prefix + key
         if self.is_staged:
-            table = Table("config", keys.TRAINING_KEYS, {})
             raw = self.mapping("config")
-            self.shared = keys.rename(table, raw, "config.", self.problems)
+            self.shared = keys.rename(self.shared_table, raw, "config.", self.problems)
+
+    @property
+    def shared_table(self) -> Table:
+        """The keys that all stages may share."""
+        infos = [(each.name, each.algorithm) for each in self.stages]
+        named = [(name, info.name) for name, info in infos if isinstance(info, AlgorithmInfo)]
+        return Table("config", keys.TRAINING_KEYS, {}, stages=tuple(named))
 
     def _identify(self, index: int, stage: StageDraft) -> None:
         entry = stage.given.get("algorithm")

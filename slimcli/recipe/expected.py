@@ -42,7 +42,8 @@ def describe(annotation: Any, metadata: list[Any] | None = None) -> str:
         branches = [describe(each, metadata) for each in get_args(annotation)]
         return ", or ".join(dict.fromkeys(branches))
     if get_origin(annotation) is Literal:
-        return " or ".join(_yaml(each) for each in get_args(annotation))
+        words = [_yaml(each) for each in get_args(annotation)]
+        return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
     if annotation is None or annotation is type(None):
         return "null"
     if is_list(annotation):

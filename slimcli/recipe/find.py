@@ -84,8 +84,7 @@ def check_target(target: str, folders: Sequence[Path]) -> NotFound | None:
     if is_file_target(target):
         path = find_file(module, folders)
         if path is None:
-            looked = ", ".join(shown(folder) for folder in folders)
-            return NotFound("E-HOOK-FILE", f"no file {module}", f"looked in {looked}")
+            return _no_file(module, folders)
         return check_name(path, name)
     if not module:
         fix = "write file.py:function or package.module.function"
@@ -98,8 +97,19 @@ def check_target(target: str, folders: Sequence[Path]) -> NotFound | None:
     looked = ", ".join(shown(folder) for folder in folders)
     first = module.split(".")[0]
     what = f"no module {first} in {looked}, nor among the installed packages"
-    fix = f"write {module}.py:{name} for a file" if "." not in module else "check code:"
+    fix = f"install {first}, or put the folder it lies in into code:"
+    if find_file(f"{module.replace('.', '/')}.py", folders):
+        fix = f"write {module.replace('.', '/')}.py:{name}"
     return NotFound("E-HOOK-FILE", what, fix)
+
+
+def _no_file(file: str, folders: Sequence[Path]) -> NotFound:
+    """The files that are there instead."""
+    there = {shown(path) for folder in folders for path in folder.glob("*.py")}
+    close = suggest(file, there)
+    looked = ", ".join(shown(folder) for folder in folders)
+    fix = f"did you mean {close}?" if close else f"looked in {looked}"
+    return NotFound("E-HOOK-FILE", f"no file {file}", fix)
 
 
 def check_name(path: Path, name: str) -> NotFound | None:

@@ -80,12 +80,14 @@ class Table:
         keys: Their names.
         aliases: Other spellings.
         algorithm: Name of the algorithm whose keys they are, for messages; may be empty.
+        stages: Name and algorithm of the stages that share these keys.
     """
 
     name: str
     keys: tuple[str, ...]
     aliases: dict[str, str]
     algorithm: str = ""
+    stages: tuple[tuple[str, str], ...] = ()
 
     def canonical(self, key: str) -> str | None:
         """The proper name of a key, or None."""
@@ -136,34 +138,44 @@ def unknown_key(key: str, table: Table, prefix: str, place: Place) -> Problem:
     elif len(table.keys) <= len(TOP_KEYS):
         fix = f"one of {', '.join(table.keys)}"
     else:
-        fix = f"all keys: slim explain {table.algorithm or 'recipe'}"
+        own = f", slim explain {table.algorithm}" if table.algorithm else ""
+        fix = f"all keys: slim explain recipe{own}"
     return problem("E-RECIPE-UNKNOWN-KEY", f"unknown key {prefix}{key}", place, fix=fix)
 
 
 def _belongs_elsewhere(key: str, table: Table, prefix: str) -> tuple[str, str, str] | None:
     """Code, sentence and fix for a key that exists, but not in this mapping."""
-    shown = f"{prefix}{key}"
-    if table.name != "hooks" and HOOK_TABLE.canonical(key):
-        what = f"{shown}: {key} is a hook"
-        return "E-RECIPE-MISPLACED-KEY", what, f"move it below hooks: {key}: ..."
-    if table.name and key in TOP_KEYS:
-        what = f"{shown}: {key} is a key of the top level"
-        return "E-RECIPE-MISPLACED-KEY", what, f"move it to the beginning of a line: {key}: ..."
-    if table.name != "export" and key in EXPORT_KEYS:
-        return "E-RECIPE-MISPLACED-KEY", f"{shown}: {key} is a key of export", "move it to export:"
-    if table.name != "config" and key in TRAINING_KEYS:
-        return "E-RECIPE-MISPLACED-KEY", f"{shown}: {key} is a key of config", "move it to config:"
+    home = _home(key)
+    here = table.name or "the top level"
+    if home and home != here:
+        what = f"{key} is a key of {home}, not of {here}"
+        fix = f"move it to the beginning of a line: {key}: ..."
+        if home != "the top level":
+            fix = f"move it below {home}:"
+        return "E-RECIPE-MISPLACED-KEY", what, fix
     others = [info.name for info in owners(key) if info.name != table.algorithm]
-    if others and table.name != "config":
-        return "E-RECIPE-MISPLACED-KEY", f"{shown}: {key} is a key of config", "move it to config:"
-    if others:
-        uses = f"this recipe uses {table.algorithm}" if table.algorithm else "every stage shares it"
-        what = f"{shown} is a key of {_and(others)}, {uses}"
-        fix = f"leave it out, or write algorithm: {others[0]}"
-        if not table.algorithm:
-            fix = f"write it in the config of the {others[0]} stage"
-        return "E-RECIPE-OTHER-ALGORITHM", what, fix
-    return None
+    if not others:
+        return None
+    if table.algorithm:
+        what = f"{prefix}{key} is a key of {_and(others)}, this recipe uses {table.algorithm}"
+        return "E-RECIPE-OTHER-ALGORITHM", what, f"leave it out, or write algorithm: {others[0]}"
+    what = (
+        f"{prefix}{key} is a key of {_and(others)}; what all stages share has only keys of the loop"
+    )
+    stages = [stage for stage, algorithm in table.stages if algorithm in others]
+    fix = f"write it in the config of stage {_and(stages)}" if stages else "leave it out"
+    return "E-RECIPE-OTHER-ALGORITHM", what, fix
+
+
+def _home(key: str) -> str:
+    """The mapping a key belongs to; empty if there is none."""
+    if HOOK_TABLE.canonical(key):
+        return "hooks"
+    if key in TOP_KEYS:
+        return "the top level"
+    if key in EXPORT_KEYS:
+        return "export"
+    return "config" if key in TRAINING_KEYS or owners(key) else ""
 
 
 def _and(names: Iterable[str]) -> str:

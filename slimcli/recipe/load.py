@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -194,11 +195,14 @@ class _Assembly:
     def _hooks(self) -> dict[str, HookSpec]:
         given = self.draft.hooks
         place = self.draft.top["hooks"].place if "hooks" in self.draft.top else self._start
-        for name, text in keys.REQUIRED_HOOKS.items():
-            if name not in given:
-                fix = f"add {name}: file.py:function, called {text}"
-                what = f"hooks.{name} is required"
-                self.draft.complain("E-RECIPE-MISSING-HOOK", what, place, fix=fix)
+        missing = [name for name in keys.REQUIRED_HOOKS if name not in given]
+        is_mapping = "hooks" not in self.draft.top or isinstance(
+            self.draft.top["hooks"].node.value, dict | type(None)
+        )
+        if missing and is_mapping:
+            what = f"hooks: missing {', '.join(missing)}"
+            fix = f"add {missing[0]}: file.py:function; what each one does: slim explain hooks"
+            self.draft.complain("E-RECIPE-MISSING-HOOK", what, place, fix=fix)
         found = {name: self._hook(name, given[name]) for name in keys.HOOKS if name in given}
         return {name: spec for name, spec in found.items() if spec}
 
@@ -261,7 +265,7 @@ class _Assembly:
         for text, folder in zip(listed, folders, strict=True):
             if not folder.is_dir():
                 place = self.draft.top["code"].node.place
-                fix = f"looked for {find.shown(folder)}"
+                fix = f"looked for {os.path.relpath(folder)}"
                 self.draft.complain("E-RECIPE-CODE", f"code: no folder {text}", place, fix=fix)
         return tuple(folders)
 

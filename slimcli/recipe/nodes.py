@@ -64,7 +64,7 @@ class Place:
             ^^^^^
         """
         lines = self.source.text.splitlines()
-        line = lines[self.line - 1 if self.line else 0] if lines else ""
+        line = lines[max(0, min(self.line, len(lines)) - 1)] if lines else ""
         start = max(0, self.column - 1 - EXCERPT_WIDTH // 2) if len(line) > EXCERPT_WIDTH else 0
         shown = line[start : start + EXCERPT_WIDTH]
         shown = "".join(each if each.isprintable() else " " for each in shown)
@@ -184,13 +184,17 @@ def parse(source: Source, problems: list[Problem]) -> Node | None:
         return converter.convert(root, ())
     except _AliasError as error:
         fix = "write the values out; a recipe needs no nested aliases"
-        place = converter.place(root)
-        problems.append(problem("E-RECIPE-ALIASES", str(error), place, fix=fix))
+        problems.append(problem("E-RECIPE-ALIASES", error.what, error.place, fix=fix))
         return None
 
 
 class _AliasError(Exception):
     """An alias bomb, or an alias inside its own anchor."""
+
+    def __init__(self, what: str, place: Place) -> None:
+        super().__init__(what)
+        self.what = what
+        self.place = place
 
 
 class _Converter:
@@ -211,9 +215,10 @@ class _Converter:
         """One node and all below it; ``above`` holds the ids of those it lies in."""
         self.count += 1
         if self.count > MAX_NODES:
-            raise _AliasError(f"the aliases of this file multiply to more than {MAX_NODES} values")
+            what = f"the aliases of this file multiply to more than {MAX_NODES} values"
+            raise _AliasError(what, self.place(node))
         if id(node) in above:
-            raise _AliasError("an alias stands inside its own anchor")
+            raise _AliasError("an alias stands inside its own anchor", self.place(node))
         place = self.place(node)
         if isinstance(node, yaml.MappingNode) and node.tag == _PREFIX + "map":
             return Node(place, self._mapping(node, (*above, id(node))))
@@ -304,6 +309,8 @@ def _syntax_problem(error: yaml.YAMLError, source: Source) -> Problem:
     """PyYAML's complaint at its place, with what usually causes it."""
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark or error.context_mark
+        if mark and mark.line >= len(source.text.splitlines()) and error.context_mark:
+            mark = error.context_mark  # The end of the file shows nothing; where it began does.
         said = f"{error.context}, {error.problem}" if error.context else str(error.problem)
         line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
     else:

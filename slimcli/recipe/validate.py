@@ -13,10 +13,18 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from slimcli.errors import Problem
-from slimcli.recipe.expected import branches, choices, describe, expected, item_annotation
+from slimcli.recipe.expected import (
+    accepts_list,
+    branches,
+    choices,
+    describe,
+    expected,
+    item_annotation,
+)
 from slimcli.recipe.nodes import Entry, Node, Place, plain, problem
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -65,7 +73,9 @@ def received(value: object) -> str:
         return f"the number {value}"
     if isinstance(value, str):
         return f'the text "{value}"'
-    return "a list" if isinstance(value, list) else "a mapping"
+    if isinstance(value, dict | list):
+        return "a list" if isinstance(value, list) else "a mapping"
+    return f"an object of class {type(value).__name__}"
 
 
 def validate(schema: type[Model], section: Section, problems: list[Problem]) -> Model | None:
@@ -166,35 +176,43 @@ def _one(key: str, detail: ErrorDetails, schema: type[BaseModel], section: Secti
         annotation = item_annotation(annotation)
     wanted = describe(annotation) if steps else expected(field)
     code = "E-RECIPE-RANGE" if "than" in detail["type"] else "E-RECIPE-TYPE"
+    if detail["type"] == "literal_error":
+        code = "E-RECIPE-VALUE"
     return problem(
         code,
         name,
         node.place,
         expected=wanted,
         received=received(plain(node)),
-        fix=_fix(plain(node), annotation, detail),
+        fix=_fix(plain(node), annotation, field) or _fix_of_list(entry.node, annotation, steps),
     )
 
 
 _NUMBERS_IN_WORDS = {"yes": True, "on": True, "no": False, "off": False}
 
 
-def _fix(value: object, annotation: Any, detail: ErrorDetails) -> str:
+def _fix_of_list(node: Node, annotation: Any, steps: list[Node]) -> str:
+    """Brackets that are missing around one value, or around a list of lists."""
+    if isinstance(plain(node), dict) or not accepts_list(annotation):
+        return ""
+    return f"write [{json.dumps(plain(node)) if steps else node.raw}]"
+
+
+def _fix(value: object, annotation: Any, field: FieldInfo) -> str:
     """What to type instead, where that can be said."""
     kinds = branches(annotation)
+    if value is None:
+        return "write a value, or leave the key out for the default"
+    if bool in kinds and value in (0, 1):
+        return f"write {str(bool(value)).lower()}"
     if isinstance(value, str):
         return _fix_of_text(value, kinds, annotation)
     if isinstance(value, float) and int in kinds and value.is_integer():
         return f"write {int(value)}"
     if isinstance(value, int | float) and not isinstance(value, bool) and str in kinds:
         return f"write '{value}' for the text"
-    if "less_than" in detail["type"] and isinstance(value, int | float) and 1 <= value <= 100:
-        limit = (detail.get("ctx") or {}).get("lt", (detail.get("ctx") or {}).get("le"))
-        if limit == 1:
-            return f"write {value / 100:g} for {value} %"
-    if isinstance(value, int) and any(describe(each).startswith("a list") for each in kinds):
-        return f"write [{str(value).lower()}] for a list of one"
-    return ""
+    is_fraction = "fraction" in (field.description or "") and isinstance(value, int | float)
+    return f"write {value / 100:g} for {value:g} %" if is_fraction and 1 < value <= 100 else ""
 
 
 def _fix_of_text(value: str, kinds: tuple[Any, ...], annotation: Any) -> str:
@@ -208,11 +226,7 @@ def _fix_of_text(value: str, kinds: tuple[Any, ...], annotation: Any) -> str:
     if float in kinds and _is_number(number):
         return f"write {number}"
     close = suggest(value, choices(annotation))
-    if close:
-        return f"did you mean {close}?"
-    if any(describe(each).startswith("a list") for each in kinds):
-        return f"write [{value}] for a list of one"
-    return ""
+    return f"did you mean {close}?" if close else ""
 
 
 def _is_number(text: str) -> bool:
