@@ -22,8 +22,11 @@ STATISTICS_TOLERANCE = 0.03
 They follow the filters with a delay of about ``1 / momentum`` steps.
 """
 
-STATISTICS_LIMIT = 0.1
-"""The measured spread of running statistics above which the merge is refused."""
+STATISTICS_LIMIT = 0.2
+"""The measured spread of running statistics above which the merge is refused.
+
+Wider than the tolerance: the deviations they are measured in get smaller as filters meet.
+"""
 
 STABLE = 1.0
 """Largest ``lr * (eta + eps)``: beyond it filters overshoot their mean at every step."""

@@ -34,7 +34,14 @@ from slimcli.algorithms.csgd.planning import (
     statistics_distance,
     tied_slots,
 )
-from slimcli.algorithms.csgd.ties import Tie, centripetal_gradient, contract, distance, project
+from slimcli.algorithms.csgd.ties import (
+    Tie,
+    centripetal_gradient,
+    contract,
+    distance,
+    project,
+    size_of,
+)
 from slimcli.compressor import (
     Compressor,
     GroupDefaults,
@@ -73,6 +80,9 @@ class CSGDCompressor(Compressor):
         self._spread = 0.0
         self._slots = {group.name: tied_slots(model, group) for group in self._analysis.groups}
         self._tie(self._analysis.clusters)
+        # The spread is relative to the size of a tensor at the start: a cluster whose mean happens
+        # to be near zero would otherwise never be close enough.
+        self._sizes = [size_of(tie, model.get_parameter(tie.tensor)) for tie in self._ties]
         self._merged = not self._ties
         return model
 
@@ -134,12 +144,12 @@ class CSGDCompressor(Compressor):
 
     def _pull(self, tie: Tie) -> float:
         """Strength of the pull on one tensor."""
-        factor: float = self.config.vector_factor if tie.is_vector else 1.0
-        return self._strength * factor
+        return self._strength * (self.config.vector_factor if tie.is_vector else 1.0)
 
     def finish(self, model: nn.Module, progress: Progress) -> list[Cut]:
-        """The merge, if its epoch lies at the end of the run or behind it."""
-        return [] if self._merged else self._merge(model)
+        """The merge, if its epoch is the end of the run; a run cut short merges nothing."""
+        is_time = progress.epoch + 1 >= self._merge_epoch
+        return self._merge(model) if is_time and not self._merged else []
 
     def _merge(self, model: nn.Module) -> list[Cut]:
         """Measures, projects and cuts.
@@ -174,7 +184,10 @@ class CSGDCompressor(Compressor):
 
     def spreads(self, model: nn.Module) -> tuple[float, float]:
         """Largest spread of the parameters, and of the running statistics, over all tensors."""
-        parameters = [distance(tie, model.get_parameter(tie.tensor)) for tie in self._ties]
+        parameters = [
+            distance(tie, model.get_parameter(tie.tensor), size)
+            for tie, size in zip(self._ties, self._sizes, strict=True)
+        ]
         statistics = [statistics_distance(model, tie) for tie in self._statistics]
         return max(parameters, default=0.0), max(statistics, default=0.0)
 
@@ -212,6 +225,7 @@ class CSGDCompressor(Compressor):
             "merge_epoch": self._merge_epoch,
             "strength": self._strength,
             "form": self._form,
+            "sizes": list(self._sizes),
             "merged": self._merged,
             "spread": self._spread,
         }
@@ -226,6 +240,7 @@ class CSGDCompressor(Compressor):
         )
         self._merge_epoch = int(state["merge_epoch"])
         self._strength = float(state["strength"])
+        self._sizes = [float(size) for size in state["sizes"]]
         self._form = str(state["form"])
         self._merged = bool(state["merged"])
         self._spread = float(state["spread"])

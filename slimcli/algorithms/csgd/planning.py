@@ -14,7 +14,7 @@ from slimcli.algorithms.csgd import clustering
 from slimcli.algorithms.csgd.clustering import Clusters, clusters_kept
 from slimcli.algorithms.csgd.collapse import Collapse, Start, find_collapse
 from slimcli.algorithms.csgd.config import CSGDConfig
-from slimcli.algorithms.csgd.ties import Tie, distance
+from slimcli.algorithms.csgd.ties import Tie, distance, distance_in
 from slimcli.compressor import Goal, LayerPlan, Plan, Refusal, Schedule
 from slimcli.network.cuts import Slot
 from slimcli.network.example import Example
@@ -290,4 +290,4 @@ def statistics_distance(model: nn.Module, tie: Tie) -> float:
         return distance(tie, values)
     epsilon = float(getattr(owner, "eps", 1e-5))
     unit = variance.double() + epsilon
-    return distance(tie, values, unit if values is variance else unit.sqrt())
+    return distance_in(tie, values, unit if values is variance else unit.sqrt())

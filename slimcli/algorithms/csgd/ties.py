@@ -112,24 +112,38 @@ def project(tie: Tie, values: Tensor) -> None:
         tie.scatter(values, wide.to(values.dtype))
 
 
-def distance(tie: Tie, values: Tensor, scale: Tensor | None = None) -> float:
-    """How far channels are from their cluster's mean, relative to the size of the tensor.
+def distance(tie: Tie, values: Tensor, size: float | None = None) -> float:
+    """How far tied channels are from their cluster's mean, in the Euclidean norm.
 
     Args:
         tie: Which channels are tied.
-        values: The parameter or buffer.
-        scale: The unit of each value, shaped like ``values``; default: the size of all channels
-            that have company, so that the result is at most 1.
-
-    Returns:
-        Euclidean norm of the distances over that of the tied channels; with ``scale`` the
-        root mean square of the distances in that unit.
+        values: The parameter.
+        size: What the distance is relative to; default: the norm of the tied channels themselves,
+            so that the result is at most 1.
     """
     if not tie.count:
         return 0.0
     own = tie.gather(values.detach().double())
-    apart = own - tie.means(own)
-    if scale is not None:
-        return (apart / tie.gather(scale.detach().double())).square().mean().sqrt().item()
-    size = own.norm().item()
-    return apart.norm().item() / size if size else 0.0
+    size = own.norm().item() if size is None else size
+    apart = (own - tie.means(own)).norm().item()
+    return apart / size if size else apart
+
+
+def size_of(tie: Tie, values: Tensor) -> float:
+    """The Euclidean norm of the tied channels."""
+    return tie.gather(values.detach().double()).norm().item() if tie.count else 0.0
+
+
+def distance_in(tie: Tie, values: Tensor, unit: Tensor) -> float:
+    """Root mean square of the distances to the cluster's mean, each in the unit of its channel.
+
+    Args:
+        tie: Which channels are tied.
+        values: The buffer.
+        unit: One unit for each value.
+    """
+    if not tie.count:
+        return 0.0
+    own = tie.gather(values.detach().double())
+    apart = (own - tie.means(own)) / tie.gather(unit.detach().double())
+    return float(apart.square().mean().sqrt())
