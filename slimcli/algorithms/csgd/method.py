@@ -144,7 +144,7 @@ class CSGDCompressor(Compressor):
 
     def _pull(self, tie: Tie) -> float:
         """Strength of the pull on one tensor."""
-        return self._strength * (self.config.vector_factor if tie.is_vector else 1.0)
+        return float(self._strength * (self.config.vector_factor if tie.is_vector else 1.0))
 
     def finish(self, model: nn.Module, progress: Progress) -> list[Cut]:
         """The merge, if its epoch is the end of the run; a run cut short merges nothing."""

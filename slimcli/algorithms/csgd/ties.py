@@ -126,12 +126,12 @@ def distance(tie: Tie, values: Tensor, size: float | None = None) -> float:
     own = tie.gather(values.detach().double())
     size = own.norm().item() if size is None else size
     apart = (own - tie.means(own)).norm().item()
-    return apart / size if size else apart
+    return float(apart / size if size else apart)
 
 
 def size_of(tie: Tie, values: Tensor) -> float:
     """The Euclidean norm of the tied channels."""
-    return tie.gather(values.detach().double()).norm().item() if tie.count else 0.0
+    return float(tie.gather(values.detach().double()).norm()) if tie.count else 0.0
 
 
 def distance_in(tie: Tie, values: Tensor, unit: Tensor) -> float:
