@@ -22,7 +22,7 @@ def conv(inputs, outputs, kernel=3, **keywords):
 
 
 class Residual(nn.Module):
-    """conv-bn-relu, then a residual block; ``spelling`` says how sums and activations are written."""
+    """conv-bn-relu, then a residual block; ``spelling``: how sums and activations are written."""
 
     def __init__(self, spelling="+"):
         super().__init__()

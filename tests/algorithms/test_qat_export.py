@@ -1,0 +1,95 @@
+"""What an exporter sees: Q/DQ in the right places, and onnxruntime computes the same codes."""
+
+import onnx
+import pytest
+import torch
+import torchvision
+from onnx import numpy_helper
+
+from slimcli.algorithms.qat.config import QATConfig
+from slimcli.algorithms.qat.method import QATCompressor
+from slimcli.artifacts.onnx import OnnxModel, export
+from slimcli.compressor import Schedule
+
+from .qat_networks import NETWORKS, build, example_of
+
+HEAVY = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+MOVES = {"MaxPool", "Reshape", "Flatten", "Transpose"}
+
+
+def exported(model, folder, example, **keys):
+    compressor = QATCompressor(QATConfig(**keys))
+    plan = compressor.plan(model, example, Schedule(1, 1, (0.1,)))
+    model = compressor.prepare(model, example, plan)
+    compressor.calibrate(model, [example])
+    deployed = compressor.deploy(model)
+    return deployed, plan, export(deployed, example, folder / "model.onnx")
+
+
+class Graph:
+    """An ONNX graph to walk in."""
+
+    def __init__(self, path):
+        graph = onnx.load(path).graph
+        self.nodes = list(graph.node)
+        self.stored = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
+        self.maker = {name: node for node in self.nodes for name in node.output}
+
+    def readers(self, name):
+        return [node for node in self.nodes if name in node.input]
+
+    def source(self, name):
+        """The op type behind moves of values."""
+        while name in self.maker and self.maker[name].op_type in MOVES:
+            name = self.maker[name].input[0]
+        return self.maker[name].op_type if name in self.maker else "stored"
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("name", sorted(NETWORKS))
+def test_onnxruntime_computes_the_codes_of_the_trained_network(name, granularity, tmp_path):
+    example = example_of()
+    model, plan, report = exported(build(name), tmp_path, example, weight_granularity=granularity)
+    assert report.exporter == "dynamo"
+    assert report.opset == 19
+    assert report.codes.skipped == ()
+    assert len(report.codes.rows) == len(plan.private.activations)
+    assert report.codes.agreement >= 0.999
+    assert report.codes.distance <= 1
+    session = OnnxModel(report.path)
+    for batch in (1, 16, 47):
+        images = torch.randn(batch, 3, 16, 16)
+        noise = (session(images) - model(images)).square().sum()
+        assert 10 * torch.log10(model(images).square().sum() / noise) > 30, batch
+    check_graph(Graph(report.path), len(plan.targets))
+
+
+def check_graph(graph, heavy_count):
+    heavy = [node for node in graph.nodes if node.op_type in HEAVY]
+    assert len(heavy) == heavy_count
+    for node in heavy:
+        assert [graph.source(name) for name in node.input[:2]] == ["DequantizeLinear"] * 2
+    for node in graph.nodes:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            scale, zero = graph.stored[node.input[1]], graph.stored[node.input[2]]
+            assert (scale > 0).all()
+            assert zero.dtype == "int8"
+            assert not zero.any()
+            assert scale.ndim == 0 or node.op_type == "DequantizeLinear"
+        if node.op_type == "QuantizeLinear":
+            before = graph.maker.get(node.input[0])
+            after = [
+                reader.op_type
+                for pair in graph.readers(node.output[0])
+                for reader in graph.readers(pair.output[0])
+            ]
+            if before is not None and before.op_type in ("Conv", "BatchNormalization"):
+                assert not {"BatchNormalization", "Relu", "Clip"} & set(after)
+
+
+@pytest.mark.slow
+def test_resnet18_is_smaller_than_12_megabytes(tmp_path):
+    model, example = torchvision.models.resnet18().eval(), example_of(64)
+    _, _, report = exported(model, tmp_path, example, weight_granularity="channel")
+    assert report.file_bytes <= 12_000_000
+    check_graph(Graph(report.path), 21)
