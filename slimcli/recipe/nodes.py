@@ -238,7 +238,7 @@ class _Converter:
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != _PREFIX + "str":
                 what = "a key must be text"
                 self.problems.append(problem("E-RECIPE-KEY", what, place, fix="put it in quotes"))
-            elif key_node.value == "<<":
+            elif key_node.value == "<<" and key_node.style is None:
                 what = "merge keys (<<) are not part of a recipe"
                 fix = "write the keys out, or share them through the top-level config of stages"
                 self.problems.append(problem("E-RECIPE-MERGE-KEY", what, place, fix=fix))

@@ -211,8 +211,9 @@ def _fix(value: object, annotation: Any, field: FieldInfo) -> str:
         return f"write {int(value)}"
     if isinstance(value, int | float) and not isinstance(value, bool) and str in kinds:
         return f"write '{value}' for the text"
-    is_fraction = "fraction" in (field.description or "") and isinstance(value, int | float)
-    return f"write {value / 100:g} for {value:g} %" if is_fraction and 1 < value <= 100 else ""
+    if isinstance(value, int | float) and "fraction" in (field.description or ""):
+        return f"write {value / 100:g} for {value:g} %" if 1 < value <= 100 else ""
+    return ""
 
 
 def _fix_of_text(value: str, kinds: tuple[Any, ...], annotation: Any) -> str:
