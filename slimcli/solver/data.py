@@ -67,16 +67,21 @@ class LoaderSettings:
     sharding: Sharding = Sharding()
 
 
+BatchKey = tuple[int, int, tuple[int, ...]]
+"""Epoch, number of the batch in it, and the samples it is made of."""
+
+
 class SeededBatches(Dataset[Any]):
     """A dataset of whole batches: the key says which samples, and seeds what they draw."""
 
-    def __init__(self, dataset: Any, collate: Collate) -> None:
+    def __init__(self, dataset: Any, collate: Collate, seed: int) -> None:
         self.dataset = dataset
         self.collate = collate
+        self.seed = seed
 
-    def __getitem__(self, key: tuple[int, tuple[int, ...]]) -> Any:
-        seed, indices = key
-        seed_all(seed)
+    def __getitem__(self, key: BatchKey) -> Any:
+        epoch, number, indices = key
+        seed_all(self.seed, "data", epoch, number)
         if hasattr(self.dataset, "__getitems__"):
             return self.collate(self.dataset.__getitems__(list(indices)))
         return self.collate([self.dataset[index] for index in indices])
@@ -88,7 +93,7 @@ class DatasetSource:
     def __init__(self, dataset: Any, settings: LoaderSettings) -> None:
         self.settings = settings
         self.count = len(dataset)
-        self.dataset = SeededBatches(dataset, settings.collate or torch_collate)
+        self.dataset = SeededBatches(dataset, settings.collate or torch_collate, settings.seed)
 
     def chunks(self, order: Sequence[int]) -> list[tuple[int, ...]]:
         """The samples of each batch, over all processes."""
@@ -115,10 +120,7 @@ class DatasetSource:
         if settings.shuffle:
             order = epoch_order(settings.seed, epoch, self.count)
         chunks = self.chunks(order)[skip:]
-        keys = [
-            (derive(settings.seed, "data", epoch, number), self._share(chunk))
-            for number, chunk in enumerate(chunks, skip)
-        ]
+        keys = [(epoch, number, self._share(chunk)) for number, chunk in enumerate(chunks, skip)]
         loader: DataLoader[Any] = DataLoader(
             self.dataset,
             batch_size=None,

@@ -110,9 +110,15 @@ class Trainer:
     # Where training is
 
     def progress(self) -> Progress:
-        """The step in progress, or the last one where there is none left."""
+        """The step that comes next."""
+        return self._progress_at(self.position.step)
+
+    def last_progress(self) -> Progress:
+        """The last step that was taken: what ``finish`` and ``may_save`` look back on."""
+        return self._progress_at(max(0, self.position.step - 1))
+
+    def _progress_at(self, step: int) -> Progress:
         schedule = self.around.schedule
-        step = self.position.step
         rates = schedule.learning_rates
         planned = rates[min(step, len(rates) - 1)] if rates else self.training.lr
         rate = self.rates.current(step, planned)
@@ -132,7 +138,7 @@ class Trainer:
         """
         if self.training.epoch == 0 and not self.position.is_finished:
             self._finish()
-            self._close_epoch(self.progress())
+            self._close_epoch()
         while self.position.epoch < self.training.epoch:
             self._epoch()
 
@@ -144,14 +150,12 @@ class Trainer:
             progress = self.progress()
             self._cut(self.subject.compressor.before_epoch(model, progress), progress)
         model.train()
-        progress = self.progress()
         for window in self._windows():
-            progress = self.progress()
-            self._step(window, progress)
+            self._step(window, self.progress())
         if self.position.epoch == self.training.epoch - 1 and not self.position.is_finished:
             self._finish()
         self._epoch_seconds += time.monotonic() - started
-        self._close_epoch(progress)
+        self._close_epoch()
 
     def _windows(self) -> Iterator[list[Batch]]:
         """The batches of each optimizer step that is left in this epoch."""
@@ -214,15 +218,9 @@ class Trainer:
     # Cuts
 
     def _finish(self) -> None:
-        progress = self._last_progress()
+        progress = self.last_progress()
         self._cut(self.subject.compressor.finish(self.subject.model, progress), progress)
         self.position.is_finished = True
-
-    def _last_progress(self) -> Progress:
-        """The last step that was taken: what ``finish`` and ``may_save`` look back on."""
-        progress = self.progress()
-        step = max(0, self.position.step - 1)
-        return Progress(progress.epoch, step, progress.learning_rate, progress.schedule)
 
     def _cut(self, cuts: list[Cut], progress: Progress) -> None:
         if self.around.fabric.world_size > 1:
@@ -245,15 +243,15 @@ class Trainer:
 
     # The end of an epoch
 
-    def _close_epoch(self, progress: Progress) -> None:
-        around, subject = self.around, self.subject
+    def _close_epoch(self) -> None:
+        around, subject, progress = self.around, self.subject, self.last_progress()
         self.stepper.share_buffers()
         metrics = around.evaluator.run(subject.model, around.data.validation)
         keyword = self.training.save_keyword
         if keyword not in metrics:
             raise missing_keyword(around.hooks, keyword, metrics)
         value = metrics[keyword]
-        may_save = subject.compressor.may_save(subject.model, self._last_progress())
+        may_save = subject.compressor.may_save(subject.model, progress)
         self.rates.after_epoch(value)
         self.position.epoch += 1
         self.position.batch = 0
