@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import random
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,11 +20,20 @@ from slimcli.network.structure import (
 )
 from slimcli.network.structure.assemble import assemble
 from slimcli.network.structure.groups import build, first_choices
+from slimcli.network.structure.modes import (
+    output_tensors,
+    preserved_randomness,
+    set_train_mode,
+    share_copy,
+    without_fast_path,
+)
 from slimcli.network.structure.record import Record
 from slimcli.network.structure.rules_pointwise import map_nodes
+from slimcli.network.structure.search import try_cuts
 from slimcli.network.structure.sources import Sources
 from slimcli.network.structure.structure import Structure
 from slimcli.network.structure.trace import Calls, Rule, Tracer, affine_node
+from slimcli.network.structure.traced import Traced
 
 RULES: dict[str, Rule] = {
     **rules_pointwise.RULES,
@@ -40,15 +43,6 @@ RULES: dict[str, Rule] = {
     **rules_conv.RULES,
     **rules_movement.RULES,
 }
-
-
-@dataclass
-class Traced:
-    """A model that was traced: what was found, and which norm follows which producer."""
-
-    record: Record
-    norm_after: dict[str, str]
-    notes: tuple[str, ...]
 
 
 def analyze(model: nn.Module, example: Example, *, trial: bool = True) -> Structure:
@@ -70,6 +64,8 @@ def analyze(model: nn.Module, example: Example, *, trial: bool = True) -> Struct
         samples = samples_in(example.batch)
     except ValueError:
         samples = 1
+    if trial:
+        return try_cuts(model, example, traced, samples)
     grouping = build(traced.record, first_choices(traced.record), ())
     return assemble(model, traced.record, grouping, traced.norm_after, samples, traced.notes)
 
@@ -84,16 +80,17 @@ def trace(model: nn.Module, example: Example) -> Traced:
         pairs = _run(twin, example, record)
         set_train_mode(twin)
         macs = list(record.macs)
+        trains = True
         try:
             trained = _run(twin, example, record)
         except Exception as error:  # the user's code: anything can come
             notes.append(f"train mode could not be traced: {type(error).__name__}: {error}")
-            trained = {}
+            trained, trains = {}, False
         record.macs = macs
     clash = {key for key in pairs if trained.get(key, pairs[key]) != pairs[key]}
     merged = {key: norm for key, norm in {**trained, **pairs}.items() if key not in clash}
     notes += [f"not followed: {each}" for each in dict.fromkeys(record.rule_errors)]
-    return Traced(record, {key: norm for key, norm in merged.items() if norm}, tuple(notes))
+    return Traced(record, {key: norm for key, norm in merged.items() if norm}, tuple(notes), trains)
 
 
 def _run(model: nn.Module, example: Example, record: Record) -> dict[str, str]:
@@ -137,64 +134,3 @@ def _watch_modules(model: nn.Module, tracer: Tracer) -> list[Any]:
         handles.append(module.register_forward_pre_hook(enter(path), prepend=True))
         handles.append(module.register_forward_hook(leave, always_call=True))
     return handles
-
-
-def share_copy(model: nn.Module) -> nn.Module:
-    """A copy with its own modules and buffers and the same parameters."""
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
-    return copy.deepcopy(model, memo)
-
-
-def set_train_mode(model: nn.Module) -> None:
-    """Train mode; norms with running statistics stay in eval mode (a batch may have one sample)."""
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase):
-            module.training = False
-
-
-@contextlib.contextmanager
-def preserved_randomness() -> Iterator[None]:
-    """Random states of torch, numpy and Python are as before afterwards."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-
-
-@contextlib.contextmanager
-def without_fast_path() -> Iterator[None]:
-    """Attention is taken apart into single operators; compiled models run eagerly."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-
-
-def output_tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """All tensors in a prediction: nested containers, dataclasses, objects with attributes."""
-    seen = set() if seen is None else seen
-    if isinstance(value, Tensor):
-        yield value
-        return
-    if id(value) in seen or value is None or isinstance(value, (str, int, float, bool)):
-        return
-    seen.add(id(value))
-    if isinstance(value, dict):
-        children: list[Any] = list(value.values())
-    elif isinstance(value, (list, tuple, set)):
-        children = list(value)
-    elif is_dataclass(value) and not isinstance(value, type):
-        children = [getattr(value, each.name) for each in fields(value)]
-    elif isinstance(value, nn.Module) or not hasattr(value, "__dict__"):
-        children = []
-    else:
-        children = list(vars(value).values())
-    for child in children:
-        yield from output_tensors(child, seen)

@@ -42,7 +42,9 @@ def assemble(
         if names[group.name] > 1:
             group = replace(group, name=f"{group.name}#{names[group.name]}")
         groups.append(_with_duplicates(group, duplicates.get(number, "")))
-    groups = [replace(g, is_linear=_is_linear(g, f, groups)) for g, f in zip(groups, found, strict=True)]
+    groups = [
+        replace(g, is_linear=_is_linear(g, f, groups)) for g, f in zip(groups, found, strict=True)
+    ]
     group_names = [group.name for group in groups]
     sizes = {group.name: group.size for group in groups}
     terms = counted(record.macs, grouping.group_of, group_names, sizes)
@@ -180,7 +182,9 @@ def _layers(
         kind = type(modules[path]).__name__ if path in modules else "tensor"
         numbers = [n for n in np.unique(grouping.group_of[labels]).tolist() if n >= 0]
         mine = sorted((groups[n] for n in numbers), key=lambda g: bool(g.frozen_reason))
-        name, reason = (mine[0].name, mine[0].frozen_reason) if mine else ("", "its outputs carry no channels")
+        name, reason = (
+            (mine[0].name, mine[0].frozen_reason) if mine else ("", "its outputs carry no channels")
+        )
         rows.append(LayerRow(path, kind, len(labels), name, reason))
     return tuple(rows)
 

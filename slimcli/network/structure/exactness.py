@@ -27,6 +27,7 @@ class Flow:
 
     Attributes:
         producers: Key -> producer, in network order.
+        depthwise: The same for depthwise convs on the way: spare places to make a zero.
         readings: Consumers.
         zeroed: Keys that must be zero.
         reason: Why no zero survives; empty if one does.
@@ -34,6 +35,7 @@ class Flow:
     """
 
     producers: dict[str, Producer] = field(default_factory=dict)
+    depthwise: dict[str, Producer] = field(default_factory=dict)
     readings: list[Reading] = field(default_factory=list)
     zeroed: list[str] = field(default_factory=list)
     reason: str = ""
@@ -48,6 +50,9 @@ def flows(record: Record, grouping: Grouping, norm_after: dict[str, str]) -> lis
             known = found[number].producers.setdefault(producer.key, producer)
             if not producer.is_plain and known.is_plain:
                 found[number].producers[producer.key] = producer
+    for producer in record.depthwise:
+        for number in _numbers(grouping, producer.labels):
+            found[number].depthwise.setdefault(producer.key, producer)
     for consumer in record.consumers:
         by_group: dict[int, set[int]] = defaultdict(set)
         groups = grouping.group_of[consumer.arrivals & LABEL_MASK]
@@ -58,9 +63,7 @@ def flows(record: Record, grouping: Grouping, norm_after: dict[str, str]) -> lis
         for number, nodes in by_group.items():
             found[number].readings.append(Reading(consumer, tuple(sorted(nodes))))
     for raw, flow in zip(grouping.groups, found, strict=True):
-        _choose_sites(record, flow, norm_after)
-        if not raw.reason:
-            _judge(record, flow, norm_after)
+        _choose_sites(record, flow, norm_after, is_frozen=bool(raw.reason))
     return found
 
 
@@ -69,26 +72,42 @@ def _numbers(grouping: Grouping, labels: np.ndarray) -> list[int]:
     return [number for number in numbers if number >= 0]
 
 
-def _choose_sites(record: Record, flow: Flow, norm_after: dict[str, str]) -> None:
+def _choose_sites(record: Record, flow: Flow, norm_after: dict[str, str], is_frozen: bool) -> None:
+    """Dense producers if they do; depthwise convs behind them if that saves a group or a gate."""
+    flow.zeroed = _needed(record, flow, list(flow.producers), norm_after)
+    if is_frozen:
+        return
+    _judge(record, flow, norm_after)
+    if not flow.depthwise or (not flow.reason and len(flow.zeroed) == 1):
+        return
+    other = Flow({**flow.producers, **flow.depthwise}, {}, flow.readings)
+    ordered = sorted(other.producers, key=lambda key: other.producers[key].order)
+    other.zeroed = _needed(record, other, ordered, norm_after)
+    _judge(record, other, norm_after)
+    if not other.reason and (flow.reason or len(other.zeroed) < len(flow.zeroed)):
+        flow.producers = {key: other.producers[key] for key in ordered}
+        flow.zeroed, flow.reason = other.zeroed, ""
+        flow.constant_readers = other.constant_readers
+
+
+def _needed(record: Record, flow: Flow, keys: list[str], norm_after: dict[str, str]) -> list[str]:
     """Drops producers, last first, whose zero changes nothing for any reader (gates)."""
-    keys = list(flow.producers)
     best = _states(record, flow, keys, norm_after)
     for key in reversed(list(keys)):
         fewer = [each for each in keys if each != key]
         if fewer and _states(record, flow, fewer, norm_after) == best:
             keys = fewer
-    flow.zeroed = keys
+    return keys
 
 
-def _states(
-    record: Record, flow: Flow, keys: list[str], norm_after: dict[str, str]
-) -> list[State]:
+def _states(record: Record, flow: Flow, keys: list[str], norm_after: dict[str, str]) -> list[State]:
     states = ZeroStates(record.table, keys, norm_after)
     return [max(states.of(node) for node in reading.nodes) for reading in flow.readings]
 
 
 def _judge(record: Record, flow: Flow, norm_after: dict[str, str]) -> None:
     states = _states(record, flow, flow.zeroed, norm_after)
+    flow.reason, flow.constant_readers = "", []
     if not states:
         flow.reason = "nothing reads it"
         return

@@ -44,7 +44,9 @@ class Grouping:
     group_of: Labels
 
 
-def build(record: Record, choices: Sequence[Choice], bans: Iterable[tuple[Labels, str]]) -> Grouping:
+def build(
+    record: Record, choices: Sequence[Choice], bans: Iterable[tuple[Labels, str]]
+) -> Grouping:
     """Groups under a choice for every split.
 
     Args:

@@ -45,7 +45,7 @@ class Node:
         flags: COMBINE: does f(0 here, anything elsewhere) = 0, per parent. DEPTHWISE: (biased, padded).
             MAP, COMBINE: see ``keeps_zero``. SOURCE: (one number per channel,).
         keeps_zero: MAP, COMBINE: f(0, ...) = 0. BORDER: the border is zero.
-        name: PRODUCER, AFFINE: key of the producer, path of the norm; SOURCE: tensor.
+        name: PRODUCER, DEPTHWISE: key of the producer; AFFINE: path of the norm; SOURCE: tensor.
     """
 
     kind: Kind
@@ -94,7 +94,9 @@ class ZeroStates:
         norm_after: For a producer's key, the norm behind which its zero is made.
     """
 
-    def __init__(self, table: NodeTable, zeroed: Collection[str], norm_after: dict[str, str]) -> None:
+    def __init__(
+        self, table: NodeTable, zeroed: Collection[str], norm_after: dict[str, str]
+    ) -> None:
         self._nodes = table.nodes
         self._zeroed = set(zeroed)
         self._norm_after = norm_after
@@ -117,8 +119,8 @@ class ZeroStates:
         states = [self._known[parent] for parent in node.parents]
         if node.kind == Kind.SOURCE:
             return State.CONSTANT if node.flags[0] else State.VARYING
-        if node.kind == Kind.PRODUCER:
-            return State.ZERO if node.name in self._zeroed else State.VARYING
+        if node.name in self._zeroed and node.kind in (Kind.PRODUCER, Kind.DEPTHWISE):
+            return State.ZERO
         if node.kind == Kind.COMBINE:
             return self._combine(node, states)
         return self._unary(node, states) if states else State.VARYING
@@ -136,10 +138,9 @@ class ZeroStates:
         zero = state == State.ZERO
         if node.kind == Kind.AFFINE:
             parent = self._nodes[node.parents[0]]
-            if zero and parent.kind == Kind.PRODUCER:
-                at_site = self._norm_after.get(parent.name, "") == node.name != ""
-                return State.ZERO if at_site else State.CONSTANT
-            return max(state, State.CONSTANT)
+            at_site = self._norm_after.get(parent.name, "") == node.name != ""
+            is_zeroed = parent.name in self._zeroed and parent.kind != Kind.AFFINE
+            return State.ZERO if at_site and is_zeroed else max(state, State.CONSTANT)
         if node.kind == Kind.MAP:
             return state if node.keeps_zero else max(state, State.CONSTANT)
         if node.kind == Kind.DEPTHWISE:

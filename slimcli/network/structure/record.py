@@ -26,6 +26,7 @@ class Split:
 
     line: str
     op: str
+    size: int
     offset_pairs: tuple[Labels, Labels]
     block_pairs: tuple[Labels, Labels]
 
@@ -62,7 +63,6 @@ class Producer:
         key: Module path, or ``tensor:NAME`` if the op was not called through a module.
         labels: Labels of the outputs.
         is_plain: One group.
-        is_gate_like: Depthwise: no value of its own.
     """
 
     order: int
@@ -93,6 +93,7 @@ class Record:
     splits: list[Split] = field(default_factory=list)
     consumers: list[Consumer] = field(default_factory=list)
     producers: list[Producer] = field(default_factory=list)
+    depthwise: list[Producer] = field(default_factory=list)
     lines: list[tuple[str, Labels]] = field(default_factory=list)
     macs: list[MacTerm] = field(default_factory=list)
     no_duplicates: list[tuple[Labels, str]] = field(default_factory=list)

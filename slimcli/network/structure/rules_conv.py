@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from slimcli.network.structure.nodes import Kind, Node
-from slimcli.network.structure.planes import labels_of, pack
+from slimcli.network.structure.planes import labels_of, nodes_of, pack
 from slimcli.network.structure.producing import add_consumer, add_producer, caller, only_plane
-from slimcli.network.structure.record import MacTerm
+from slimcli.network.structure.record import MacTerm, Producer
 from slimcli.network.structure.rules_norm import channel_rows
 from slimcli.network.structure.rules_pointwise import map_nodes
 from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule
@@ -30,7 +30,12 @@ def convolution(op: Op) -> Sequence[Planes]:
     inputs = _channel_plane(op, tensor)
     out_dim, in_dim = (1, 0) if transposed else (0, 1)
     _count(op, groups)
-    if groups > 1 and weight.shape[1] == 1 and groups == tensor.shape[1] and weight.shape[0] >= groups:
+    if (
+        groups > 1
+        and weight.shape[1] == 1
+        and groups == tensor.shape[1]
+        and weight.shape[0] >= groups
+    ):
         return _depthwise(op, inputs, weight, groups)
     arriving = only_plane(op, weight, in_dim)
     leaving = only_plane(op, weight, out_dim)
@@ -140,15 +145,21 @@ def _depthwise(op: Op, plane: Tensor | None, weight: Tensor, groups: int) -> Seq
     op.record.tie(spread, labels, FIXED_WEIGHT)
     if op.args[2] is not None:
         bias = op.planes(op.args[2])
-        op.record.tie(spread, bias[0].reshape(-1) if bias else torch.zeros_like(spread), FIXED_WEIGHT)
+        op.record.tie(
+            spread, bias[0].reshape(-1) if bias else torch.zeros_like(spread), FIXED_WEIGHT
+        )
     flags = (op.args[2] is not None, any(op.args[4]) or bool(op.args[6]))
+    key = caller(op, weight, leaving)
     add = op.record.table.add
     shape = [1] * op.output.dim()
     shape[1] = spread.numel()
-    out = map_nodes(op.record, spread, lambda n: add(Node(Kind.DEPTHWISE, (n,), flags)))
-    out = pack(torch.where(labels == 0, labels_of(spread), labels), out >> 32)
-    key = caller(op, weight, leaving)
-    op.record.layers.setdefault(key, labels_of(out).numpy())
+    out = map_nodes(op.record, spread, lambda n: add(Node(Kind.DEPTHWISE, (n,), flags, name=key)))
+    out = pack(torch.where(labels == 0, labels_of(spread), labels), nodes_of(out))
+    numbers = labels_of(out).numpy()
+    op.record.layers.setdefault(key, numbers)
+    if not key.startswith("tensor:"):
+        order = op.record.next_order()
+        op.record.depthwise.append(Producer(order, key, numbers, is_plain=multiplier == 1))
     op.tracer.calls.produced(op.output, key)
     return [(out.view(shape),)]
 

@@ -38,7 +38,9 @@ def _with_bias(op: Op, bias: Tensor, planes: Planes) -> Planes:
     for plane in planes:
         axes = {axis for axis, size in enumerate(plane.shape) if size > 1}
         lead = plane.dim() - bias.dim()
-        match = [each for each in known if {a + lead for a, n in enumerate(each.shape) if n > 1} & axes]
+        match = [
+            each for each in known if {a + lead for a, n in enumerate(each.shape) if n > 1} & axes
+        ]
         if match:
             op.record.tie(plane, match[0].reshape([1] * lead + list(match[0].shape)), FIXED_WEIGHT)
             result += (plane,)
@@ -108,7 +110,11 @@ def multiply(op: Op, left: Any, right: Any, output: Tensor) -> Planes:
 def _settle(op: Op, planes: Planes) -> Planes:
     """Planes from both sides that share an axis (batch, heads) are one."""
     if len(planes) == 2:
-        shared = [i for i, (x, y) in enumerate(zip(planes[0].shape, planes[1].shape, strict=True)) if x > 1 and y > 1]
+        shared = [
+            i
+            for i, (x, y) in enumerate(zip(planes[0].shape, planes[1].shape, strict=True))
+            if x > 1 and y > 1
+        ]
         if shared:
             op.freeze_planes(planes, "channels on both sides of a product share an axis")
             return NO_PLANES
@@ -162,7 +168,9 @@ def _meet(op: Op, left: Tensor, right: Tensor) -> None:
     op.record.consumers.append(
         Consumer(op.record.next_order(), "", packed, empty, none, False, False)
     )
-    op.record.refuse_duplicates([left, right], "two activations are multiplied and summed over them")
+    op.record.refuse_duplicates(
+        [left, right], "two activations are multiplied and summed over them"
+    )
 
 
 def _leaving(op: Op, planes: list[Tensor], weight: Tensor, is_weight: bool, axis: int) -> Planes:
@@ -200,7 +208,9 @@ def attention(op: Op) -> Sequence[Planes]:
     reason = "attention scales by the size of a head"
     for tensor in (query, key):
         op.freeze([tensor], reason)
-    op.freeze([t for t in op.tensors() if all(t is not each for each in (query, key, value))], reason)
+    op.freeze(
+        [t for t in op.tensors() if all(t is not each for each in (query, key, value))], reason
+    )
     _count_attention(op, query, key, value)
     add = op.record.table.add
     kept: Planes = NO_PLANES

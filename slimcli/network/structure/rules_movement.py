@@ -76,6 +76,7 @@ def add_split(op: Op, plane: Tensor, axis: int, size: int, line: str) -> None:
         Split(
             line,
             op.name,
+            size,
             (flat, offsets.reshape(-1).numpy()),
             (flat, firsts.reshape(-1).numpy()),
         )
@@ -143,7 +144,7 @@ def _add_stride(op: Op, plane: Tensor, axis: int, step: int, line: str) -> None:
     labels = labels_of(plane).movedim(axis, 0)
     blocks = labels.reshape(labels.shape[0] // step, step, -1)
     pairs = (blocks.reshape(-1).numpy(), blocks[:, :1].expand_as(blocks).reshape(-1).numpy())
-    op.record.splits.append(Split(line, op.name, pairs, pairs))
+    op.record.splits.append(Split(line, op.name, step, pairs, pairs))
 
 
 def picked(op: Op) -> Sequence[Planes]:
@@ -260,7 +261,9 @@ RULES: dict[str, Rule] = {
     **_table(executed, "permute transpose t expand squeeze unsqueeze movedim moveaxis"),
     **_table(executed, "pixel_shuffle pixel_unshuffle diagonal"),
     **_table(viewed, "view _unsafe_view reshape _reshape_alias unflatten flatten"),
-    **_table(divided, "split split_with_sizes chunk unsafe_split unsafe_chunk split_with_sizes_copy"),
+    **_table(
+        divided, "split split_with_sizes chunk unsafe_split unsafe_chunk split_with_sizes_copy"
+    ),
     **_table(sliced, "slice narrow_copy"),
     **_table(picked, "select unbind"),
     **_table(indexed, "index"),

@@ -67,7 +67,9 @@ def _tie_vectors(op: Op, rows: Tensor, vectors: Sequence[Tensor | None]) -> None
 
 def layer_norm(op: Op) -> Sequence[Planes]:
     """Statistics over the last axes."""
-    return _over_axes(op, range(-len(op.args[1]), 0), "layer norm measures statistics over channels")
+    return _over_axes(
+        op, range(-len(op.args[1]), 0), "layer norm measures statistics over channels"
+    )
 
 
 def group_norm(op: Op) -> Sequence[Planes]:
@@ -122,7 +124,13 @@ def _consume(op: Op, plane: Tensor, axes: set[int]) -> None:
     flat = plane.reshape(-1)
     op.record.consumers.append(
         Consumer(
-            op.record.next_order(), "", flat.unique().numpy(), _no_labels(), _no_pairs(), False, False
+            op.record.next_order(),
+            "",
+            flat.unique().numpy(),
+            _no_labels(),
+            _no_pairs(),
+            False,
+            False,
         )
     )
     op.record.refuse_duplicates([plane], f"{op.name.removeprefix('linalg_')} over channels")
@@ -138,7 +146,16 @@ def _no_pairs() -> Labels:
 
 def _node_of_reduction(op: Op, plane: Tensor) -> Tensor:
     """Constant stays constant (another number), zero stays zero or becomes a constant."""
-    keeps_zero = op.name in ("sum", "mean", "amax", "amin", "max", "min", "linalg_vector_norm", "norm")
+    keeps_zero = op.name in (
+        "sum",
+        "mean",
+        "amax",
+        "amin",
+        "max",
+        "min",
+        "linalg_vector_norm",
+        "norm",
+    )
     if keeps_zero or op.name in ("var", "std", "var_mean"):
         return plane
     add = op.record.table.add
@@ -196,7 +213,9 @@ count_nonzero nansum median
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys("native_batch_norm cudnn_batch_norm miopen_batch_norm".split(), batch_norm),
-    **dict.fromkeys("_native_batch_norm_legit _native_batch_norm_legit_no_training".split(), batch_norm),
+    **dict.fromkeys(
+        "_native_batch_norm_legit _native_batch_norm_legit_no_training".split(), batch_norm
+    ),
     "_batch_norm_with_update": batch_norm,
     "_batch_norm_no_update": batch_norm,
     "native_layer_norm": layer_norm,

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from slimcli.network.structure.nodes import Kind, Node
-from slimcli.network.structure.planes import LABEL_MASK, SHIFT, active_axes, labels_of, nodes_of, pack
+from slimcli.network.structure.planes import (
+    LABEL_MASK,
+    SHIFT,
+    active_axes,
+    labels_of,
+    nodes_of,
+    pack,
+)
 from slimcli.network.structure.record import Record
 from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule, flat_tensors
 
@@ -90,7 +97,9 @@ def _merge_group(
         map_node = Node(Kind.MAP, keeps_zero=False)
         add = op.record.table.add
         return map_nodes(
-            op.record, planes[0], lambda n: add(Node(Kind.MAP, (n,), keeps_zero=map_node.keeps_zero))
+            op.record,
+            planes[0],
+            lambda n: add(Node(Kind.MAP, (n,), keeps_zero=map_node.keeps_zero)),
         )
     wide = [plane.contiguous() for plane in torch.broadcast_tensors(*planes)]
     for other in wide[1:]:
@@ -99,9 +108,7 @@ def _merge_group(
     return pack(labels_of(wide[0]), nodes)
 
 
-def _combined(
-    op: Op, tensors: Sequence[Tensor], places: list[int], planes: list[Tensor]
-) -> Tensor:
+def _combined(op: Op, tensors: Sequence[Tensor], places: list[int], planes: list[Tensor]) -> Tensor:
     """Nodes of the result: what zeros in one operand, or in all of them, do."""
     keeps_zero, _ = probe(op, places, tensors)
     absorbs = tuple(probe(op, [place], tensors)[0] for place in places)
@@ -130,7 +137,9 @@ def probe(op: Op, zeros: Sequence[int], tensors: Sequence[Tensor]) -> tuple[bool
         (is zero, could be tried).
     """
     scalars = repr([a for a in op.args if not isinstance(a, (Tensor, list, tuple))])
-    scalars += repr({k: v for k, v in op.kwargs.items() if not isinstance(v, (Tensor, torch.Generator))})
+    scalars += repr(
+        {k: v for k, v in op.kwargs.items() if not isinstance(v, (Tensor, torch.Generator))}
+    )
     dtypes = tuple(tensor.dtype for tensor in tensors)
     key = (op.func.name(), tuple(zeros), dtypes, scalars)
     if key not in _PROBES:
@@ -242,13 +251,13 @@ def _laid_along(planes: list[Tensor | None], sizes: list[int], axis: int) -> Ten
     parts = []
     for plane, size in zip(planes, sizes, strict=True):
         shape[axis] = size
-        parts.append(torch.zeros(shape, dtype=torch.int64) if plane is None else plane.expand(shape))
+        parts.append(
+            torch.zeros(shape, dtype=torch.int64) if plane is None else plane.expand(shape)
+        )
     return torch.cat(parts, axis)
 
 
-def _joined_across(
-    op: Op, pieces: list[tuple[Tensor, Planes]], axis: int, stacks: bool
-) -> Planes:
+def _joined_across(op: Op, pieces: list[tuple[Tensor, Planes]], axis: int, stacks: bool) -> Planes:
     """Planes that don't lie along the axis: pieces next to each other have the same channels."""
     first = next((planes for _, planes in pieces if planes), NO_PLANES)
     result: Planes = NO_PLANES

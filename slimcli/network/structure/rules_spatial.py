@@ -100,4 +100,3 @@ RULES: dict[str, Rule] = {
     **_names("grid_sampler_2d grid_sampler_3d", sampled),
     "constant_pad_nd": padded,
 }
-

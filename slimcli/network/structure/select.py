@@ -69,7 +69,9 @@ def _why_not(group: Group, names: set[str]) -> Problem | None:
             fix="take it out of prune_module_names",
         )
     if group.name in names:
-        names = names | {name for site in group.sites[:1] for name in (site.conv, site.norm) if name}
+        names = names | {
+            name for site in group.sites[:1] for name in (site.conv, site.norm) if name
+        }
     missing = [site for site in group.sites if not {site.conv, site.norm} & names]
     if not missing:
         return None

@@ -264,7 +264,9 @@ def _summed(slot: Slot, clusters: Sequence[Sequence[int]]) -> SlotCut:
     return SlotCut(slot.tensor, slot.dim, tuple(sources[index] for index in sorted(sources)))
 
 
-def label_counts(labels: np.ndarray, group_of: np.ndarray, names: Sequence[str]) -> tuple[int, dict[str, int]]:
+def label_counts(
+    labels: np.ndarray, group_of: np.ndarray, names: Sequence[str]
+) -> tuple[int, dict[str, int]]:
     """Entries outside all groups, and entries per group."""
     groups = group_of[labels]
     unique, counts = np.unique(groups, return_counts=True)

@@ -127,7 +127,9 @@ class Calls:
             path = self.norms.get(number, "") if self.uses[number] == 1 else ""
             found.setdefault(key, set()).add(path)
         pairs = {key: next(iter(paths)) for key, paths in found.items() if len(paths) == 1}
-        return {key: norm for key, norm in pairs.items() if norm and self.norm_inputs[norm] == {key}}
+        return {
+            key: norm for key, norm in pairs.items() if norm and self.norm_inputs[norm] == {key}
+        }
 
 
 class Tracer(TorchDispatchMode):
@@ -245,7 +247,9 @@ class Tracer(TorchDispatchMode):
             return
         if len(planes) > 1 or any(len(self.planes_of(other)) > 1 for other in aliases):
             everything = [*planes, *(p for other in aliases for p in self.planes_of(other))]
-            self.record.freeze(everything, f"written in place through a view at {user_line.current()}")
+            self.record.freeze(
+                everything, f"written in place through a view at {user_line.current()}"
+            )
             return
         self._write_through(tensor, aliases)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import os
 import sys
 from types import FrameType, TracebackType
 
@@ -10,7 +11,7 @@ import torch
 
 import slimcli
 
-_OURS = (torch.__path__[0], slimcli.__path__[0], "<frozen", "<string>")
+_OURS = (torch.__path__[0] + os.sep, slimcli.__path__[0] + os.sep, "<")
 
 
 def _is_ours(filename: str) -> bool:

@@ -1,0 +1,75 @@
+"""Copies, modes and randomness: how a model is run without leaving a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def share_copy(model: nn.Module) -> nn.Module:
+    """A copy with its own modules and buffers and the same parameters."""
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    return copy.deepcopy(model, memo)
+
+
+def set_train_mode(model: nn.Module) -> None:
+    """Train mode; norms with running statistics stay in eval mode (a batch may have one sample)."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            module.training = False
+
+
+@contextlib.contextmanager
+def preserved_randomness() -> Iterator[None]:
+    """Random states of torch, numpy and Python are as before afterwards."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+@contextlib.contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Attention is taken apart into single operators; compiled models run eagerly."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def output_tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """All tensors in a prediction: nested containers, dataclasses, objects with attributes."""
+    seen = set() if seen is None else seen
+    if isinstance(value, Tensor):
+        yield value
+        return
+    if id(value) in seen or value is None or isinstance(value, (str, int, float, bool)):
+        return
+    seen.add(id(value))
+    if isinstance(value, dict):
+        children: list[Any] = list(value.values())
+    elif isinstance(value, (list, tuple, set)):
+        children = list(value)
+    elif is_dataclass(value) and not isinstance(value, type):
+        children = [getattr(value, each.name) for each in fields(value)]
+    elif isinstance(value, nn.Module) or not hasattr(value, "__dict__"):
+        children = []
+    else:
+        children = list(vars(value).values())
+    for child in children:
+        yield from output_tensors(child, seen)

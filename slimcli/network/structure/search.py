@@ -1,0 +1,127 @@
+"""Finds the largest set of groups that passes the trial cut together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import nn
+
+from slimcli.network.example import Example
+from slimcli.network.structure.assemble import assemble
+from slimcli.network.structure.groups import Choice, Grouping, build, first_choices
+from slimcli.network.structure.record import Labels, Record
+from slimcli.network.structure.structure import Group, Structure
+from slimcli.network.structure.traced import Traced
+from slimcli.network.structure.trial import Failure, Trial
+
+MAX_ROUNDS = 60
+"""Each round freezes something or changes a choice; a network with more fixed lines is refused whole."""
+
+
+@dataclass
+class Search:
+    """What is assumed about the user's code, until a trial says otherwise.
+
+    Attributes:
+        choices: For every split, what happens to its blocks.
+        bans: Labels a trial froze, with reasons.
+    """
+
+    model: nn.Module
+    traced: Traced
+    samples: int
+    choices: list[Choice] = field(default_factory=list)
+    bans: list[tuple[Labels, str]] = field(default_factory=list)
+
+    @property
+    def record(self) -> Record:
+        """What was traced."""
+        return self.traced.record
+
+    def structure(self) -> tuple[Structure, Grouping]:
+        """Groups under the present assumptions."""
+        grouping = build(self.record, self.choices, self.bans)
+        found = assemble(
+            self.model,
+            self.record,
+            grouping,
+            self.traced.norm_after,
+            self.samples,
+            self.traced.notes,
+        )
+        return found, grouping
+
+    def blame(self, labels: Labels, failure: Failure, line: str) -> None:
+        """Tries whole blocks where these channels are split (at this line); else freezes them."""
+        wanted = np.zeros(self.record.sources.count, dtype=bool)
+        wanted[labels] = True
+        open_splits = [
+            number
+            for number, split in enumerate(self.record.splits)
+            if (not line or split.line == line)
+            and wanted[split.offset_pairs[0]].any()
+            and self.choices[number] == Choice.OFFSETS
+            and _differs(self.record, number)
+        ]
+        if not open_splits:
+            self.bans.append((labels, str(failure)))
+            return
+        smallest = min(self.record.splits[number].size for number in open_splits)
+        for number in open_splits:  # the innermost division first: heads, not q, k, v
+            if self.record.splits[number].size == smallest:
+                self.choices[number] = Choice.BLOCKS
+
+
+def _differs(record: Record, number: int) -> bool:
+    split = record.splits[number]
+    return not np.array_equal(split.offset_pairs[1], split.block_pairs[1])
+
+
+def try_cuts(model: nn.Module, example: Example, traced: Traced, samples: int) -> Structure:
+    """The structure in which all prunable groups passed the trial cut together."""
+    search = Search(model, traced, samples, first_choices(traced.record))
+    structure, grouping = search.structure()
+    if not any(group.is_prunable for group in structure.groups):
+        return structure
+    trial = Trial(model, example, trains=traced.trains)
+    for _ in range(MAX_ROUNDS):
+        groups = [group for group in structure.groups if group.is_prunable]
+        failure = trial.attempt(groups, in_train_mode=True) if groups else None
+        if failure is None:
+            return structure
+        _learn(search, structure, grouping, trial, failure)
+        structure, grouping = search.structure()
+    everything = np.arange(1, traced.record.sources.count)
+    search.bans.append((everything, f"no set of cuts worked in {MAX_ROUNDS} trials"))
+    return search.structure()[0]
+
+
+def _learn(
+    search: Search, structure: Structure, grouping: Grouping, trial: Trial, failure: Failure
+) -> None:
+    """Draws the consequence from a failed trial of all groups."""
+    numbers = {group.name: number for number, group in enumerate(structure.groups)}
+    suspects = _at_line(search.record, structure, grouping, failure.line) if failure.line else []
+    if suspects:
+        for group in suspects:
+            labels = np.flatnonzero(grouping.group_of == numbers[group.name])
+            search.blame(labels, failure, failure.line)
+        return
+    groups = [group for group in structure.groups if group.is_prunable]
+    for group, reason in trial.find_bad(groups, failure):
+        labels = np.flatnonzero(grouping.group_of == numbers[group.name])
+        search.blame(labels, reason, "")
+
+
+def _at_line(record: Record, structure: Structure, grouping: Grouping, line: str) -> list[Group]:
+    """Prunable groups whose channels pass a reshape or split in this line."""
+    found = set()
+    for where, labels in record.lines:
+        if where == line:
+            found |= set(np.unique(grouping.group_of[labels]).tolist())
+    return [
+        group
+        for number, group in enumerate(structure.groups)
+        if number in found and group.is_prunable
+    ]

@@ -1,0 +1,21 @@
+"""The outcome of tracing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from slimcli.network.structure.record import Record
+
+
+@dataclass
+class Traced:
+    """A model that was traced: what was found, and which norm follows which producer.
+
+    Attributes:
+        trains: It also ran in train mode.
+    """
+
+    record: Record
+    norm_after: dict[str, str]
+    notes: tuple[str, ...]
+    trains: bool

@@ -1,0 +1,192 @@
+"""The trial cut: zero channels, cut them, run; what raises or differs is frozen.
+
+Labels can't see constants in the user's Python (``view(-1, 9216)``, ``num_heads``). Every group is
+therefore cut once before anything is trained, all together, on a copy in float64 whose norms and scales are
+made unequal so that nothing is right by accident.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimcli.errors import SlimError
+from slimcli.network import surgery
+from slimcli.network.example import Example
+from slimcli.network.structure import user_line
+from slimcli.network.structure.modes import (
+    output_tensors,
+    preserved_randomness,
+    set_train_mode,
+    without_fast_path,
+)
+from slimcli.network.structure.structure import Group, zero_channels
+
+LIMITS = {torch.float64: 1e-8, torch.float32: 1e-3}
+"""Largest difference, relative to the largest output: far above rounding, far below an error."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a trial cut failed: what, and the user's line if there is one."""
+
+    what: str
+    line: str = ""
+
+    def __str__(self) -> str:
+        """For a frozen reason."""
+        return f"a trial cut failed: {self.what}" + (f" at {self.line}" if self.line else "")
+
+
+class Trial:
+    """Cuts groups on copies of a model and compares.
+
+    Args:
+        model: Not changed.
+        example: The batch.
+        trains: Also run the cut model in train mode (it must not raise).
+        seed: For kept channels and for what replaces equal numbers.
+    """
+
+    def __init__(self, model: nn.Module, example: Example, *, trains: bool, seed: int = 0) -> None:
+        self._random = torch.Generator().manual_seed(seed)
+        self._trains = trains
+        self._example = example
+        self._dtype = torch.float32
+        reference = copy.deepcopy(model).eval()
+        for parameter in reference.parameters():
+            parameter.grad = None
+        self._reference = reference
+        for dtype in (torch.float64, torch.float32):
+            self._dtype = dtype
+            self._reference = (
+                copy.deepcopy(reference).to(dtype) if dtype != torch.float32 else reference
+            )
+            self._example = Example(to_dtype(example.batch, dtype), example.predict)
+            unequal(self._reference, self._random)
+            try:
+                self.run(self._reference)
+                return
+            except Exception as error:  # the user's code fixes a dtype: try again in float32
+                if dtype == torch.float32:
+                    raise error
+
+    def run(self, model: nn.Module) -> list[Tensor]:
+        """The model's output tensors, same random numbers every time."""
+        with torch.no_grad(), preserved_randomness(), without_fast_path():
+            torch.manual_seed(0)
+            return list(output_tensors(self._example.run(model)))
+
+    def attempt(self, groups: Sequence[Group], *, in_train_mode: bool = False) -> Failure | None:
+        """Cuts about half of the channels of all these groups together."""
+        model = copy.deepcopy(self._reference)
+        cuts = []
+        for group in groups:
+            order = torch.randperm(group.size, generator=self._random).tolist()
+            keep = max(1, group.size // 2)
+            zero_channels(model, group, order[keep:])
+            cuts.append(group.cut(order[:keep]))
+        try:
+            zeroed = self.run(model)
+            surgery.apply(model, cuts, example=self._example)
+            cut = self.run(model)
+            if in_train_mode and self._trains:
+                set_train_mode(model)
+                self.run(model)
+        except SlimError as error:
+            return Failure(error.problems[0].what)
+        except Exception as error:  # the user's code on other sizes: anything can come
+            first = str(error).splitlines()[0] if str(error) else ""
+            return Failure(f"{type(error).__name__}: {first}", user_line.of_error(error))
+        return self._compare(zeroed, cut)
+
+    def _compare(self, zeroed: Sequence[Tensor], cut: Sequence[Tensor]) -> Failure | None:
+        if len(zeroed) != len(cut):
+            return Failure("the number of outputs changes")
+        for before, after in zip(zeroed, cut, strict=True):
+            if before.shape != after.shape:
+                return Failure(
+                    f"an output changes its shape {(*before.shape,)} to {(*after.shape,)}"
+                )
+            if not before.numel():
+                continue
+            before, after = before.to(torch.float64), after.to(torch.float64)
+            if not bool(torch.isfinite(before).all()):
+                continue
+            size = max(float(before.abs().max()), 1e-30)
+            difference = float((before - after).abs().max()) / size
+            if not difference <= LIMITS[self._dtype]:
+                return Failure(f"zeroed and cut differ by {difference:.1e} of the output")
+        return None
+
+    def find_bad(self, groups: Sequence[Group], failure: Failure) -> list[tuple[Group, Failure]]:
+        """The groups that fail, by halving; ``failure`` is what all of them together gave."""
+        if len(groups) == 1:
+            return [(groups[0], failure)]
+        middle = len(groups) // 2
+        found: list[tuple[Group, Failure]] = []
+        for half in (groups[:middle], groups[middle:]):
+            problem = self.attempt(half)
+            if problem is not None:
+                found += self.find_bad(half, problem)
+        return found or self._find_interaction(groups)
+
+    def _find_interaction(self, groups: Sequence[Group]) -> list[tuple[Group, Failure]]:
+        """Both halves pass alone: adds groups one at a time and drops those that break it."""
+        good: list[Group] = []
+        found = []
+        for group in groups:
+            problem = self.attempt([*good, group])
+            if problem is None:
+                good.append(group)
+            else:
+                found.append((group, problem))
+        return found
+
+
+def to_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """A nested batch with its floating tensors in another dtype."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    return _mapped(value, lambda each: to_dtype(each, dtype))
+
+
+def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    if isinstance(value, dict):
+        return type(value)({key: function(each) for key, each in value.items()})
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(function(each) for each in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(function(each) for each in value)
+    return value
+
+
+def unequal(model: nn.Module, random: torch.Generator) -> None:
+    """Gives norms, and parameters whose entries are all equal, different entries, in place."""
+    with torch.no_grad():
+        for module in model.modules():
+            statistics = hasattr(module, "running_mean") and hasattr(module, "running_var")
+            named = [*module.named_parameters(recurse=False)]
+            named += [*module.named_buffers(recurse=False)] if statistics else []
+            for name, tensor in named:
+                if _is_uniform(tensor) or (statistics and tensor.is_floating_point()):
+                    positive = name == "running_var" or float(tensor.flatten()[0]) > 0
+                    tensor.copy_(_spread(tensor, positive, random))
+
+
+def _is_uniform(tensor: Tensor) -> bool:
+    if tensor.numel() < 2 or not tensor.is_floating_point():
+        return False
+    flat = tensor.flatten()
+    return bool(flat[0] == flat[-1]) and bool((flat == flat[0]).all())
+
+
+def _spread(tensor: Tensor, positive: bool, random: torch.Generator) -> Tensor:
+    if positive:
+        return 0.75 + 0.5 * torch.rand(tensor.shape, generator=random, dtype=torch.float64)
+    return 0.1 * torch.randn(tensor.shape, generator=random, dtype=torch.float64)
