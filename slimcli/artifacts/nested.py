@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import namedtuple
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -162,3 +162,18 @@ def substitute(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
     for (name, _), each in zip(parts, new, strict=True):
         object.__setattr__(made, name, each)
     return made
+
+
+def bind_names(
+    parameters: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments by name; positional ones beyond the named parameters are called ``args.<n>``.
+
+    >>> bind_names(["x", "mask"], [1], {"mask": 2})
+    {'x': 1, 'mask': 2}
+    """
+    extra = [f"args.{index}" for index in range(max(0, len(args) - len(parameters)))]
+    bound = dict(zip([*parameters, *extra], args, strict=False))
+    bound.update({name: kwargs[name] for name in parameters if name in kwargs})
+    bound.update({name: value for name, value in kwargs.items() if name not in bound})
+    return bound

@@ -228,7 +228,7 @@ def half(dtype):
     return net.model(net.op("Cast", net.conv(value, weight), to=TensorProto.FLOAT))
 
 
-CHANNELS = np.full(16, 0.05)
+CHANNELS = np.linspace(0.005, 0.05, 16)
 PAIRS = {
     "Q1": (lambda: conv_of(lambda n: n.qdq("x", zero=5)), lambda: conv_of(lambda n: n.qdq("x"))),
     "Q2": (
@@ -294,6 +294,12 @@ MORE_BAD = {
     "Q3 int16": ("Q3", lambda: conv_of(lambda n: n.qdq("x", dtype=np.int16))),
     "Q4 computed": ("Q4", computed_scale),
     "Q4 zero": ("Q4", lambda: conv_of(lambda n: n.qdq("x", 0.0))),
+    "Q7 axis": (
+        "Q7",
+        lambda: conv_of(
+            lambda n: n.qdq("x"), lambda n: n.weight(16, 16, 1, 1, scale=CHANNELS, axis=1)
+        ),
+    ),
     "Q8 Gemm": ("Q8", lambda: linear("Gemm", CHANNELS, 1, transB=1)),
     "P1 weight only": ("P1", lambda: operands(False, True)),
     "P2 norm": ("P2", lambda: norm(True)),

@@ -132,7 +132,7 @@ def _refused(what: str, expected: str, fix: str) -> RunError:
 
 def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments by parameter name, so that f(x) and f(x=x) are one call."""
-    return bind_names(parameter_names(model), args, kwargs)
+    return nested.bind_names(parameter_names(model), args, kwargs)
 
 
 def parameter_names(model: nn.Module) -> list[str]:
@@ -140,21 +140,6 @@ def parameter_names(model: nn.Module) -> list[str]:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     found = inspect.signature(model.forward).parameters.values()
     return [parameter.name for parameter in found if parameter.kind in kinds]
-
-
-def bind_names(
-    parameters: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Arguments by name; positional ones beyond the named parameters are called ``args.<n>``.
-
-    >>> bind_names(["x", "mask"], [1], {"mask": 2})
-    {'x': 1, 'mask': 2}
-    """
-    extra = [f"args.{index}" for index in range(max(0, len(args) - len(parameters)))]
-    bound = dict(zip([*parameters, *extra], args, strict=False))
-    bound.update({name: kwargs[name] for name in parameters if name in kwargs})
-    bound.update({name: value for name, value in kwargs.items() if name not in bound})
-    return bound
 
 
 def names(paths: Sequence[str], default: str, taken: Sequence[str]) -> list[str]:
