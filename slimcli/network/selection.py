@@ -7,6 +7,7 @@ parameter's shape.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -33,25 +34,37 @@ def compose(parts: Sequence[Sources], size: int) -> Sources:
     >>> compose([((0, 1), (2,), (3,)), ((0,), (1,), (2,))], size=4)
     ((0, 1), (2,))
     """
-    different = list(dict.fromkeys(tuple(tuple(entry) for entry in part) for part in parts))
-    for part in different:
-        _check(part, size)
+    different = {part: _entries(part, size) for part in parts}
     if len(different) == 1:
-        return different[0]
-    leader = list(range(size))
+        return next(iter(different))
     kept = set(range(size))
-    for part in different:
-        _check_ordered(part)
-        kept &= {index for entry in part for index in entry}
-        for entry in part:
-            leaders = {leader[index] for index in entry}
-            leader = [min(leaders) if each in leaders else each for each in leader]
+    leader = list(range(size))
+    for part, flat in different.items():
+        _check_ordered(part, flat)
+        kept.intersection_update(flat)
+        if len(flat) > len(part):
+            _join(leader, [entry for entry in part if len(entry) > 1])
+    if not kept:
+        raise ValueError("the cuts together leave no entry")
     merged: dict[int, list[int]] = {}
     for index in sorted(kept):
-        merged.setdefault(leader[index], []).append(index)
-    if not merged:
-        raise ValueError("the cuts together leave no entry")
+        merged.setdefault(_leader_of(leader, index), []).append(index)
     return tuple(tuple(entry) for entry in merged.values())
+
+
+def _join(leader: list[int], entries: Sequence[tuple[int, ...]]) -> None:
+    """Union-find: all indices of an entry get the smallest one as their leader."""
+    for entry in entries:
+        heads = sorted({_leader_of(leader, index) for index in entry})
+        for head in heads[1:]:
+            leader[head] = heads[0]
+
+
+def _leader_of(leader: list[int], index: int) -> int:
+    while leader[index] != index:
+        leader[index] = leader[leader[index]]
+        index = leader[index]
+    return index
 
 
 def select(tensor: Tensor, sources: Mapping[int, Sources]) -> Tensor:
@@ -137,16 +150,18 @@ def _select_dimension(tensor: Tensor, dim: int, sources: Sources) -> Tensor:
     return result
 
 
-def _check(part: Sources, size: int) -> None:
-    if not part or not all(part):
+def _entries(part: Sources, size: int) -> list[int]:
+    """All old entries of a selection in one list, checked."""
+    flat = list(chain.from_iterable(part))
+    if not flat or () in part:
         raise ValueError("a cut must leave at least one entry, each made of at least one old entry")
-    wrong = [index for entry in part for index in entry if not 0 <= index < size]
-    if wrong:
-        raise ValueError(f"index {wrong[0]} is outside a dimension of {size} entries")
+    if min(flat) < 0 or max(flat) >= size:
+        wrong = min(flat) if min(flat) < 0 else max(flat)
+        raise ValueError(f"index {wrong} is outside a dimension of {size} entries")
+    return flat
 
 
-def _check_ordered(part: Sources) -> None:
-    heads = [min(entry) for entry in part]
-    flat = [index for entry in part for index in entry]
+def _check_ordered(part: Sources, flat: list[int]) -> None:
+    heads = flat if len(flat) == len(part) else [min(entry) for entry in part]
     if heads != sorted(heads) or len(set(flat)) != len(flat):
         raise ValueError("several cuts of one dimension must each keep the original order")

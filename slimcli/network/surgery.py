@@ -75,12 +75,15 @@ def _plan_sources(held: Mapping[str, Held], cuts: Sequence[Cut]) -> None:
                 )
             parts.setdefault((id(each), slot.dim), []).append(slot.sources)
             owners[(id(each), slot.dim)] = each
+    composed: dict[tuple[int, ...], Sources] = {}  # a conv and its norm share their selections
     for key, each in owners.items():
         size = each.tensor.shape[key[1]]
+        same = (size, *map(id, parts[key]))
         try:
-            sources = compose(parts[key], size)
+            sources = composed[same] if same in composed else compose(parts[key], size)
         except ValueError as error:
             raise misfit(f"dimension {key[1]} of {each.name}: {error}") from error
+        composed[same] = sources
         if sources != tuple((index,) for index in range(size)):
             each.sources[key[1]] = sources
 
