@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import click
@@ -104,6 +105,7 @@ def _unknown(name: str) -> RecipeError:
     return RecipeError(Problem("E-EXPLAIN", f"nothing is called {name}", fix=fix))
 
 
+@cache
 def error_pages() -> dict[str, dict[str, str]]:
     """Code -> cause, example, fix."""
     import yaml
