@@ -48,3 +48,15 @@ def rich(tmp_path_factory):
     example = Example(rich_batch(5), rich_predict)
     report = onnx.export(model, example, folder / "model.onnx", metadata={"recipe": "abc"})
     return SimpleNamespace(model=model, report=report, folder=folder, state=state)
+
+
+@pytest.fixture(scope="session")
+def quantized_file(tmp_path_factory):
+    from .quantized import QuantizedNet
+
+    path = tmp_path_factory.mktemp("quantized") / "model.onnx"
+    torch.manual_seed(0)
+    onnx.export(
+        QuantizedNet(channels=True), Example(torch.randn(4, 3, 8, 8), lambda m, b: m(b)), path
+    )
+    return path
