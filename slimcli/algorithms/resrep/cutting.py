@@ -5,19 +5,13 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from torch import nn
+
 from slimcli.algorithms.resrep.targets import Place, Target
 from slimcli.network.cuts import Cut, Slot, SlotCut
-from slimcli.network.structure import Group
 
 Removed = Mapping[tuple[str, int], Sequence[int]]
 """(tensor, dimension) -> entries that are gone, ascending, numbered before anything was cut."""
-
-
-def all_slots(group: Group) -> Iterable[Slot]:
-    """Every slot of a group."""
-    yield from group.producers
-    yield from group.followers
-    yield from group.consumers
 
 
 def compactor_slots(target: Target) -> list[Slot]:
@@ -34,7 +28,7 @@ def removed_entries(kept: Iterable[tuple[Target, Sequence[int]]]) -> Removed:
         gone = set(range(target.group.size)) - set(channels)
         if not gone:
             continue
-        for slot in (*all_slots(target.group), *compactor_slots(target)):
+        for slot in (*target.group.slots, *compactor_slots(target)):
             entries = removed.setdefault((slot.tensor, slot.dim), set())
             for channel in gone:
                 entries.update(slot.indices[channel])
@@ -128,25 +122,27 @@ def _upstream(target: Target) -> set[tuple[str, int]]:
     }
     found |= {
         (slot.tensor, slot.dim)
-        for slot in all_slots(target.group)
+        for slot in target.group.slots
         if slot.tensor.rpartition(".")[0] in norms
     }
     return found
 
 
-def can_shrink_in_training(targets: Sequence[Target]) -> set[str]:
+def can_shrink_in_training(model: nn.Module, targets: Sequence[Target]) -> set[str]:
     """Groups whose zero channels may go at once: no constant is involved.
 
     A layer that will take up constants must keep its input numbering until the end, so groups
-    that share it wait too.
+    that share its inputs wait too.
     """
-    waiting: set[str] = set()
+    waiting: set[tuple[str, int]] = set()
     for target in targets:
-        if target.group.constants:
-            waiting |= {slot.tensor for slot in target.group.consumers}
+        for path, slot in target.group.constants:
+            waiting.add((slot.tensor, slot.dim))
+            if getattr(model.get_submodule(path), "groups", 1) != 1:
+                waiting.add((slot.tensor, 1 - slot.dim))
     return {
         target.name
         for target in targets
         if not target.group.constants
-        and waiting.isdisjoint(slot.tensor for slot in all_slots(target.group))
+        and waiting.isdisjoint((slot.tensor, slot.dim) for slot in target.group.slots)
     }

@@ -99,7 +99,7 @@ class ResRepCompressor(Compressor):
             )
             attach(model.get_submodule(place.host), compactor, is_before=place.is_before)
         self._weights = {place.weight for place in places.values()}
-        self._shrinking = can_shrink_in_training(self.analysis.targets)
+        self._shrinking = can_shrink_in_training(model, self.analysis.targets)
         self._macs_now = self.analysis.structure.macs
         return model
 

@@ -65,7 +65,7 @@ def make_plan(config: ResRepConfig, model: nn.Module, example: Example, schedule
         reachable_macs=structure.macs_with(lowest),
         warnings=list(schedule.warnings),
     )
-    target_macs = (1 - config.prune_rate) * structure.macs
+    target_macs = (1 - config.prune_rate) * structure.macs if targets else float(structure.macs)
     pace = None
     if targets:
         plan.goal = Goal("macs", target_macs)
