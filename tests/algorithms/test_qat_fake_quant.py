@@ -60,6 +60,33 @@ def test_the_gradient_is_one_inside_the_range_and_zero_outside():
     assert x.grad.tolist() == [3.0, 3.0, 0.0, 3.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("policy", ["frozen", "lsq"])
+@pytest.mark.parametrize("channels", [None, 4])
+def test_leaving_out_the_clamp_where_nothing_is_clamped_changes_no_bit(policy, channels):
+    results = []
+    for ask in (True, False):
+        torch.manual_seed(4)
+        x = torch.randn(4, 30, requires_grad=True)
+        made = FakeQuant("input of here", policy=policy, channels=channels)
+        made.set_amax(made.magnitude(x))
+        made.phase = Phase.TRAIN
+        if not ask:
+            made._fits = lambda x: False
+        made(x).square().sum().backward()
+        assert made._fits(x) is ask
+        results.append([made(x).detach(), x.grad, made.scale.grad])
+    for with_it, without in zip(*results, strict=True):
+        assert with_it is without is None or torch.equal(with_it, without)
+
+
+def test_one_value_outside_is_enough_to_clamp():
+    made = quantizer(127.0)
+    assert made._fits(torch.tensor([-128.4, 127.4]))
+    assert not made._fits(torch.tensor([0.0, 127.6]))
+    assert not made._fits(torch.tensor([-128.6, 0.0]))
+    assert not made._fits(torch.tensor([float("nan"), 0.0]))
+
+
 def test_each_channel_has_its_own_scale_along_its_axis():
     weight = torch.tensor([[1.0, -127.0], [0.5, 0.25], [0.0, 0.0]])
     made = FakeQuant("weight of here", WEIGHT_LOW, channels=3)
