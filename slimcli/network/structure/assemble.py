@@ -74,12 +74,13 @@ def _group(record: Record, raw: RawGroup, flow: Flow, norm_after: dict[str, str]
     )
     reading = {s for r in flow.readings for s in _dims(record, r.consumer.weight_labels)}
     writing = {s for key in flow.zeroed for s in _dims(record, flow.producers[key].labels)}
+    biases = {
+        s for key in flow.zeroed for each in flow.producers[key].biases for s in _dims(record, each)
+    }
     producers, followers, consumers = [], [], []
     for number, entries in raw.slots:
         slot = to_slot(record, number, entries)
-        path = slot.tensor.rpartition(".")[0]
-        is_bias = slot.tensor.endswith(".bias") and any(site.conv == path for site in sites)
-        if number in writing or is_bias:
+        if number in writing or number in biases:
             producers.append(slot)
         elif number in reading:
             consumers.append(slot)

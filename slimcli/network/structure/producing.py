@@ -27,7 +27,8 @@ def caller(op: Op, weight: Tensor, plane: Tensor | None) -> str:
         source = op.record.sources.find(weight)
         owner = source.name if source else ""
     path, module = op.tracer.calls.top()
-    inside = owner.startswith(f"{path}.") if path else bool(owner)
+    names = op.record.sources.names_of(owner)
+    inside = any(name.startswith(f"{path}.") if path else True for name in names)
     if isinstance(module, MIXING) and inside:
         return path
     return f"tensor:{owner}"
@@ -60,11 +61,14 @@ def add_consumer(
     )
 
 
-def add_producer(op: Op, key: str, labels: Tensor, *, is_plain: bool) -> int:
+def add_producer(
+    op: Op, key: str, labels: Tensor, *, is_plain: bool, bias: Tensor | None = None
+) -> int:
     """Records the writing side of a mixing op; returns the node of its values."""
+    biases = [labels_of(plane).reshape(-1).numpy() for plane in op.planes(bias)]
     op.record.layers.setdefault(key, labels.reshape(-1).numpy())
     op.record.producers.append(
-        Producer(op.record.next_order(), key, labels.reshape(-1).numpy(), is_plain)
+        Producer(op.record.next_order(), key, labels.reshape(-1).numpy(), is_plain, tuple(biases))
     )
     return op.record.table.add(Node(Kind.PRODUCER, name=key))
 

@@ -63,12 +63,14 @@ class Producer:
         key: Module path, or ``tensor:NAME`` if the op was not called through a module.
         labels: Labels of the outputs.
         is_plain: One group.
+        biases: Labels of what is added to the outputs by the same operator.
     """
 
     order: int
     key: str
     labels: Labels
     is_plain: bool
+    biases: tuple[Labels, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,9 @@ def _outputs(op: Op, leaving: Tensor | None, groups: int, transposed: bool) -> P
         planes = op.planes(bias)
         other = planes[0].reshape(-1) if planes else torch.zeros_like(labels)
         op.record.tie(labels, other, FIXED_WEIGHT)
-    node = add_producer(op, caller(op, op.args[1], leaving), labels, is_plain=groups == 1)
+    node = add_producer(
+        op, caller(op, op.args[1], leaving), labels, is_plain=groups == 1, bias=bias
+    )
     shape = [1] * op.output.dim()
     shape[1] = size
     return (pack(labels, node).view(shape),)
@@ -159,7 +161,8 @@ def _depthwise(op: Op, plane: Tensor | None, weight: Tensor, groups: int) -> Seq
     op.record.layers.setdefault(key, numbers)
     if not key.startswith("tensor:"):
         order = op.record.next_order()
-        op.record.depthwise.append(Producer(order, key, numbers, is_plain=multiplier == 1))
+        biases = tuple(labels_of(plane).numpy() for plane in op.planes(op.args[2]))
+        op.record.depthwise.append(Producer(order, key, numbers, multiplier == 1, biases))
     op.tracer.calls.produced(op.output, key)
     return [(out.view(shape),)]
 

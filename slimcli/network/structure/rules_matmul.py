@@ -25,7 +25,7 @@ def product(op: Op) -> Sequence[Planes]:
 def added_product(op: Op) -> Sequence[Planes]:
     """``addmm`` and ``baddbmm``: the added tensor is a bias if it has only the columns' labels."""
     bias, left, right = op.args[:3]
-    planes = multiply(op, left, right, op.output)
+    planes = multiply(op, left, right, op.output, bias)
     if not isinstance(bias, Tensor) or (op.kwargs.get("beta", 1) == 0):
         return [planes]
     return [_with_bias(op, bias, planes)]
@@ -69,7 +69,7 @@ def linear(op: Op) -> Sequence[Planes]:
     """``aten::linear`` where it is not taken apart."""
     tensor, weight, bias = op.args[0], op.args[1], op.arg(2, "bias")
     flat = _Transposed(op, weight)
-    planes = multiply(op, tensor, flat, op.output)
+    planes = multiply(op, tensor, flat, op.output, bias)
     return [_with_bias(op, bias, planes) if bias is not None else planes]
 
 
@@ -82,7 +82,7 @@ class _Transposed:
         self.planes = tuple(plane.t() for plane in op.planes(weight))
 
 
-def multiply(op: Op, left: Any, right: Any, output: Tensor) -> Planes:
+def multiply(op: Op, left: Any, right: Any, output: Tensor, bias: Any = None) -> Planes:
     """(..., m, k) x (..., k, n): ends labels along k, passes those along m and n."""
     left_planes = op.planes(left)
     right_planes = right.planes if isinstance(right, _Transposed) else op.planes(right)
@@ -102,8 +102,8 @@ def multiply(op: Op, left: Any, right: Any, output: Tensor) -> Planes:
         _contract(op, [p.transpose(-1, -2) for p in readers], arrivals, left, True)
     rows = [p for p in a if p.shape[-1] == 1]
     columns = [p for p in b if p.shape[-2] == 1]
-    result = _leaving(op, columns, weight, b_weight and not a_weight, -1)
-    result += _leaving(op, rows, left, a_weight and not b_weight, -2)
+    result = _leaving(op, columns, weight if b_weight and not a_weight else None, -1, bias)
+    result += _leaving(op, rows, left if a_weight and not b_weight else None, -2, None)
     return _settle(op, result)
 
 
@@ -173,14 +173,15 @@ def _meet(op: Op, left: Tensor, right: Tensor) -> None:
     )
 
 
-def _leaving(op: Op, planes: list[Tensor], weight: Tensor, is_weight: bool, axis: int) -> Planes:
+def _leaving(op: Op, planes: list[Tensor], weight: Tensor | None, axis: int, bias: Any) -> Planes:
+    """Planes of the result: fresh values if the other dimension is a weight's, else carried."""
     add = op.record.table.add
     result: Planes = NO_PLANES
     for plane in planes:
-        if is_weight and plane.numel() == plane.shape[axis]:
+        if weight is not None and plane.numel() == plane.shape[axis]:
             labels = labels_of(plane)
             key = caller(op, weight, plane)
-            node = add_producer(op, key, labels, is_plain=True)
+            node = add_producer(op, key, labels, is_plain=True, bias=bias)
             op.tracer.calls.produced(op.output, key)
             result += (pack(labels, node),)
         else:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from slimcli.network.structure.nodes import Kind, Node
-from slimcli.network.structure.planes import active_axes, axis_entries
+from slimcli.network.structure.planes import active_axes, axis_entries, labels_of, pack
 from slimcli.network.structure.record import Consumer, Labels
-from slimcli.network.structure.rules_pointwise import map_nodes
+from slimcli.network.structure.rules_pointwise import combine_nodes, map_nodes
 from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule, affine_node, flat_tensors
 
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
@@ -94,7 +94,36 @@ def _over_axes(op: Op, axes: Sequence[int], reason: str) -> Sequence[Planes]:
 
 def softmax(op: Op) -> Sequence[Planes]:
     """Softmax over an axis with channels freezes them."""
-    return _over_axes(op, [op.args[1]], f"{op.name.strip('_')} over channels")
+    axis = op.args[1] % op.args[0].dim()
+    reason = f"{op.name.strip('_')} over channels"
+    add = op.record.table.add
+    planes = across(op, op.planes(op.args[0]), {axis}, reason)
+    return [tuple(map_nodes(op.record, p, lambda n: add(Node(Kind.CARRY, (n,)))) for p in planes)]
+
+
+def across(op: Op, planes: Planes, axes: set[int], reason: str) -> Planes:
+    """Planes without labels along these axes: blocks laid along them are tied, channels frozen."""
+    kept: Planes = NO_PLANES
+    for plane in planes:
+        active = set(active_axes(plane))
+        if active & axes and not active - axes:
+            op.freeze_planes([plane], reason)
+            continue
+        for axis in sorted(active & axes):
+            first = plane.narrow(axis, 0, 1)
+            op.record.join(first, plane)
+            plane = _joined_nodes(op, plane, axis)
+        kept += (plane,)
+    return kept
+
+
+def _joined_nodes(op: Op, plane: Tensor, axis: int) -> Tensor:
+    add = op.record.table.add
+    pieces = [piece.contiguous() for piece in plane.split(1, axis)]
+    nodes = combine_nodes(
+        pieces, lambda p: p[0] if len(set(p)) == 1 else add(Node(Kind.JOIN, tuple(sorted(set(p)))))
+    )
+    return pack(labels_of(pieces[0]), nodes)
 
 
 def reduced(op: Op) -> Sequence[Planes]:
@@ -103,23 +132,23 @@ def reduced(op: Op) -> Sequence[Planes]:
     axes = _reduced_axes(op)
     keepdim = op.output.dim() == tensor.dim() if isinstance(op.output, Tensor) else _keeps(op)
     reads = op.name in ("sum", "linalg_vector_norm", "norm") and op.arg(1, "ord", 2) != 0
+    reason = f"{op.name.removeprefix('linalg_')} over channels"
+    planes = op.planes(tensor)
+    if reads:
+        consumed = [p for p in planes if set(active_axes(p)) and set(active_axes(p)) <= axes]
+        for plane in consumed:
+            _consume(op, plane)
+        planes = tuple(p for p in planes if all(p is not each for each in consumed))
     result: Planes = NO_PLANES
-    for plane in op.planes(tensor):
-        if axes & set(active_axes(plane)):
-            if reads:
-                _consume(op, plane, axes)
-            else:
-                op.freeze_planes([plane], f"{op.name.removeprefix('linalg_')} over channels")
-            continue
-        plane = _node_of_reduction(op, plane)
+    for plane in across(op, planes, axes, reason):
+        moved = _node_of_reduction(op, plane)
         if not keepdim:
-            kept = [n for axis, n in enumerate(plane.shape) if axis not in axes]
-            plane = plane.reshape(kept)
-        result += (plane,)
+            moved = moved.reshape([n for axis, n in enumerate(moved.shape) if axis not in axes])
+        result += (moved,)
     return [result for _ in flat_tensors(op.output)]
 
 
-def _consume(op: Op, plane: Tensor, axes: set[int]) -> None:
+def _consume(op: Op, plane: Tensor) -> None:
     """A sum over channels: zero ones may go; equal ones can't be merged, constants can't either."""
     flat = plane.reshape(-1)
     op.record.consumers.append(

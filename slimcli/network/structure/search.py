@@ -26,6 +26,7 @@ class Search:
     Attributes:
         choices: For every split, what happens to its blocks.
         bans: Labels a trial froze, with reasons.
+        doubts: Labels whose choice was changed, and why.
     """
 
     model: nn.Module
@@ -33,6 +34,7 @@ class Search:
     samples: int
     choices: list[Choice] = field(default_factory=list)
     bans: list[tuple[Labels, str]] = field(default_factory=list)
+    doubts: list[tuple[Labels, str]] = field(default_factory=list)
 
     @property
     def record(self) -> Record:
@@ -41,6 +43,12 @@ class Search:
 
     def structure(self) -> tuple[Structure, Grouping]:
         """Groups under the present assumptions."""
+        grouping = build(self.record, self.choices, self.bans)
+        for labels, reason in self.doubts:
+            numbers = np.unique(grouping.group_of[labels])
+            if all(grouping.groups[n].size == 1 for n in numbers if n >= 0):
+                self.ban(labels, reason)
+        self.doubts = []
         grouping = build(self.record, self.choices, self.bans)
         found = assemble(
             self.model,
@@ -52,21 +60,29 @@ class Search:
         )
         return found, grouping
 
+    def ban(self, labels: Labels, reason: str) -> None:
+        """Freezes these channels; splits of nothing else are as they were at first."""
+        self.bans.append((labels, reason))
+        for number, split in enumerate(self.record.splits):
+            if np.isin(split.offset_pairs[0], [0, *labels]).all():
+                self.choices[number] = Choice.OFFSETS
+
     def blame(self, labels: Labels, failure: Failure, line: str) -> None:
         """Tries whole blocks where these channels are split (at this line); else freezes them."""
         wanted = np.zeros(self.record.sources.count, dtype=bool)
         wanted[labels] = True
-        open_splits = [
+        here = [
             number
             for number, split in enumerate(self.record.splits)
             if (not line or split.line == line)
             and wanted[split.offset_pairs[0]].any()
-            and self.choices[number] == Choice.OFFSETS
             and _differs(self.record, number)
         ]
-        if not open_splits:
-            self.bans.append((labels, str(failure)))
+        open_splits = [number for number in here if self.choices[number] == Choice.OFFSETS]
+        if not open_splits or len(open_splits) < len(here):
+            self.ban(labels, str(failure))
             return
+        self.doubts.append((labels, str(failure)))
         smallest = min(self.record.splits[number].size for number in open_splits)
         for number in open_splits:  # the innermost division first: heads, not q, k, v
             if self.record.splits[number].size == smallest:

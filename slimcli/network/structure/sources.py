@@ -45,6 +45,7 @@ class Sources:
         self._by_identity: dict[int, Source] = {}
         self._by_memory: dict[tuple[int, int, tuple[int, ...]], Source] = {}
         self._storages: set[int] = set()
+        self._names: dict[str, set[str]] = {}
         kernels = _kernels(model)
         named = [*model.named_parameters(remove_duplicate=False)]
         named += [*model.named_buffers(remove_duplicate=False)]
@@ -57,7 +58,10 @@ class Sources:
         return self._next
 
     def _register(self, name: str, tensor: Tensor, labelled_dims: int) -> None:
-        if id(tensor) in self._by_identity or isinstance(tensor, nn.UninitializedParameter):
+        if isinstance(tensor, nn.UninitializedParameter):
+            return
+        if id(tensor) in self._by_identity:
+            self._names[self._by_identity[id(tensor)].name].add(name)
             return
         key = _memory_key(tensor)
         source = self._by_memory.get(key) if tensor.numel() else None
@@ -73,6 +77,7 @@ class Sources:
                 self._next += size
             source = Source(name, tensor, tuple(first_labels))
             self._by_memory[key] = source
+        self._names.setdefault(source.name, set()).add(name)
         self._by_identity[id(tensor)] = source
         self._storages.add(tensor.untyped_storage().data_ptr())
 
@@ -84,6 +89,10 @@ class Sources:
                 return None
             source = self._by_memory.get(_memory_key(tensor))
         return source
+
+    def names_of(self, name: str) -> set[str]:
+        """All names of the tensor that is known by this one."""
+        return self._names.get(name, set())
 
     def shares_memory(self, tensor: Tensor) -> Source | None:
         """A source whose memory the tensor is part of."""

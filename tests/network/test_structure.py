@@ -1,0 +1,374 @@
+"""Which channels belong together: cut exactly, or frozen with a reason."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slimcli.errors import RecipeError
+from slimcli.network import surgery
+from slimcli.network.count import count_macs
+from slimcli.network.example import Example
+from slimcli.network.structure import Group, Structure, analyze, zero_channels
+from slimcli.network.structure.modes import output_tensors
+from slimcli.network.structure.trial import to_dtype, unequal
+
+_PATH = Path(__file__).with_name("structures.py")
+_SPEC = importlib.util.spec_from_file_location("small_structures", _PATH)
+assert _SPEC is not None
+assert _SPEC.loader is not None
+structures = importlib.util.module_from_spec(_SPEC)
+sys.modules["small_structures"] = structures
+_SPEC.loader.exec_module(structures)
+
+EXACT = 1e-10
+"""Relative to the largest output, float64: a thousand times the rounding seen (3e-14)."""
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    return model(batch)
+
+
+def prepared(model: nn.Module, batch: Any) -> tuple[nn.Module, Example]:
+    """The model in float64 with unequal norms and scales, and its example."""
+    model = model.double().eval()
+    unequal(model, torch.Generator().manual_seed(3))
+    return model, Example(to_dtype(batch, torch.float64), call)
+
+
+def network(name: str) -> tuple[nn.Module, Example, Structure]:
+    torch.manual_seed(0)
+    model, example = prepared(structures.NETWORKS[name](), structures.batch_of(name))
+    return model, example, analyze(model, example)
+
+
+def outputs(model: nn.Module, example: Example) -> list[Tensor]:
+    with torch.no_grad():
+        return list(output_tensors(example.run(model.eval())))
+
+
+def difference(left: list[Tensor], right: list[Tensor]) -> float:
+    pairs = zip(left, right, strict=True)
+    return max(float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs)
+
+
+def zeroed_and_cut(
+    model: nn.Module, example: Example, groups: list[Group], seed: int
+) -> tuple[float, float]:
+    """Difference of zeroed and cut, and of zeroed and the model as it was."""
+    random = torch.Generator().manual_seed(seed)
+    other, cuts = copy.deepcopy(model), []
+    for group in groups:
+        count = int(torch.randint(1, group.size, (), generator=random))
+        order = torch.randperm(group.size, generator=random).tolist()
+        zero_channels(other, group, order[count:])
+        cuts.append(group.cut(order[:count]))
+    zeroed = outputs(other, example)
+    surgery.apply(other, cuts, example=example)
+    return difference(zeroed, outputs(other, example)), difference(zeroed, outputs(model, example))
+
+
+def prunable(structure: Structure) -> list[Group]:
+    return [group for group in structure.groups if group.is_prunable]
+
+
+@pytest.mark.parametrize("name", structures.NETWORKS)
+def test_zeroed_equals_cut_for_random_channels_of_all_groups_together(name: str) -> None:
+    model, example, structure = network(name)
+    assert structure.notes == ()
+    for seed in range(3):
+        error, effect = zeroed_and_cut(model, example, prunable(structure), seed)
+        assert error <= EXACT
+        assert effect > 1e-6  # the channels meant something
+
+
+@pytest.mark.parametrize("name", structures.NETWORKS)
+def test_zeroed_equals_cut_for_each_group_alone(name: str) -> None:
+    model, example, structure = network(name)
+    for group in prunable(structure):
+        assert zeroed_and_cut(model, example, [group], 5)[0] <= EXACT, group.name
+
+
+CHANNELS = {
+    "Chain": 36,
+    "Residual": 60,
+    "ConcatUneven": 44,
+    "ChannelShuffle": 32,
+    "SplitChunk": 44,
+    "SplitFixed": 28,
+    "GroupConv": 64,
+    "Depthwise": 56,
+    "DepthwiseMultiplier": 72,
+    "Transposed": 48,
+    "Unflatten": 20,
+    "UnflattenFree": 148,
+    "FlattenFC": 36,
+    "PixelShuffle": 60,
+    "SE": 60,
+    "ECA": 20,
+    "SpatialGate": 20,
+    "PReLUNet": 36,
+    "LayerScaleParam": 28,
+    "FunctionalConv": 16,
+    "SharedConv": 44,
+    "TiedWeight": 52,
+    "FrozenBN": 36,
+    "FrozenStem": 60,
+    "AuxHead": 36,
+    "PermuteLinear": 64,
+    "OneChannelConv": 36,
+    "GroupNormNet": 24,
+    "MaxoutOverChannels": 36,
+    "DictOutputTwoInputs": 32,
+    "PreAct": 16,
+    "DenseBlock": 32,
+}
+
+
+@pytest.mark.parametrize("name", structures.NETWORKS)
+def test_as_many_channels_are_prunable_as_can_be_cut_exactly(name: str) -> None:
+    _, _, structure = network(name)
+    found = sum(row.channels for row in structure.layers if not row.frozen_reason)
+    assert found == CHANNELS[name]
+
+
+@pytest.mark.parametrize("name", structures.NETWORKS)
+def test_equal_channels_are_merged_exactly_where_it_is_promised(name: str) -> None:
+    model, example, structure = network(name)
+    for group in prunable(structure):
+        if not group.exact_duplicate:
+            assert group.duplicate_reason
+            continue
+        twins = copy.deepcopy(model)
+        tensors = {**dict(twins.named_parameters()), **dict(twins.named_buffers())}
+        first, second = 0, group.size - 1
+        with torch.no_grad():
+            for slot in group.producers + group.followers:
+                moved = tensors[slot.tensor].movedim(slot.dim, 0)
+                moved[list(slot.indices[second])] = moved[list(slot.indices[first])].clone()
+        before = outputs(twins, example)
+        rest = [[channel] for channel in range(1, second)]
+        surgery.apply(twins, [group.merge([[first, second], *rest])], example=example)
+        assert difference(before, outputs(twins, example)) <= EXACT, group.name
+
+
+@pytest.mark.parametrize("name", structures.NETWORKS)
+def test_macs_under_smaller_widths_equal_a_recount_on_the_cut_model(name: str) -> None:
+    model, example, structure = network(name)
+    assert structure.macs == count_macs(model, example).total
+    widths = {group.name: (group.size + 1) // 2 for group in prunable(structure)}
+    cuts = [structure.group(name).cut(range(width)) for name, width in widths.items()]
+    for group in prunable(structure):
+        zero_channels(model, group, range(widths[group.name], group.size))
+    surgery.apply(model, cuts, example=example)
+    assert structure.macs_with(widths) == count_macs(model, example).total
+
+
+@pytest.mark.parametrize("name", ["Residual", "AuxHead", "SharedConv"])
+def test_a_cut_model_trains_one_step(name: str) -> None:
+    model, example, structure = network(name)
+    surgery.apply(model, [group.cut([0, 1]) for group in prunable(structure)])
+    loss = sum(tensor.sum() for tensor in output_tensors(example.run(model.train())))
+    loss.backward()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.step()
+
+
+def test_nothing_of_the_model_is_changed_by_the_analysis() -> None:
+    torch.manual_seed(0)
+    model = structures.AuxHead().train()
+    before = copy.deepcopy(model.state_dict())
+    state = torch.random.get_rng_state()
+    analyze(model, Example(structures.image(), call))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+class Fixed(structures.Net):  # type: ignore[name-defined, misc]
+    """The size of something is a number in the code."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(12)
+        self.how = how
+        self.a, self.b = structures.conv_bn(8, 16), structures.conv_bn(16, 12)
+        self.narrow = structures.conv_bn(8, 12)
+        self.wide = nn.Linear(16 * 256, 12)
+
+    def body(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        if self.how == "view":
+            return self.wide(x.view(-1, 4096))[:, :, None, None]
+        if self.how == "slice":
+            return self.narrow(x[:, :8] + x[:, 8:])
+        if self.how == "split":
+            left, right = torch.split(x, [8, 8], dim=1)
+            return self.narrow(left * right)
+        heads = x.flatten(2).view(2, 4, 4, 256).transpose(1, 2)
+        return self.b(heads.transpose(1, 2).reshape(2, 16, 16, 16))
+
+
+@pytest.mark.parametrize(
+    ("how", "line"),
+    [
+        ("view", "x.view(-1, 4096)"),
+        ("slice", "x[:, :8] + x[:, 8:]"),
+        ("split", "torch.split(x, [8, 8], dim=1)"),
+        ("heads", "x.flatten(2).view(2, 4, 4, 256)"),
+    ],
+)
+def test_a_size_fixed_in_the_users_code_freezes_with_its_line(how: str, line: str) -> None:
+    model, example = prepared(Fixed(how), structures.image())
+    structure = analyze(model, example)
+    frozen = [group for group in structure.groups if group.name == "a.1"]
+    assert len(frozen) == 1
+    assert "trial cut" in frozen[0].frozen_reason
+    assert line in frozen[0].frozen_reason
+    assert structure.group("stem.1").is_prunable
+
+
+@torch.library.custom_op("slimtest::scale", mutates_args=())
+def scale(x: Tensor) -> Tensor:
+    return x * 2
+
+
+@scale.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class Custom(structures.Net):  # type: ignore[name-defined, misc]
+    def __init__(self) -> None:
+        super().__init__(12)
+        self.a, self.b = structures.conv_bn(8, 16), structures.conv_bn(16, 12)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.b(torch.ops.slimtest.scale(self.a(x)))
+
+
+def test_an_unknown_operator_freezes_exactly_its_neighbourhood_and_is_named() -> None:
+    model, example = prepared(Custom(), structures.image())
+    structure = analyze(model, example)
+    assert "slimtest::scale" in structure.group("a.1").frozen_reason
+    assert "torch.ops.slimtest.scale(self.a(x))" in structure.group("a.1").frozen_reason
+    assert [g.name for g in prunable(structure)] == ["stem.1", "b.1"]
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+class Seen(Custom):
+    def body(self, x: Tensor) -> Tensor:
+        return self.b(Square.apply(self.a(x)))
+
+
+def test_a_custom_autograd_function_is_seen_through() -> None:
+    model, example = prepared(Seen(), structures.image())
+    assert [g.name for g in prunable(analyze(model, example))] == ["stem.1", "a.1", "b.1"]
+
+
+class WrittenThroughViews(structures.Net):  # type: ignore[name-defined, misc]
+    def __init__(self) -> None:
+        super().__init__(12)
+        self.a, self.b = structures.conv_bn(8, 16), structures.conv_bn(16, 12)
+
+    def body(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        result = torch.empty_like(x)
+        half = x.shape[1] // 2
+        result[:, :half] = x[:, half:]
+        result[:, half:] = x[:, :half]
+        result.add_(1).mul_(2)
+        return self.b(result[:, :, 1:-1, 1:-1].clone())
+
+
+def test_writes_through_views_move_labels_with_the_memory() -> None:
+    model, example = prepared(WrittenThroughViews(), structures.image())
+    structure = analyze(model, example)
+    for seed in range(3):
+        assert zeroed_and_cut(model, example, prunable(structure), seed)[0] <= EXACT
+
+
+def resnet50() -> Structure:
+    torchvision = pytest.importorskip("torchvision")
+    model = torchvision.models.resnet50()
+    return analyze(model, Example(torch.randn(1, 3, 224, 224), call), trial=False)
+
+
+def test_resnet_50_has_the_32_inner_norms_and_the_published_macs() -> None:
+    structure = resnet50()
+    chosen = [group.name for group in structure.select("linear_bn")]
+    blocks = [f"layer{n}.{i}" for n, count in enumerate((3, 4, 6, 3), 1) for i in range(count)]
+    assert chosen == [f"{block}.bn{i}" for block in blocks for i in (1, 2)]
+    assert structure.macs == 4_089_184_256  # conv and fc, as in the ResRep paper (4.089 G)
+    assert len(structure.select("all_bn")) == 37
+    assert len(structure.conv_batch_norms) == 53
+
+
+def test_names_select_with_and_without_self() -> None:
+    _, _, structure = network("Residual")
+    assert [g.name for g in structure.select("linear_bn", ["self.a.1"])] == ["a.1"]
+    assert [g.name for g in structure.select("linear_conv", ["a.0"])] == ["a.1"]
+    both = structure.select("linear_bn", ["c.1", "skip.0"])
+    assert [g.name for g in both] == ["c.1"]
+    assert structure.select("linear_bn", []) == []
+
+
+@pytest.mark.parametrize(
+    ("network_name", "names", "message"),
+    [
+        ("Residual", ["c.1"], "name all of c.1, skip.1"),
+        ("Residual", ["b.2"], "no layer with channels is called b.2"),
+        ("Residual", ["head"], "head can't be pruned: it is an output of the model"),
+        ("Depthwise", ["b.1"], "it follows a.1"),
+    ],
+)
+def test_a_name_that_cannot_be_cut_is_an_error(
+    network_name: str, names: list[str], message: str
+) -> None:
+    _, _, structure = network(network_name)
+    with pytest.raises(RecipeError) as error:
+        structure.select("linear_bn", names)
+    assert message in str(error.value)
+
+
+def test_an_unknown_strategy_names_the_known_ones() -> None:
+    _, _, structure = network("Chain")
+    with pytest.raises(RecipeError, match="linear_bn, all_bn, linear_conv, all_conv"):
+        structure.select("linear")
+
+
+def test_a_whole_attention_layer_is_exact_or_frozen() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    model, example = prepared(nn.Sequential(nn.Linear(8, 16), layer, nn.Linear(16, 5)), None)
+    example = Example(torch.randn(2, 6, 8, dtype=torch.float64), call)
+    structure = analyze(model, example)
+    assert structure.group("1.linear1").is_prunable
+    assert zeroed_and_cut(model, example, prunable(structure), 0)[0] <= EXACT
+
+
+def test_relu_after_a_padded_reader_is_not_mistaken_for_a_gate() -> None:
+    class Biased(Custom):
+        def body(self, x: Tensor) -> Tensor:
+            return self.b(F.relu(self.a[0](x) + 1))
+
+    model, example = prepared(Biased(), structures.image())
+    reason = analyze(model, example).group("a.0").frozen_reason
+    assert "constant that no bias can take up" in reason
