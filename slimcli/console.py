@@ -120,6 +120,12 @@ def warn(text: str) -> None:
         terminal().print(f"warning: {text}", style="yellow")
 
 
+def urgent(text: str) -> None:
+    """A line from inside a signal handler, where ordinary printing may be under way."""
+    if is_main_process() and not _settings.quiet:
+        os.write(sys.stderr.fileno(), f"{text}\n".encode())
+
+
 def table(
     columns: Sequence[str], rows: Iterable[Sequence[object]], *, to_stdout: bool = True
 ) -> None:

@@ -9,7 +9,9 @@ import csv
 import io
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,29 @@ class EventLog:
         """Tell the listeners where training is; nothing is recorded."""
         for listener in self.listeners:
             listener({"event": "tick", **fields})
+
+    @contextmanager
+    def hearing_warnings(self) -> Iterator[None]:
+        """Python warnings, most of them other packages', go to log.txt and not to the screen."""
+        if self.folder is None:
+            yield
+            return
+        log = self.folder / "log.txt"
+
+        def note(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: object = None,
+            line: str | None = None,
+        ) -> None:
+            text = " ".join(str(message).split())
+            self._append(log, f"{category.__name__} {filename}:{lineno}: {text}\n")
+
+        with warnings.catch_warnings():
+            warnings.showwarning = note
+            yield
 
     def _append(self, path: Path, text: str) -> None:
         encoded = text.encode("utf-8")

@@ -31,6 +31,7 @@ class FinishRequest:
         compressor: Its algorithm.
         fresh_model: ``() -> nn.Module``: the user's own model, to describe the result against.
         example: A small batch, on the model's device.
+        predict: ``(model, batch) -> prediction`` for the batches.
         batches: Validation batches to compare on, on the model's device.
         evaluate: ``(model) -> metrics`` over the whole validation set.
         folder: Where the artifacts go.
@@ -44,6 +45,7 @@ class FinishRequest:
     compressor: Compressor
     fresh_model: Callable[[], nn.Module]
     example: Example
+    predict: Callable[[Any, Any], Any]
     batches: Sequence[Any]
     evaluate: Callable[[Any], dict[str, float]]
     folder: Path
@@ -111,10 +113,9 @@ def _check(
     candidate: nn.Module,
 ) -> None:
     """Compare two forms on validation batches and record the seam."""
-    predict = request.example.predict
     seam = verify.compare(
-        verify.runner(reference, predict),
-        verify.runner(candidate, predict),
+        verify.runner(reference, request.predict),
+        verify.runner(candidate, request.predict),
         request.batches,
         names=names,
     )

@@ -50,7 +50,8 @@ def command(
     conditions = jobs.requirements(require)
     _check_name(name)
     for change in loaded.changes:
-        console.detail(f"{change.key} {change.default} -> {change.value} ({change.origin})")
+        tell = console.say if change.origin.startswith("command line") else console.detail
+        tell(f"{change.key} {change.default} -> {change.value} ({change.origin})")
     if dry_run:
         from slimcli.cli.plan import show_plan
 
@@ -77,15 +78,19 @@ def start(recipe: Recipe, **changes: Any) -> None:
 
     display = console.RunDisplay()
     try:
-        outcome = run(job_of(recipe, listeners=(display,), **changes))
+        outcome = run(job_of(recipe, listeners=(display,), on_signal=_on_signal, **changes))
     finally:
         display.close()
-    if console.settings().json:
+    if console.settings().json or not console.is_main_process():
         return
     if console.settings().quiet:
         console.result(str(outcome.folder))
         return
     show_result(outcome.folder, outcome.summary)
+
+
+def _on_signal(name: str) -> None:
+    console.urgent(f"{name}: stopping after this step (again to stop now)")
 
 
 def show_result(folder: Path, summary: dict[str, Any]) -> None:
@@ -102,4 +107,4 @@ def show_result(folder: Path, summary: dict[str, Any]) -> None:
     for file, size in final["file_bytes"].items():
         console.result(f"       {folder / 'artifacts' / file}  {size / 1e6:.2f} MB")
     console.result(f"run    {folder}")
-    console.say(f"Next: slim report {folder}")
+    console.say(f"Next: slim eval {folder}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol
@@ -12,6 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data import default_collate as torch_collate
 
+from slimcli.errors import SlimError
+from slimcli.recipe.binding import hook_failed
+from slimcli.solver.interrupts import StopRequested
 from slimcli.solver.randomness import derive, epoch_order, seed_all
 
 Collate = Callable[[list[Any]], Any]
@@ -127,10 +131,11 @@ class DatasetSource:
             sampler=keys,  # a key says more than an index: it is for SeededBatches
             num_workers=settings.workers,
             collate_fn=_as_it_is,
+            worker_init_fn=_ignore_interrupts,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(derive(settings.seed, "workers", epoch)),
         )
-        for chunk, data in zip(chunks, loader, strict=True):
+        for chunk, data in zip(chunks, guarded(iter(loader)), strict=True):
             yield Batch(data, len(chunk))
 
     def _share(self, chunk: tuple[int, ...]) -> tuple[int, ...]:
@@ -160,7 +165,7 @@ class LoaderSource:
         sampler: Any = getattr(self.loader, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
-        iterator = iter(self.loader)
+        iterator = guarded(iter(self.loader))
         for number in itertools.count():
             seed_all(self.seed, "data", epoch, number)
             data = next(iterator, _END)
@@ -184,6 +189,29 @@ _END = object()
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; only the main one may act on it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def guarded(iterator: Iterator[Any]) -> Iterator[Any]:
+    """The same items; what the user's data set raises is told as an error of the user's hook.
+
+    Raises:
+        RunError: A sample could not be read, or samples could not be put into one batch.
+    """
+    while True:
+        try:
+            item = next(iterator, _END)
+        except (SlimError, StopRequested):
+            raise
+        except Exception as error:
+            raise hook_failed("dataset_generator", error) from error
+        if item is _END:
+            return
+        yield item
 
 
 def batch_size_of(data: Any) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from slimcli.errors import HookError, Problem
+from slimcli.errors import HookError, Problem, RecipeError
 from slimcli.solver.config import TrainingConfig
 from slimcli.solver.data import DatasetSource, LoaderSettings, LoaderSource, Sharding, Source
 from slimcli.solver.job import JobHooks
@@ -104,8 +104,10 @@ def build_data(
         setup_loader: Makes a user's training DataLoader a distributed one.
 
     Raises:
+        RecipeError: A batch can't be shared out equally.
         HookError: A training set smaller than what one step needs.
     """
+    _check_shares(training, sharding)
     notices: list[str] = []
     has_batch_norm = any(
         isinstance(each, nn.modules.batchnorm._BatchNorm) for each in model.modules()
@@ -143,6 +145,18 @@ def build_data(
     validation = source(datasets[1], training.test_batch_size, False)
     test = source(datasets[2], training.test_batch_size, False) if len(datasets) == 3 else None
     return Data(train, validation, test, _example_batch(train, training), tuple(notices))
+
+
+def _check_shares(training: TrainingConfig, sharding: Sharding) -> None:
+    if training.batch_size % sharding.world:
+        raise RecipeError(
+            Problem(
+                "E-RECIPE-BATCH-SHARES",
+                "config.batch_size: a batch is shared out equally over the processes",
+                expected=f"a multiple of {sharding.world}",
+                received=str(training.batch_size),
+            )
+        )
 
 
 def _unchanged(loader: Any) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -71,12 +73,21 @@ def _external_processes(count: int) -> dict[str, Any]:
     return {"devices": local, "num_nodes": nodes, "count": world}
 
 
-def set_determinism(training: TrainingConfig) -> None:
+@contextmanager
+def determinism(training: TrainingConfig) -> Iterator[None]:
     """``deterministic: true`` allows only algorithms that give the same bits each time."""
-    if training.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(training.deterministic)
+    if not training.deterministic:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
 
 
 def describe(fabric: Fabric) -> str:

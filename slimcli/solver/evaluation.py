@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimcli.errors import HookError, Problem
+from slimcli.errors import HookError, Problem, SlimError
+from slimcli.recipe.binding import hook_failed
 from slimcli.solver.data import Batch, Source
 from slimcli.solver.job import JobHooks
 
@@ -110,8 +111,8 @@ class Evaluator:
         if not is_accumulating(self.pristine):
             return as_numbers(self.hooks.evaluate_function(prediction, data), self.hooks)
         metric = copy.deepcopy(self.pristine)
-        metric.update(prediction, data)
-        return as_numbers(metric.compute(), self.hooks)
+        call_metric(metric.update, prediction, data)
+        return as_numbers(call_metric(metric.compute), self.hooks)
 
     def run(self, model: Any, source: Source, limit: int | None = None) -> dict[str, float]:
         """Metrics of ``model`` in eval mode without gradients; its mode comes back.
@@ -142,13 +143,27 @@ class Evaluator:
             data = self.move(batch.data)
             prediction = self.hooks.predict_function(model, data)
             if metric is not None:
-                metric.update(prediction, data)
+                call_metric(metric.update, prediction, data)
             else:
                 values = as_numbers(self.hooks.evaluate_function(prediction, data), self.hooks)
                 averages.add(values, batch.size)
         if metric is not None:
-            return as_numbers(metric.compute(), self.hooks)
+            return as_numbers(call_metric(metric.compute), self.hooks)
         return averages.means()
+
+
+def call_metric(method: Callable[..., Any], *arguments: Any) -> Any:
+    """A method of the user's metric object.
+
+    Raises:
+        RunError: It raised; only the user's frames are told.
+    """
+    try:
+        return method(*arguments)
+    except SlimError:
+        raise
+    except Exception as error:
+        raise hook_failed("evaluate_function", error) from error
 
 
 def _is_module(model: Any) -> bool:

@@ -18,7 +18,7 @@ from slimcli.errors import Problem, VerificationError
 from slimcli.network.example import Example
 from slimcli.solver import planner
 from slimcli.solver.data import Sharding
-from slimcli.solver.datasets import build_data, generate_datasets
+from slimcli.solver.datasets import Data, build_data, generate_datasets
 from slimcli.solver.devices import make_fabric
 from slimcli.solver.evaluation import Evaluator
 from slimcli.solver.job import Job, StageJob
@@ -81,12 +81,23 @@ def _one(training: Any) -> Any:
     return training.devices if training.devices == "cpu" else training.devices[:1]
 
 
-def _stage(
-    job: Job, stage: StageJob, fabric: Fabric, datasets: tuple[Any, ...], flags: tuple[bool, bool]
-) -> StageForecast:
-    is_certain, wants_trial = flags
-    model = planner.start_weights(job, planner.fresh_model(job.hooks, job.stages[0].training.seed))
-    model.to(fabric.device)
+@dataclass(frozen=True)
+class Look:
+    """One stage looked at with a model that is not changed."""
+
+    data: Data
+    evaluator: Evaluator
+    example: Example
+    schedule: Schedule
+    metrics: dict[str, float]
+    compressor: Compressor
+    plan: Plan
+
+
+def look(
+    job: Job, stage: StageJob, fabric: Fabric, datasets: tuple[Any, ...], model: nn.Module
+) -> Look:
+    """Schedule, one batch and plan of a stage, were it to start from ``model``."""
     data = build_data(datasets, job.hooks, stage.training, model, Sharding(), lambda each: each)
     evaluator = Evaluator(
         job.hooks, lambda each: move_batch(fabric, each, stage.training.channels_last)
@@ -96,25 +107,52 @@ def _stage(
     metrics = planner.check_one_batch(model, stage, data, job.hooks, evaluator)
     compressor = stage.compressor(stage.config)
     plan = compressor.plan(model, example, schedule)
+    return Look(data, evaluator, example, schedule, metrics, compressor, plan)
+
+
+def refuse_later_stages(
+    job: Job, fabric: Fabric, datasets: tuple[Any, ...], model: nn.Module
+) -> None:
+    """Stop before the first stage where a later one is certain to fail.
+
+    Certain are the stages up to and with the first compressing one: the model they get is the one
+    at hand, but for the weights.
+
+    Raises:
+        GoalError: A later stage refuses.
+    """
+    for before, stage in zip(job.stages, job.stages[1:], strict=False):
+        if before.compressor.compresses:
+            return
+        planner.refuse(stage, look(job, stage, fabric, datasets, model).plan)
+
+
+def _stage(
+    job: Job, stage: StageJob, fabric: Fabric, datasets: tuple[Any, ...], flags: tuple[bool, bool]
+) -> StageForecast:
+    is_certain, wants_trial = flags
+    model = planner.start_weights(job, planner.fresh_model(job.hooks, job.stages[0].training.seed))
+    model.to(fabric.device)
+    seen = look(job, stage, fabric, datasets, model)
     result = StageForecast(
         stage.name,
         stage.algorithm,
-        plan,
-        schedule,
+        seen.plan,
+        seen.schedule,
         is_certain,
-        metrics,
-        data.notices,
+        seen.metrics,
+        seen.data.notices,
     )
-    if not wants_trial or plan.refusals:
+    if not wants_trial or seen.plan.refusals:
         return result
-    subject = Subject(copy.deepcopy(model), compressor, plan, example)
+    subject = Subject(copy.deepcopy(model), seen.compressor, seen.plan, seen.example)
     around = Surroundings(
         fabric=fabric,
         stage=_short(stage),
         hooks=job.hooks,
-        data=data,
-        schedule=schedule,
-        evaluator=evaluator,
+        data=seen.data,
+        schedule=seen.schedule,
+        evaluator=seen.evaluator,
         events=EventLog(None),
         check_stop=lambda: None,
         save=lambda trainer, is_best: None,

@@ -134,6 +134,7 @@ class Job:
         recipe_source: The user's own file, untouched; empty for the Python API.
         code: Source files of the hooks, copied into the run folder.
         listeners: Called with every event, a dictionary.
+        on_signal: Told of the first Ctrl-C, from the signal handler.
     """
 
     task_name: str
@@ -149,6 +150,7 @@ class Job:
     recipe_source: str = ""
     code: tuple[Path, ...] = ()
     listeners: tuple[Callable[[dict[str, Any]], None], ...] = ()
+    on_signal: Callable[[str], None] = lambda name: None
 
 
 @dataclass(frozen=True)

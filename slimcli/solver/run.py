@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import platform
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +14,12 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 import slimcli
-from slimcli.artifacts import deploy, run_folder, summary
+from slimcli.artifacts import atomic, deploy, run_folder, summary
 from slimcli.artifacts.events import EventLog
 from slimcli.artifacts.run_folder import RunFolder
 from slimcli.solver.data import Sharding
 from slimcli.solver.datasets import Data, build_data, generate_datasets
-from slimcli.solver.devices import describe, make_fabric, set_determinism
+from slimcli.solver.devices import describe, make_fabric
 from slimcli.solver.evaluation import Evaluator
 from slimcli.solver.interrupts import Signals
 from slimcli.solver.job import Job, StageJob
@@ -119,13 +121,15 @@ class Run:
 def begin(job: Job, signals: Signals, stored: dict[str, Any] | None) -> Run:
     """Devices, data and folder of a new run, or of one that goes on from ``stored``."""
     first = job.stages[0]
-    set_determinism(first.training)
     fabric = make_fabric(first.training)
     datasets = generate_datasets(job.hooks, first.training.seed)
     folder = _folder(job, fabric)
     is_main = fabric.is_global_zero
     if job.resume is None and is_main:
         run_folder.write_origin(folder, job.recipe(folder.path), job.recipe_source, job.code)
+        atomic.write_text(
+            folder.path / "env.json", json.dumps(environment(fabric), indent=2) + "\n"
+        )
     length = stored["events_bytes"] if stored else 0
     events = EventLog(folder.path if is_main else None, job.listeners, length)
     record = stored["record"] if stored else _record(job)
@@ -165,8 +169,6 @@ def _record(job: Job) -> dict[str, Any]:
 
 def environment(fabric: Fabric) -> dict[str, Any]:
     """What bits depend on: versions, device, threads."""
-    import platform
-
     return {
         "slim": slimcli.__version__,
         "python": platform.python_version(),

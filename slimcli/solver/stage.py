@@ -52,6 +52,7 @@ class Stage:
         self.plan = compressor.plan(model, self.example, self.schedule)
         planner.refuse(self.job, self.plan)
         self._announce(is_new=stored is None)
+        self._take_layers()
         self._take_baseline(model)
         model = compressor.prepare(model, self.example, self.plan).to(run.fabric.device)
         # What a checkpoint is loaded into: with cuts, the model in training has other shapes.
@@ -113,6 +114,12 @@ class Stage:
             settings=plan.settings,
         )
 
+    def _take_layers(self) -> None:
+        """The table of layers is that of the model the result is compared with."""
+        record = self.run.record
+        if record["baseline"] is None:
+            record["layers"] = _layer_rows(self.plan)
+
     def _take_baseline(self, model: nn.Module) -> None:
         """The first compressing stage starts from what the result is compared with."""
         run = self.run
@@ -124,7 +131,6 @@ class Stage:
             "macs": self.plan.macs,
             "params": self.plan.params,
         }
-        run.record["layers"] = _layer_rows(self.plan)
         run.events.emit("baseline", metrics=metrics, macs=self.plan.macs, params=self.plan.params)
 
     def training_batches(self, epoch: int) -> Iterator[Example]:
@@ -146,6 +152,16 @@ class Stage:
             self.trainer.train()
         except NotFinite as error:
             raise self._not_finite(error) from error
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                Problem(
+                    "E-OUT-OF-MEMORY",
+                    f"the device is out of memory: {str(error).splitlines()[0]}",
+                    str(self.run.folder.last),
+                    fix="a smaller config.batch_size with config.accumulate_grad_batches, "
+                    "then slim resume",
+                )
+            ) from error
 
     def _not_finite(self, error: NotFinite) -> RunError:
         folder, position = self.run.folder, self.trainer.position

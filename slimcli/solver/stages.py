@@ -12,7 +12,9 @@ from slimcli.artifacts import checkpoint, deploy, run_folder
 from slimcli.artifacts.finish import Finished, FinishRequest, finish_run
 from slimcli.compressor import Compressor
 from slimcli.errors import GoalError, Problem, RecipeError, SlimError, VerificationError
-from slimcli.solver.evaluation import first_batches
+from slimcli.solver.devices import determinism
+from slimcli.solver.evaluation import Evaluator, first_batches
+from slimcli.solver.forecast import refuse_later_stages
 from slimcli.solver.interrupts import Signals, StopNow, StopRequested, as_error
 from slimcli.solver.job import Job, RunResult
 from slimcli.solver.planner import fresh_model
@@ -32,11 +34,12 @@ def run(job: Job) -> RunResult:
         SlimError: Anything else, with its exit code; summary.json says the same.
     """
     stored = checkpoint.load(run_folder.open_run(job.resume).last) if job.resume else None
-    with Signals() as signals:
+    with Signals(job.on_signal) as signals, determinism(job.stages[0].training):
         current: Run | None = None
         try:
             current = begin(job, signals, stored)
-            _all_stages(current, stored)
+            with current.events.hearing_warnings():
+                _all_stages(current, stored)
         except StopRequested as stop:
             raise _interrupted(current, stop.number, is_saved=True) from None
         except StopNow as stop:
@@ -96,6 +99,9 @@ def _interrupted(current: Run | None, number: int, is_saved: bool) -> SlimError:
 
 def _all_stages(current: Run, stored: dict[str, Any] | None) -> None:
     first = stored["stage"] if stored else 0
+    if stored is None and len(current.job.stages) > 1:
+        model = current.start_model(0)
+        refuse_later_stages(current.job, current.fabric, current.datasets, model)
     for index in range(first, len(current.job.stages)):
         stage = Stage(current, index, stored if index == first else None)
         try:
@@ -149,16 +155,19 @@ def _finish(current: Run, stage: Stage, compressor: Compressor, model: nn.Module
     if not current.is_main:
         return
     job, training = current.job, stage.job.training
+    # The other processes have gone: no stop signal is asked of them any more.
+    evaluator = Evaluator(job.hooks, stage.evaluator.move, current.signals.check)
     request = FinishRequest(
         model=model,
         compressor=compressor,
         fresh_model=lambda: fresh_model(job.hooks, current.seed),
         example=stage.example,
+        predict=job.hooks.predict_function,
         batches=[
-            stage.evaluator.move(batch.data)
+            evaluator.move(batch.data)
             for batch in first_batches(stage.data.validation, VERIFICATION_BATCHES)
         ],
-        evaluate=lambda each: stage.evaluator.run(each, stage.data.validation),
+        evaluate=lambda each: evaluator.run(each, stage.data.validation),
         folder=current.folder.artifacts,
         deploy=training.save_deploy_format,
         onnx=job.export.onnx,
@@ -171,7 +180,7 @@ def _finish(current: Run, stage: Stage, compressor: Compressor, model: nn.Module
     finally:
         _note_result(current, stage, finished)
     if stage.data.test is not None:
-        tested = stage.evaluator.run(finished.plain, stage.data.test)
+        tested = evaluator.run(finished.plain, stage.data.test)
         current.record["final"]["test_metrics"] = tested
     else:
         current.record["notes"].append(

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from slimcli.compressor import Progress
 from slimcli.errors import HookError, Problem, RunError
+from slimcli.recipe.binding import hook_failed
 from slimcli.solver.data import Batch
 from slimcli.solver.job import JobHooks
 from slimcli.solver.randomness import seed_all
@@ -137,8 +138,17 @@ class Stepper:
             value = loss.item()
             if not math.isfinite(value):
                 raise NotFinite(value, number, data)
-            fabric.backward(loss if count == 1 else loss / count)
+            self._run_backward(loss if count == 1 else loss / count)
         return value, prediction, data
+
+    def _run_backward(self, loss: Tensor) -> None:
+        try:
+            self.around.fabric.backward(loss)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            # An in-place change or a graph used twice is in the user's forward, not in ours.
+            raise hook_failed("calculate_loss_function", error) from error
 
     def _quiet(self, enabled: bool) -> Any:
         """Gradients are reduced once a step, not once a batch."""
