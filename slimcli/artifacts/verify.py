@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -277,8 +277,13 @@ def first_difference(
         The place, or None if every common module with a common output shape agrees.
     """
     with exact_arithmetic():
-        ours = _record(reference, example)
-        theirs = _record(candidate, example)
+        return locate(record(reference, example), record(candidate, example), limit)
+
+
+def locate(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], limit: float = RELATIVE_LIMIT
+) -> Difference | None:
+    """``first_difference`` on outputs that are at hand, module path -> output, in order."""
     found: Difference | None = None
     last_equal = ""
     for path, output in ours.items():
@@ -294,7 +299,7 @@ def first_difference(
     return found
 
 
-def _record(model: nn.Module, example: Example) -> dict[str, Any]:
+def record(model: nn.Module, example: Example) -> dict[str, Any]:
     """Output of the first call of each module, path -> output, in the order of completion."""
     outputs: dict[str, Any] = {}
 

@@ -10,10 +10,11 @@ from typing import Any
 from torch import nn
 
 from slimcli.artifacts import noise, verify
+from slimcli.artifacts.onnx import runtime
 from slimcli.artifacts.onnx.export import DEFAULT_OPSET, OnnxReport, export
 from slimcli.artifacts.onnx.runtime import OnnxModel
 
-__all__ = ["DEFAULT_OPSET", "OnnxModel", "OnnxReport", "compare", "export"]
+__all__ = ["DEFAULT_OPSET", "OnnxModel", "OnnxReport", "compare", "export", "is_quantized"]
 
 
 def compare(
@@ -34,3 +35,10 @@ def compare(
     if file.is_quantized:
         return noise.compare_quantized(model, run, predict, batches, names=names)
     return verify.compare(verify.runner(model, predict), run, batches, names=names)
+
+
+def is_quantized(path: str | Path) -> bool:
+    """Whether a file holds Q/DQ nodes."""
+    import onnx
+
+    return runtime.is_quantized(onnx.load(path, load_external_data=False))
