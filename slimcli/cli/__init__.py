@@ -12,6 +12,7 @@ import importlib.util
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -154,33 +155,33 @@ def report(error: Exception) -> int:
         return _report_slim_error(error)
     if isinstance(error, click.Abort):
         click.echo("interrupted  [exit 130]", err=True)
-        return 130
+        return _told_as_json(130, [])
     if isinstance(error, click.ClickException):
         error.show()
         click.echo(f"[exit {error.exit_code}]", err=True)
-        return error.exit_code
+        return _told_as_json(error.exit_code, [{"code": "", "what": error.format_message()}])
     traceback.print_exception(error)
     click.echo(
         "This is a bug in slim, not in your recipe. Please report it with the lines above and the"
         " output of: slim doctor --issue  [exit 1]",
         err=True,
     )
-    return 1
+    return _told_as_json(1, [{"code": "", "what": f"{type(error).__name__}: {error}"}])
 
 
 def _report_slim_error(error: SlimError) -> int:
-    """The problems on stderr and, with ``--json``, as one line of JSON on stdout."""
+    """The problems in their five parts."""
     if console.settings().traceback:
         traceback.print_exception(error)
     console.error(error)
-    if console.settings().json:
-        from dataclasses import asdict
+    return _told_as_json(error.exit_code, [asdict(each) for each in error.problems])
 
-        problems = [asdict(each) for each in error.problems]
-        console.json_line(
-            {"v": 1, "event": "error", "exit_code": error.exit_code, "problems": problems}
-        )
-    return error.exit_code
+
+def _told_as_json(exit_code: int, problems: list[dict[str, str]]) -> int:
+    """Says with ``--json`` on stdout what stderr said in words; returns the exit code."""
+    if console.settings().json:
+        console.json_line({"v": 1, "event": "error", "exit_code": exit_code, "problems": problems})
+    return exit_code
 
 
 def welcome(names: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ import click
 
 from slimcli import console
 from slimcli.cli.arguments import RecipeCommand, overrides_argument, recipe_argument
+from slimcli.errors import SlimError
 
 if TYPE_CHECKING:
     from slimcli.recipe import Recipe
@@ -27,23 +28,48 @@ def command(recipe: Path, overrides: tuple[str, ...], with_hooks: bool, show: bo
       slim check recipe.yaml                    keys, values, files
       slim check recipe.yaml --hooks            your functions too
       slim check recipe.yaml epoch=3 --print    what would be run
+      slim check recipes/*.yaml                 several
     """
+    files = [recipe, *(Path(word) for word in overrides if _is_recipe(word))]
+    words = [word for word in overrides if not _is_recipe(word)]
+    failed: list[SlimError] = []
+    documents = []
+    for file in files:
+        try:
+            documents.append(_check(file, words, with_hooks, show))
+        except SlimError as error:
+            failed.append(error)
+    if failed:
+        problems = [problem for error in failed for problem in error.problems]
+        frames = tuple(frame for error in failed for frame in error.user_frames)
+        raise type(failed[0])(*problems, user_frames=frames) from failed[0]
+    if console.settings().json:
+        single = documents[0] if len(documents) == 1 else {"version": 1, "recipes": documents}
+        console.document(single)
+
+
+def _is_recipe(word: str) -> bool:
+    """True for a further file: it ends like one and is no ``key=value``."""
+    return "=" not in word and word.endswith((".yaml", ".yml"))
+
+
+def _check(recipe: Path, words: list[str], with_hooks: bool, show: bool) -> dict[str, Any]:
+    """Checks one recipe and says so; what it says as JSON."""
     from slimcli.recipe import load
     from slimcli.recipe.find import shadowing
 
-    loaded = load(recipe, overrides)
+    loaded = load(recipe, words)
     rows = _hook_rows(loaded) if with_hooks else []
-    if console.settings().json:
-        console.document(_as_json(loaded, rows))
-        return
     for warning in shadowing(dict.fromkeys((loaded.folder, *loaded.code))):
         console.warn(warning)
+    if console.settings().json:
+        return _as_json(loaded, rows)
     if show:
         _print(loaded)
-        return
+        return {}
     console.result(f"{recipe}  ok")
-    if not console.settings().quiet:
-        _tell(loaded, rows, with_hooks)
+    _tell(loaded, rows, with_hooks)
+    return {}
 
 
 def _tell(loaded: Recipe, rows: list[dict[str, str]], with_hooks: bool) -> None:

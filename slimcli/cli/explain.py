@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -29,7 +31,7 @@ def command(name: str) -> None:
 
     \b
     Examples:
-      slim explain resrep               an algorithm and its keys
+      slim explain finetune             an algorithm and its keys
       slim explain prune_rate           a key
       slim explain E-HOOK-SIGNATURE     an error
       slim explain recipe               all keys of a recipe; --json: its JSON schema
@@ -60,8 +62,8 @@ def explain(name: str) -> str:
     info = keys.find_algorithm(name)
     if info:
         return algorithm_text(info)
-    if name == "recipe":
-        return recipe_text()
+    if name in _TOPICS:
+        return _TOPICS[name]()
     page = resources.PAGES / f"{name}.txt"
     if page.is_file() and page.parent == resources.PAGES:
         return page.read_text(encoding="utf-8").rstrip("\n")
@@ -84,7 +86,7 @@ def names() -> list[str]:
     )
     return [
         *keys.algorithms(),
-        "recipe",
+        *_TOPICS,
         *topics,
         *keys.TOP_KEYS,
         *keys.HOOKS,
@@ -146,7 +148,11 @@ def algorithm_text(info: AlgorithmInfo) -> str:
 
 
 def _line(name: str, field: FieldInfo) -> str:
-    return f"  {name:<26} {_default(field):<12} {field.description or ''}"
+    """Name, default and meaning of a key, in as many lines as that takes."""
+    indent = " " * 42
+    lines = textwrap.wrap(field.description or "", 58, break_on_hyphens=False)
+    head = f"  {name:<26} {_default(field):<12} "
+    return (head + f"\n{indent}".join(lines)).rstrip()
 
 
 def _default(field: FieldInfo) -> str:
@@ -175,6 +181,18 @@ def recipe_text() -> str:
     lines += ["", "export:"]
     lines += [_line(name, field) for name, field in ExportConfig.model_fields.items()]
     return "\n".join(lines)
+
+
+def events_text() -> str:
+    """Every event of a run, from the table the code writes them by."""
+    from slimcli.artifacts.events import EVENTS
+
+    lines = [
+        "Events: the lines of events.jsonl, and of `slim run RECIPE --json`",
+        "  One JSON object a line, always with v (version), t (time, UTC) and event.",
+        "",
+    ]
+    return "\n".join([*lines, *(f"  {name:<12} {fields}" for name, fields in EVENTS.items())])
 
 
 def key_text(name: str) -> str:
@@ -215,3 +233,6 @@ def _field_text(title: str, field: FieldInfo, special: dict[str, Any]) -> str:
     ]
     lines += [f"  default  {value} under {name}" for name, value in special.items()]
     return "\n".join(lines)
+
+
+_TOPICS: dict[str, Callable[[], str]] = {"recipe": recipe_text, "events": events_text}

@@ -49,8 +49,8 @@ def command(folder: Path, algo: str, task: str, full: bool, force: bool) -> None
     \b
     Examples:
       slim init demo && cd demo && slim run recipe.yaml
-      slim init demo --algo resrep --task segmentation
-      slim init . --algo qat --full
+      slim init demo --algo NAME --task segmentation
+      slim init . --full
     """
     info = _algorithm(algo)
     recipe, hooks = folder / "recipe.yaml", folder / "hooks.py"

@@ -168,6 +168,8 @@ def _unknown(draft: Draft, override: Override) -> None:
     fix = f"did you mean {names[close]}?" if close else "all keys: slim explain recipe"
     if override.key in ("config", "hooks", "export", "stages"):
         fix = f"name one key, such as {override.key}.KEY=value"
+    if any(stage.algorithm and not stage.table for stage in draft.stages) and not close:
+        fix = f"write config.{override.key} for a key of your own class"
     what = f"unknown key {override.key}"
     draft.complain("E-RECIPE-UNKNOWN-KEY", what, override.place, fix=fix)
 

@@ -50,6 +50,7 @@ def slim(*words):
         ("list", "recipes"),
         ("list", "runs"),
         ("explain", "finetune"),
+        ("explain", "events"),
         ("explain", "lr"),
         ("explain", "recipe", "--json"),
         ("init", "demo"),
@@ -167,6 +168,18 @@ def test_check_hooks_says_where_each_hook_is_and_how_it_is_called(folder):
     assert "6 of 6 hooks ok" in told
 
 
+def test_several_recipes_are_checked_and_all_their_problems_told(folder):
+    folder.write("good.yaml", folder.recipe().read_text())
+    folder.recipe("config: {epocs: 3}\n")
+    folder.write("other.yaml", folder.recipe("config: {lr: fast}\n").read_text())
+    folder.recipe("config: {epocs: 3}\n")
+    result = slim("check", "good.yaml", "recipe.yaml", "other.yaml", "batch_size=4")
+    assert result.exit_code == 2
+    assert result.stdout == "good.yaml  ok\n"
+    assert "recipe.yaml:8:10  unknown key" in result.stderr
+    assert "other.yaml:8:14  config.lr" in result.stderr
+
+
 def test_check_says_that_keys_of_an_own_class_are_not_checked(folder):
     folder.write("mine.py", "class Mine: pass\n")
     folder.recipe("config: {strength: 3}\n", algorithm="mine.Mine")
@@ -219,6 +232,16 @@ def test_a_page_has_cause_example_and_fix(code):
     assert set(page) == {"cause", "example", "fix"}
     assert all(isinstance(text, str) and text.strip() for text in page.values())
     assert explain(code).startswith(code)
+
+
+def test_the_page_of_events_is_the_table_the_code_writes_by():
+    from slimcli.artifacts.events import EVENTS
+
+    page = explain("events")
+    assert all(
+        re.search(rf"^  {name} +{re.escape(fields)}$", page, re.MULTILINE)
+        for name, fields in EVENTS.items()
+    )
 
 
 def test_everything_that_has_a_name_can_be_explained():

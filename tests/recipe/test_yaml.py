@@ -96,6 +96,15 @@ def test_what_is_no_recipe_is_told_as_such(folder, make, code, said):
     assert caught.value.exit_code == 2
 
 
+@settings(deadline=None, max_examples=150)
+@given(st.text())
+def test_any_text_is_a_tree_or_a_list_of_problems(text):
+    problems: list = []
+    node = parse(Source("r.yaml", text), problems)
+    assert node is None or isinstance(plain(node), dict | list | str | float | int | None)
+    assert all(str(problem) for problem in problems)
+
+
 words = st.text(st.characters(exclude_categories=("Cc", "Cs")), min_size=1)
 scalars = (
     st.none()
