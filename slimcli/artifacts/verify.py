@@ -122,14 +122,27 @@ def evaluating(*models: Any) -> Iterator[None]:
             module.training = mode
 
 
-def runner(model: Any, predict: Callable[[Any, Any], Any]) -> Run:
+@dataclass(frozen=True)
+class Runner:
+    """A model as a callable batch -> prediction, run in eval mode.
+
+    Attributes:
+        model: A module or a file that is called like one.
+        predict: The user's predict function.
+    """
+
+    model: Any
+    predict: Callable[[Any, Any], Any]
+
+    def __call__(self, batch: Any) -> Any:
+        """The prediction for one batch."""
+        with evaluating(self.model):
+            return self.predict(self.model, batch)
+
+
+def runner(model: Any, predict: Callable[[Any, Any], Any]) -> Runner:
     """A callable batch -> prediction for ``compare``; the model runs in eval mode."""
-
-    def run(batch: Any) -> Any:
-        with evaluating(model):
-            return predict(model, batch)
-
-    return run
+    return Runner(model, predict)
 
 
 def compare(
@@ -143,7 +156,9 @@ def compare(
     """How far the candidate's predictions are from the reference's on real batches.
 
     An output is right if ``max_abs <= limit * max(1, max|y|)``. Integers, booleans and texts must
-    be equal. NaN equals NaN, and an infinity equals itself, only at the same place.
+    be equal. NaN equals NaN, and an infinity equals itself, only at the same place. A quantized
+    file is compared with its module by ``noise.compare_quantized`` instead, because rounding makes
+    such a network differ from itself.
 
     Args:
         reference: batch -> prediction, any nesting of tensors.
@@ -155,6 +170,11 @@ def compare(
     Returns:
         The seam at the output with the largest share of its limit. Comparing nothing is not ok.
     """
+    if isinstance(reference, Runner) and is_quantized_file(getattr(candidate, "model", None)):
+        from slimcli.artifacts import noise
+
+        model, predict = reference.model, reference.predict
+        return noise.compare_quantized(model, candidate, predict, batches, names=names)
     worst, count = _Worst(), 0
     with exact_arithmetic():
         for batch in batches:
@@ -165,6 +185,11 @@ def compare(
     ok = worst.ratio <= 1.0
     notes = tuple(worst.notes)
     return Seam(*names, worst.max_abs, worst.max_rel, worst.limit, ok, worst.where, count, notes)
+
+
+def is_quantized_file(model: Any) -> bool:
+    """Whether a model is a file with Q/DQ nodes."""
+    return bool(getattr(model, "is_quantized", False))
 
 
 def compare_values(reference: Any, candidate: Any, limit: float = RELATIVE_LIMIT) -> Seam:
@@ -269,7 +294,7 @@ def first_difference(
 
     Args:
         reference: The model that is right.
-        candidate: The model that should compute the same.
+        candidate: The model, or ONNX file, that should compute the same.
         example: A batch and the way to run a model on it.
         limit: Relative limit, as in ``compare``.
 
@@ -277,7 +302,9 @@ def first_difference(
         The place, or None if every common module with a common output shape agrees.
     """
     with exact_arithmetic():
-        return locate(record(reference, example), record(candidate, example), limit)
+        inside = getattr(candidate, "outputs_inside", None)  # a file knows its layers by name
+        theirs = inside(reference, example) if inside else record(candidate, example)
+        return locate(record(reference, example), theirs, limit)
 
 
 def locate(

@@ -169,8 +169,7 @@ def _export_run(
 
 
 def _onnx(run: FinishedRun, path: Path, opset: int, exported: Exported) -> None:
-    from slimcli.artifacts import onnx
-    from slimcli.artifacts.onnx import locate
+    from slimcli.artifacts import onnx, verify
 
     plain = run.deployed()
     metadata = {"task_name": run.job.task_name, "algorithm": run.stage.algorithm}
@@ -184,7 +183,7 @@ def _onnx(run: FinishedRun, path: Path, opset: int, exported: Exported) -> None:
     seam = onnx.compare(plain, path, run.predict, run.validation_batches())
     exported.seams.append(seam.summary())
     if not seam.ok:
-        place = locate.first_difference(plain, path, run.example)
+        place = verify.first_difference(plain, onnx.OnnxModel(path), run.example)
         raise _disagrees(path, seam, f"first differing layer: {place.module}" if place else "")
     exported.files[path.name] = report.file_bytes
     exported.metrics["deploy"] = run.evaluate(plain)

@@ -1,5 +1,6 @@
 """An ONNX file does what its module does, or is not written."""
 
+import copy
 import errno
 import json
 
@@ -225,3 +226,14 @@ def test_a_file_that_is_no_model_is_told(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(RunError, match="no such file" if content is None else "no ONNX file"):
         onnx.OnnxModel(path)
+
+
+def test_the_first_differing_layer_of_a_file_is_named(rich):
+    other = copy.deepcopy(rich.model)
+    with torch.no_grad():
+        other.block[0].bias += 0.5
+    example, file = Example(rich_batch(3), rich_predict), onnx.OnnxModel(rich.report.path)
+    found = verify.first_difference(other, file, example)
+    assert found is not None
+    assert found.module == "block.0"
+    assert verify.first_difference(rich.model, file, example) is None

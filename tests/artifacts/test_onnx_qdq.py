@@ -9,7 +9,7 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from slimcli.artifacts import noise, onnx
+from slimcli.artifacts import noise, onnx, verify
 from slimcli.artifacts.onnx import codes
 from slimcli.errors import VerificationError
 from slimcli.network.example import Example
@@ -152,3 +152,11 @@ def test_the_linter_runs_inside_every_export(exported, tmp_path):
     model.head.input_quantizer.zero_point.fill_(3)
     with pytest.raises(VerificationError, match=r"breaks rule Q1|codes differ"):
         onnx.export(model, EXAMPLE, tmp_path / "model.onnx")
+
+
+def test_compare_knows_that_a_file_is_quantized(exported):
+    model, report, _ = exported
+    pair = [verify.runner(each, call) for each in (model, onnx.OnnxModel(report.path))]
+    seam = verify.compare(*pair, [EXAMPLE.batch], names=("deploy", "onnx"))
+    assert seam.ok
+    assert "dB" in seam.notes[-1]

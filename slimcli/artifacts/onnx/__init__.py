@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from slimcli.artifacts import noise, verify
+from slimcli.artifacts import verify
 from slimcli.artifacts.onnx import runtime
 from slimcli.artifacts.onnx.export import DEFAULT_OPSET, OnnxReport, export
 from slimcli.artifacts.onnx.runtime import OnnxModel
@@ -30,11 +30,8 @@ def compare(
     Plain files must agree within the limit of ``verify.compare``, quantized ones within the noise
     of the model itself.
     """
-    file = OnnxModel(path)
-    run = verify.runner(file, predict)
-    if file.is_quantized:
-        return noise.compare_quantized(model, run, predict, batches, names=names)
-    return verify.compare(verify.runner(model, predict), run, batches, names=names)
+    reference, file = (verify.runner(each, predict) for each in (model, OnnxModel(path)))
+    return verify.compare(reference, file, batches, names=names)
 
 
 def is_quantized(path: str | Path) -> bool:

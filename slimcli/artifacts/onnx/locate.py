@@ -1,4 +1,4 @@
-"""Finds the first layer from which an ONNX file and its module stay apart."""
+"""Looks into an ONNX file: what each module of the original computes there."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import onnx
 import onnxruntime
 from torch import nn
 
-from slimcli.artifacts import verify
+from slimcli.artifacts.onnx import tidy
 from slimcli.artifacts.onnx.capture import capture
 from slimcli.network.example import Example
 
 
-def first_difference(model: nn.Module, path: Path, example: Example) -> verify.Difference | None:
-    """As ``verify.first_difference``, with the values inside the file.
+def outputs_inside(model: nn.Module, path: Path, example: Example) -> dict[str, Any]:
+    """What each module's part of a file computes, module path -> output.
 
     The output of a module is that of the last node that carries the module's name.
 
@@ -23,21 +23,17 @@ def first_difference(model: nn.Module, path: Path, example: Example) -> verify.D
         model: The module the file was made from.
         path: The file.
         example: A batch and the user's predict function.
-
-    Returns:
-        The place; None if every module that can be found in the file agrees.
     """
     file = onnx.load(path)
     known = {name for name, _ in model.named_modules() if name}
     values: dict[str, str] = {}
     for node in file.graph.node:
-        module = node.name.rpartition("/")[0]
+        fused = [each.value for each in node.metadata_props if each.key == tidy.OUTPUT_OF_KEY]
+        module = fused[0] if fused else node.name.rpartition("/")[0]
         if module in known and node.output:
             values[module] = node.output[0]
     inside = _run(file, values, capture(model, example).inputs)
-    with verify.exact_arithmetic():
-        ours = verify.record(model, example)
-    return verify.locate(ours, {module: [inside[name]] for module, name in values.items()})
+    return {module: [inside[name]] for module, name in values.items()}
 
 
 def _run(file: onnx.ModelProto, values: dict[str, str], inputs: dict[str, Any]) -> dict[str, Any]:

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 import torch
+from torch import nn
 
 from slimcli.artifacts.file_model import FileModel
 from slimcli.errors import Problem, RunError
+from slimcli.network.example import Example
 
 STRUCTURE_KEY = "slim.structure"
 
@@ -52,6 +55,12 @@ class OnnxModel(FileModel):
         except Exception as error:  # onnxruntime raises a dozen classes of its own
             raise self.failed(f"onnxruntime failed: {_first_line(error)}", feeds) from error
         return [torch.from_numpy(np.array(each)) for each in found]
+
+    def outputs_inside(self, model: nn.Module, example: Example) -> dict[str, Any]:
+        """What each module's part of the file computes, module path -> output."""
+        from slimcli.artifacts.onnx.locate import outputs_inside
+
+        return outputs_inside(model, self.path, example)
 
     def expected_inputs(self) -> list[str]:
         """Name, type and shape of each input."""

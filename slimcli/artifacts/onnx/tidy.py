@@ -13,6 +13,7 @@ import onnx
 
 ROOT = "model"  # attribute of FlatModel that holds the user's model
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
+OUTPUT_OF_KEY = "slim.output_of"  # the norm whose output a conv has, where the two were fused
 
 
 def tidy(model: onnx.ModelProto, modules: Iterable[str]) -> None:
@@ -27,8 +28,11 @@ def tidy(model: onnx.ModelProto, modules: Iterable[str]) -> None:
     rename_values(model, _short_names(model))
     rename_nodes(model, lambda node: module_of(node, known))
     for node in nodes(model.graph):
+        last = scope_of(node, known)
         node.doc_string = ""
         del node.metadata_props[:]
+        if last and last != node.name.rpartition("/")[0]:
+            node.metadata_props.add(key=OUTPUT_OF_KEY, value=last)
     graph = model.graph
     for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
         value.doc_string = ""
@@ -108,15 +112,22 @@ def module_of(node: onnx.NodeProto, known: set[str]) -> str:
         owner, _, leaf = name.rpartition(".")
         if leaf == "weight" and owner in known:
             return owner
-    for prop in node.metadata_props:
-        if prop.key == SCOPES_KEY:
-            scopes = [each.removeprefix(f"{ROOT}.") for each in ast.literal_eval(prop.value)]
-            return next((each for each in reversed(scopes) if each in known), "")
+    if any(each.key == SCOPES_KEY for each in node.metadata_props):
+        return scope_of(node, known)
     parts: list[str] = node.name.strip("/").split(
         "/"
     )  # TorchScript: /model/layer1/layer1.0/conv1/Conv
     inside = [part for part in parts[:-1] if part != ROOT]
     return next((each for each in (inside[-1:] or [""]) if each in known), _joined(inside, known))
+
+
+def scope_of(node: onnx.NodeProto, known: set[str]) -> str:
+    """Path of the module whose call the dynamo exporter made a node from; empty if unknown."""
+    for prop in node.metadata_props:
+        if prop.key == SCOPES_KEY:
+            scopes = [each.removeprefix(f"{ROOT}.") for each in ast.literal_eval(prop.value)]
+            return next((each for each in reversed(scopes) if each in known), "")
+    return ""
 
 
 def _joined(parts: list[str], known: set[str]) -> str:
