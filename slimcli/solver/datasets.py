@@ -11,7 +11,14 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from slimcli.errors import HookError, Problem, RecipeError
 from slimcli.solver.config import TrainingConfig
-from slimcli.solver.data import DatasetSource, LoaderSettings, LoaderSource, Sharding, Source
+from slimcli.solver.data import (
+    DatasetSource,
+    LoaderSettings,
+    LoaderSource,
+    Sharding,
+    Source,
+    guarded,
+)
 from slimcli.solver.job import JobHooks
 from slimcli.solver.randomness import seed_all
 
@@ -182,4 +189,4 @@ def _example_batch(train: Source, training: TrainingConfig) -> Any:
     assert isinstance(train, DatasetSource)
     count = min(EXAMPLE_SAMPLES, training.batch_size, train.count)
     chunk = train.chunks(range(train.count))[0][:count]
-    return train.dataset[(0, 0, chunk)]
+    return next(guarded(train.dataset[key] for key in [(0, 0, chunk)]))

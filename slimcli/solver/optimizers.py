@@ -58,13 +58,19 @@ def optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
         if id(parameter) in names
     }
     groups = [
-        {
-            **{key: value for key, value in group.items() if key not in ("params", "names")},
-            "names": [names[id(parameter)] for parameter in group["params"]],
-        }
-        for group in optimizer.param_groups
+        {**options, "names": [names[id(parameter)] for parameter in group["params"]]}
+        for options, group in zip(group_options(optimizer), optimizer.param_groups, strict=True)
     ]
     return {"state": state, "groups": groups}
+
+
+def group_options(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Learning rate, decay and the rest of each group, without its parameters."""
+    hidden = ("params", "names")
+    return [
+        {key: value for key, value in group.items() if key not in hidden}
+        for group in optimizer.param_groups
+    ]
 
 
 def load_optimizer_state(optimizer: Optimizer, model: nn.Module, stored: dict[str, Any]) -> None:

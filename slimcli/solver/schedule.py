@@ -157,6 +157,18 @@ def warmup_factor(step: int, warmup_steps: int) -> float:
     return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
 
 
+SCHEDULE_KEYS = (
+    *("epoch", "lr", "momentum", "weight_decay", "nesterov", "no_decay", "bias_lr_multiplier"),
+    *("batch_size", "accumulate_grad_batches", "scheduler_interval", "warmup_steps"),
+)
+BATCH_KEYS = ("batch_size", "accumulate_grad_batches")
+
+
+def schedule_keys(training: TrainingConfig) -> dict[str, Any]:
+    """The settings a schedule is made of, as plain values for the checkpoint."""
+    return training.model_dump(mode="json", include=set(SCHEDULE_KEYS))
+
+
 class LearningRates:
     """The scheduler on the real optimizer, with warm-up on top.
 
@@ -205,6 +217,14 @@ class LearningRates:
             # Under a gradient scaler the first optimizer step may have been skipped.
             warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*optimizer.step.*")
             self.scheduler.step()
+
+    def fast_forward(self, epochs: int, steps: int) -> None:
+        """Bring a fresh scheduler to where training is; a plateau begins anew."""
+        if self.scheduler is None or self.is_plateau:
+            return
+        count = steps if self.training.scheduler_interval == "step" else epochs
+        for _ in range(count):
+            self._step()
 
     def current(self, step: int, planned: float | None) -> float:
         """The rate of a parameter with multiplier 1, at this step."""

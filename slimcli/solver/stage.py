@@ -16,10 +16,12 @@ from slimcli.network.example import Example
 from slimcli.solver import planner
 from slimcli.solver.devices import make_fabric
 from slimcli.solver.loop import Subject, Surroundings, Trainer
-from slimcli.solver.optimizers import load_optimizer_state, optimizer_state
-from slimcli.solver.randomness import rng_state, set_rng_state
+from slimcli.solver.optimizers import optimizer_state
+from slimcli.solver.randomness import rng_state
+from slimcli.solver.restore import restore
 from slimcli.solver.run import Run
-from slimcli.solver.state import load_model_state, load_position, model_state, position_state
+from slimcli.solver.schedule import schedule_keys
+from slimcli.solver.state import load_model_state, model_state, position_state
 from slimcli.solver.step import NotFinite, not_finite_error
 
 
@@ -66,7 +68,10 @@ class Stage:
         self.trainer = Trainer(
             Subject(model, compressor, self.plan, self.example), self._surroundings()
         )
-        self._restore(stored) if stored is not None else self.save(self.trainer, False)
+        if stored is None:
+            self.save(self.trainer, False)
+        else:
+            restore(self.trainer, stored)
 
     @property
     def is_last(self) -> bool:
@@ -188,6 +193,7 @@ class Stage:
             "stage": self.index,
             "record": run.record,
             "events_bytes": run.events.length,
+            "schedule": schedule_keys(self.job.training),
             "torch": str(torch.__version__),
             "threads": torch.get_num_threads(),
         }
@@ -212,19 +218,6 @@ class Stage:
             epoch=position.epoch,
             step=position.step,
         )
-
-    def _restore(self, stored: dict[str, Any]) -> None:
-        """Optimizer, scheduler, position and generators as they were; the model is already."""
-        trainer = self.trainer
-        trainer.position, trainer.best = load_position(stored)
-        load_optimizer_state(trainer.optimizer, trainer.subject.model, stored["optimizer"])
-        if trainer.rates.scheduler is not None:
-            trainer.rates.scheduler.load_state_dict(stored["scheduler"])
-        trainer.averages.load_state_dict(stored["averages"])
-        self.run.fabric.strategy.precision.load_state_dict(stored["scaler"])
-        for name, hook in self.run.job.hooks.stateful().items():
-            hook.load_state_dict(stored["hooks"][name])
-        set_rng_state(stored["rng"])
 
     # The result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -137,6 +138,17 @@ def test_a_users_loader_is_replayed(tmp_path: Path) -> None:
     straight = run(job(tmp_path / "straight")).folder
     resumed = stopped_and_resumed(job(tmp_path / "stopped"), 7)
     assert same(states(straight), states(resumed)) == []
+
+
+def test_a_longer_schedule_continues_on_its_own_curve(tmp_path: Path) -> None:
+    job = toys.job(tmp_path, epoch=2)
+    folder = run(job).folder
+    longer = toys.job(tmp_path, epoch=4).stages
+    run(replace(job, stages=longer, resume=folder))
+    rates = [each["lr"] for each in events(folder) if each["event"] == "epoch_end"]
+    cosine = [0.1 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in (2, 3)]
+    assert rates[2:] == pytest.approx(cosine)
+    assert checkpoint.load(folder / "checkpoints" / "last.pt")["position"]["epoch"] == 4
 
 
 def test_the_state_of_a_hook_survives(tmp_path: Path) -> None:
