@@ -28,8 +28,7 @@ def reach(
     Args:
         learning_rates: Learning rate of each step.
         momentum: Momentum of the compactors, below 1.
-        from_rest: False: the row already moves at full speed (or is moved by the proximal step,
-            which has no inertia), so every step counts ``lr / (1 - m)``.
+        from_rest: False: the row already moves at full speed, so a step counts ``lr / (1 - m)``.
 
     Returns:
         One distance a step, and a last one of 0 for "after the end".

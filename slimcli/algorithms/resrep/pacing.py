@@ -117,9 +117,7 @@ def _last_mask(config: ResRepConfig, schedule: Schedule, first: int) -> int:
 
 def distances(config: ResRepConfig, schedule: Schedule) -> list[float]:
     """Reach of a lasso of strength 1 from each step to the end of the run."""
-    return budget.reach(
-        schedule.learning_rates, config.compactor_momentum, from_rest=schedule.is_sgd
-    )
+    return budget.reach(schedule.learning_rates, config.compactor_momentum)
 
 
 def _no_step_after_warmup(config: ResRepConfig, schedule: Schedule, updates: int) -> Refusal:

@@ -147,7 +147,7 @@ def masked_strength(
     if config.lasso_decay != "auto":
         return base
     rates = schedule.learning_rates[step + 1 : pace.deadline(step)]
-    reach = budget.reach(rates, config.compactor_momentum, from_rest=schedule.is_sgd)
+    reach = budget.reach(rates, config.compactor_momentum)
     needed = budget.strength_needed(reach[0], norm)
     return max(base, needed) if math.isfinite(needed) else base
 
