@@ -36,10 +36,10 @@ recipes = st.dictionaries(
     st.sampled_from(list(registry())),
     st.dictionaries(st.sampled_from(config_keys), values, max_size=4),
 )
-words_for_keys = """
-    epoch config.lr stages.0.config.lr stages.x model.w model hooks.a stages.0.name
-    stages.0.algorithm algorithm a.b.c . config. export
-""".split()
+words_for_keys = [
+    *("epoch", "config.lr", "config.", "algorithm", "model", "model.w", "hooks.a", "export"),
+    *("stages.0.config.lr", "stages.x", "stages.0.name", "stages.0.algorithm", "a.b.c", "."),
+]
 overrides = st.lists(
     st.builds(
         lambda key, value: f"{key}={value}",
