@@ -1,0 +1,136 @@
+"""The Python API: Solvers made from the registry, deploy files loaded, a Compressor attached."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import slimcli
+from slimcli.compressor import registry
+from slimcli.errors import GoalError, RecipeError
+from slimcli.network.example import Example
+from tests.solver import toys
+
+DEPLOYED = 1e-5  # folding reorders float32 sums
+
+
+def config(folder: Path, **keys: Any) -> dict[str, Any]:
+    return {
+        "task_name": "toy",
+        "epoch": 2,
+        "batch_size": 8,
+        "devices": "cpu",
+        "save_dir": str(folder),
+        "export": {"onnx": False},
+        "dataset_generator": toys.datasets,
+        "predict_function": toys.predict,
+        "calculate_loss_function": toys.loss,
+        "evaluate_function": toys.accuracy,
+        **keys,
+    }
+
+
+@pytest.mark.parametrize("name", [info.solver for info in registry().values()])
+def test_every_algorithm_has_a_solver(name: str) -> None:
+    assert getattr(slimcli, name).__name__ == name
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="NoSuchSolver"):
+        _ = slimcli.NoSuchSolver
+
+
+def test_a_solver_runs_and_leaves_the_model_alone(tmp_path: Path) -> None:
+    model = toys.Net()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    done = slimcli.FinetuneSolver(model, config(tmp_path)).run()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert done.exit_code == 0
+    assert done.summary["final"]["metrics"]["acc"] > 0
+    assert "FinetuneSolver" in (done.folder / "recipe.yaml").read_text()
+
+
+def test_hooks_of_both_argument_orders_work(tmp_path: Path) -> None:
+    def upstream(params: Any, config: Any) -> Any:
+        return torch.optim.SGD(params, lr=config["lr"])
+
+    done = slimcli.FinetuneSolver(
+        toys.Net(), config(tmp_path, optimizer_generator=upstream, epoch=1)
+    ).run()
+    assert done.exit_code == 0
+
+
+def test_all_wrong_keys_are_told_at_once(tmp_path: Path) -> None:
+    keys = config(tmp_path, epocs=3, lr=-1, batch_size="many")
+    with pytest.raises(RecipeError) as caught:
+        slimcli.FinetuneSolver(toys.Net(), keys)
+    assert len(caught.value.problems) == 3
+    assert "did you mean epoch?" in str(caught.value)
+
+
+def test_a_missing_hook_is_told(tmp_path: Path) -> None:
+    keys = config(tmp_path)
+    del keys["predict_function"]
+    with pytest.raises(RecipeError, match="predict_function"):
+        slimcli.FinetuneSolver(toys.Net(), keys)
+
+
+def test_load_deploy_gives_the_compressed_model(tmp_path: Path) -> None:
+    done = slimcli.FinetuneSolver(toys.Net(), config(tmp_path)).run()
+    plain = slimcli.load_deploy(done.folder, toys.Net())
+    assert not any(isinstance(each, nn.BatchNorm2d) for each in plain.modules())
+    metrics = toys.accuracy(*evaluated(plain))
+    assert metrics["acc"] == pytest.approx(done.summary["final"]["metrics"]["acc"], abs=1e-6)
+
+
+def evaluated(model: nn.Module) -> tuple[Any, Any]:
+    batch = next(iter(torch.utils.data.DataLoader(toys.datasets()[1], batch_size=20)))
+    with torch.no_grad():
+        return model(batch[0]), batch
+
+
+def test_an_attached_algorithm_compresses_in_a_loop_of_ones_own() -> None:
+    torch.manual_seed(0)
+    loader = torch.utils.data.DataLoader(toys.datasets()[0], batch_size=8)
+    example = Example(next(iter(loader)), toys.predict)
+    keys = {
+        "epoch": 12,
+        "lr": 0.1,
+        "prune_rate": 0.3,
+        "lasso_decay": "auto",
+        "min_channels": 1,
+        "groups_size": 1,
+        "warmup_epoch": 1,
+    }
+    slim = slimcli.attach(toys.Net(), "resrep", keys, example, steps_per_epoch=len(loader))
+    optimizer = torch.optim.SGD(slim.param_groups(), lr=0.1)
+    for epoch in range(12):
+        slim.before_epoch(optimizer)
+        for batch, rate in zip(loader, slim.schedule.learning_rates[5 * epoch :], strict=False):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            toys.loss(toys.predict(slim.model, batch), batch).backward()
+            slim.after_backward()
+            optimizer.step()
+            slim.after_step()
+            optimizer.zero_grad()
+    slim.finish(optimizer)
+    plain = slim.deploy()
+    assert sum(each.numel() for each in plain.parameters()) < sum(
+        each.numel() for each in toys.Net().parameters()
+    )
+    trained, batch = evaluated(slim.model.eval())
+    deployed, _ = evaluated(plain)
+    assert torch.allclose(trained, deployed, atol=DEPLOYED)
+
+
+def test_attaching_refuses_what_cannot_work() -> None:
+    example = Example((torch.randn(4, 1, 6, 6),), toys.predict)
+    with pytest.raises(GoalError):
+        slimcli.attach(toys.Net(), "resrep", {"epoch": 1, "prune_rate": 0.99}, example)
+    with pytest.raises(RecipeError, match="did you mean resrep"):
+        slimcli.attach(toys.Net(), "resrap", {}, example)
