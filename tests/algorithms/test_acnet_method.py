@@ -1,0 +1,251 @@
+"""ACNet on whole models: what is replaced, what stays, and what comes out."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import timm.layers
+import torch
+from torch import Tensor, nn
+
+from slimcli.algorithms.acnet.blocks import BLOCKS, BranchBlock, MergedBlock
+from slimcli.algorithms.acnet.config import ACNetConfig
+from slimcli.algorithms.acnet.method import ACNetCompressor
+from slimcli.compressor import GroupDefaults, Plan, Schedule
+from slimcli.errors import RecipeError
+from slimcli.network.count import count_macs
+from slimcli.network.example import Example
+
+from ..contract.networks import NETWORKS, build
+
+EXACT = 1e-10
+"""Relative, float64: kernels summed before or after convolving."""
+SAME = 1e-12
+"""Relative, float64: the same sums, in another memory format."""
+
+SCHEDULE = Schedule(epochs=2, steps_per_epoch=2, learning_rates=(0.1,) * 4, seed=7)
+
+
+class Mixed(nn.Module):
+    """A conv of every kind that is replaced or stays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 7, stride=2, padding=3, bias=False)
+        self.stem_norm = nn.BatchNorm2d(8)
+        self.point = nn.Conv2d(8, 8, 1)
+        self.even = nn.Conv2d(8, 8, 4, padding=1)
+        self.shared = nn.Conv2d(8, 8, 3, padding=1)
+        self.depthwise = nn.Conv2d(8, 8, (3, 5), padding="same", groups=8, padding_mode="reflect")
+        self.depthwise_norm = nn.BatchNorm2d(8, affine=False)
+        self.batch_norm_of_batch = nn.BatchNorm2d(8, track_running_stats=False)
+        self.before_batch = nn.Conv2d(8, 8, 3, padding=1)
+        self.by_function = nn.Conv2d(8, 8, 3, padding=1)
+        self.own_class = timm.layers.Conv2dSame(8, 8, 3)
+        self.tied_a = nn.Conv2d(8, 8, 3, padding=1)
+        self.tied_b = nn.Conv2d(8, 8, 3, padding=1)
+        self.tied_b.weight = self.tied_a.weight
+        self.last = nn.Conv2d(8, 8, 3, padding=1)
+        self.last_norm = timm.layers.BatchNormAct2d(8)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem_norm(self.stem(x)))
+        x = self.even(self.point(x))
+        x = self.shared(torch.relu(self.shared(x)))
+        x = torch.relu(self.depthwise_norm(self.depthwise(x)))
+        x = self.batch_norm_of_batch(self.before_batch(x))
+        x = nn.functional.conv2d(x, self.by_function.weight, padding=1)
+        x = self.tied_b(self.tied_a(self.own_class(x)))
+        x = self.last_norm(self.last(x))
+        return self.fc(x.mean((2, 3)))
+
+
+def example(seed: int = 0) -> Example:
+    torch.manual_seed(seed)
+    batch = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    return Example(batch, lambda model, images: model(images))
+
+
+def mixed() -> nn.Module:
+    torch.manual_seed(1)
+    model = Mixed().double()
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None:
+            norm.running_mean.normal_(std=0.3)
+            norm.running_var.uniform_(0.5, 2.0)
+    return model.eval()
+
+
+def prepared(model: nn.Module, **keys: Any) -> tuple[ACNetCompressor, nn.Module, Plan]:
+    compressor = ACNetCompressor(ACNetConfig(**keys))
+    plan = compressor.plan(model, example(), SCHEDULE)
+    return compressor, compressor.prepare(model, example(), plan), plan
+
+
+def train_a_little(compressor: ACNetCompressor, model: nn.Module) -> None:
+    optimizer = torch.optim.SGD(compressor.param_groups(model, GroupDefaults(0.01)), lr=0.01)
+    model.train()
+    for seed in range(3):
+        optimizer.zero_grad()
+        example(seed).run(model).square().mean().backward()
+        optimizer.step()
+    model.eval()
+
+
+def relative(first: Tensor, second: Tensor) -> float:
+    return ((first - second).abs().max() / second.abs().max()).item()
+
+
+@pytest.fixture(params=sorted(BLOCKS))
+def block_name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_the_plan_says_why_convs_stay() -> None:
+    _, _, plan = prepared(mixed())
+    reasons = {layer.name: layer.frozen_reason for layer in plan.layers}
+    assert plan.targets == ["stem", "shared", "depthwise", "before_batch", "last"]
+    assert "1x1" in reasons["point"]
+    assert "even kernel 4x4" in reasons["even"]
+    assert "not called" in reasons["by_function"]
+    assert "Conv2dSame" in reasons["own_class"]
+    assert "another module" in reasons["tied_a"]
+    assert "another module" in reasons["tied_b"]
+    assert [reasons[name] for name in plan.targets] == [""] * 5
+    assert "5 of 11 convolutions" in plan.notes[0]
+
+
+def test_the_norm_behind_a_conv_is_taken_in_and_an_activation_stays(block_name: str) -> None:
+    _, model, _ = prepared(mixed(), acnet_type=block_name)
+    assert type(model.stem_norm) is nn.Identity
+    assert type(model.depthwise_norm) is nn.Identity
+    assert type(model.batch_norm_of_batch) is nn.BatchNorm2d
+    assert type(model.last_norm) is nn.ReLU
+    assert isinstance(model.before_batch.norm, nn.Identity)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_warm_start_leaves_the_function_as_it_was(block_name: str, mode: str) -> None:
+    model = mixed().train(mode == "train")
+    before = example().run(copy.deepcopy(model))
+    _, model, _ = prepared(model, acnet_type=block_name)
+    assert relative(example().run(model), before) < SAME
+
+
+def test_deploying_gives_the_old_modules_back_with_a_bias(block_name: str) -> None:
+    old = mixed()
+    compressor, model, _ = prepared(mixed(), acnet_type=block_name)
+    train_a_little(compressor, model)
+    plain = compressor.deploy(model)
+    assert relative(example().run(plain), example().run(model)) < EXACT
+    ours = [m for m in plain.modules() if type(m).__module__.startswith("slimcli")]
+    assert ours == []
+    for name, tensor in plain.state_dict().items():
+        if name.endswith("weight") and name in old.state_dict():
+            assert tensor.shape == old.state_dict()[name].shape
+    assert plain.stem.bias is not None
+    assert count_macs(plain, example()).total == count_macs(old, example()).total
+
+
+def test_deploying_twice_gives_the_same_and_changes_nothing(block_name: str) -> None:
+    compressor, model, _ = prepared(mixed(), acnet_type=block_name)
+    train_a_little(compressor, model)
+    before = copy.deepcopy(model.state_dict())
+    first, second = compressor.deploy(model), compressor.deploy(model)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name])
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_a_module_used_twice_is_replaced_once_and_stays_shared() -> None:
+    torch.manual_seed(2)
+    conv = nn.Conv2d(3, 3, 3, padding=1)
+    model = nn.Sequential(conv, nn.ReLU(), conv, nn.Flatten(), nn.LazyLinear(2)).double()
+    example().run(model)
+    expected = example().run(model)
+    compressor, model, plan = prepared(model)
+    assert plan.targets == ["0"]
+    assert isinstance(model[0], BranchBlock)
+    assert model[0] is model[2]
+    assert relative(example().run(model), expected) < SAME
+    plain = compressor.deploy(model)
+    assert type(plain[0]) is nn.Conv2d
+    assert plain[0] is plain[2]
+    assert relative(example().run(plain), expected) < EXACT
+
+
+def test_the_papers_init_draws_fresh_weights_with_the_scale_asked_for() -> None:
+    old = build("residual")
+    _, model, _ = prepared(copy.deepcopy(old), init="paper", gamma_init="1/3")
+    block = model.stem
+    assert not torch.equal(block.square.weight, old.stem.weight)
+    assert block.square.bias is None
+    for norm in (block.norm, *(side.norm for side in block.sides)):
+        assert torch.all((norm.weight - 1 / 3).abs() < 1e-6)
+        assert norm.running_mean.abs().max() == 0
+    without = ACNetConfig(init="paper")
+    assert without.gamma == 1.0
+
+
+def test_a_scale_that_would_do_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="gamma_init has no effect"):
+        ACNetConfig(gamma_init=0.5)
+
+
+def test_fresh_weights_come_from_the_seed_alone() -> None:
+    models = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        models.append(prepared(build("chain"))[1])
+    first, second = (model.state_dict() for model in models)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("network", sorted(NETWORKS))
+def test_the_handover_has_every_norm_back_at_its_place(network: str) -> None:
+    old = build(network)
+    compressor, model, _ = prepared(build(network))
+    train_a_little(compressor, model)
+    handed = compressor.handover(model, [example(1), example(2)])
+    assert relative(example().run(handed), example().run(model)) < EXACT
+    norms = [name for name, m in old.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    for name in norms:
+        assert type(handed.get_submodule(name)) is nn.BatchNorm2d
+
+
+def test_the_handover_keeps_an_activation_that_sat_in_the_norm() -> None:
+    compressor, model, _ = prepared(mixed())
+    train_a_little(compressor, model)
+    handed = compressor.handover(model, [example(1), example(2)])
+    assert [type(each) for each in handed.last_norm] == [nn.BatchNorm2d, nn.ReLU]
+    assert relative(example().run(handed), example().run(model)) < EXACT
+
+
+def test_skip_takes_patterns_and_a_pattern_that_fits_nothing_is_refused() -> None:
+    _, model, plan = prepared(mixed(), skip=("stem", "dep*"))
+    assert plan.targets == ["shared", "before_batch", "last"]
+    assert type(model.stem) is nn.Conv2d
+    with pytest.raises(RecipeError, match="no module fits the pattern 'layer9"):
+        prepared(mixed(), skip=("layer9.*",))
+
+
+def test_skipping_everything_is_plain_training_and_says_so() -> None:
+    model = mixed()
+    before = copy.deepcopy(model.state_dict())
+    compressor, model, plan = prepared(model, skip=("*",))
+    assert list(model.state_dict()) == list(before)
+    assert "plain training" in plan.warnings[0]
+    assert relative(example().run(compressor.deploy(model)), example().run(model)) < EXACT
+
+
+def test_side_branches_start_at_zero_and_take_part_after_training(block_name: str) -> None:
+    compressor, model, _ = prepared(mixed(), acnet_type=block_name)
+    assert compressor.status(model) == {"side_scale": 0.0}
+    train_a_little(compressor, model)
+    assert compressor.status(model)["side_scale"] > 0
+    kind = MergedBlock if block_name == "merged" else BranchBlock
+    assert isinstance(model.stem, kind)

@@ -1,0 +1,413 @@
+"""C-SGD on whole models: what is planned, how filters meet, and what a merge leaves."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from slimcli.algorithms.csgd.config import CSGDConfig
+from slimcli.algorithms.csgd.method import CSGDCompressor
+from slimcli.algorithms.csgd.planning import Analysis
+from slimcli.algorithms.csgd.ties import project
+from slimcli.compressor import GroupDefaults, Plan, Progress, Schedule
+from slimcli.errors import GoalError, RecipeError
+from slimcli.network import surgery
+from slimcli.network.count import count_macs
+from slimcli.network.example import Example
+
+from .csgd_networks import NETWORKS, build, images
+
+EXACT = 1e-10
+"""Relative, float64: sums of merged channels in another order."""
+MET = 1e-3
+"""The limit of the merge: the measured spread must stay below it."""
+STEPS = 25
+"""Steps in an epoch of these tests."""
+
+
+def example() -> Example:
+    return Example(images(), lambda model, batch: model(batch))
+
+
+def schedule(epochs: int = 20, lr: float = 0.02, **keys: Any) -> Schedule:
+    return Schedule(epochs, STEPS, (lr,) * (epochs * STEPS), **keys)
+
+
+def config(**keys: Any) -> CSGDConfig:
+    amount = {} if "prune_rate" in keys else {"cluster_percent": 0.5}
+    defaults = {"centri_strength": "auto", "auto_find_module_strategy": "all_conv"}
+    return CSGDConfig(**{**amount, **defaults, **keys})
+
+
+def planned(model: nn.Module, plan_for: Schedule, **keys: Any) -> tuple[CSGDCompressor, Plan]:
+    compressor = CSGDCompressor(config(**keys))
+    return compressor, compressor.plan(model, example(), plan_for)
+
+
+def ready(
+    model: nn.Module, plan_for: Schedule | None = None, **keys: Any
+) -> tuple[CSGDCompressor, nn.Module]:
+    compressor, plan = planned(model, plan_for or schedule(), **keys)
+    assert plan.refusals == []
+    return compressor, compressor.prepare(model, example(), plan)
+
+
+def tie_by_hand(compressor: CSGDCompressor, model: nn.Module) -> None:
+    """What training does, at once: every channel becomes the mean of its cluster."""
+    with torch.no_grad():
+        for tie in compressor._ties:
+            project(tie, model.get_parameter(tie.tensor))
+        for tie in compressor._statistics:
+            project(tie, model.get_buffer(tie.tensor))
+
+
+def at(epoch: int, plan_for: Schedule, step: int = 0) -> Progress:
+    step = epoch * STEPS + step
+    return Progress(epoch, step, plan_for.learning_rates[step], plan_for)
+
+
+def merge(compressor: CSGDCompressor, model: nn.Module, **keys: Any) -> None:
+    progress = Progress(10_000, 0, 0.1, schedule())
+    cuts = compressor.before_epoch(model, progress)
+    surgery.apply(model, cuts, **keys)
+    compressor.after_cut(model, cuts)
+
+
+def train_epoch(
+    compressor: CSGDCompressor,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    plan_for: Schedule,
+) -> None:
+    model.train()
+    for step in range(STEPS):
+        batch = images(epoch * STEPS + step)
+        optimizer.zero_grad()
+        (model(batch) - batch.mean()).square().mean().backward()
+        progress = at(epoch, plan_for, step)
+        compressor.after_backward(model, progress)
+        optimizer.step()
+        compressor.after_step(model, progress, False)
+
+
+def relative(first: Tensor, second: Tensor) -> float:
+    return ((first - second).abs().max() / second.abs().max()).item()
+
+
+@pytest.fixture(params=sorted(NETWORKS))
+def network(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_every_layer_that_can_be_merged_is_clustered(network: str) -> None:
+    _, plan = planned(build(network), schedule())
+    assert tuple(plan.targets) == NETWORKS[network][1]
+    clusters = plan.private.clusters
+    for name in plan.targets:
+        size = plan.private.structure.group(name).size
+        assert len(clusters[name]) == size - size // 2
+        assert sorted(c for members in clusters[name] for c in members) == list(range(size))
+
+
+def test_merging_tied_channels_changes_nothing(network: str) -> None:
+    compressor, model = ready(build(network))
+    tie_by_hand(compressor, model)
+    model.eval()
+    expected = model(images(5))
+    before = sum(parameter.numel() for parameter in model.parameters())
+    merge(compressor, model)
+    assert relative(model(images(5)), expected) < EXACT
+    assert sum(parameter.numel() for parameter in model.parameters()) < before
+
+
+def test_the_macs_of_the_plan_are_those_of_the_merged_model(network: str) -> None:
+    compressor, plan = planned(build(network), schedule())
+    model = compressor.prepare(build(network), example(), plan)
+    tie_by_hand(compressor, model)
+    merge(compressor, model)
+    assert count_macs(model, example()).total == plan.goal.target
+
+
+@pytest.mark.slow
+def test_filters_meet_in_training_as_planned_and_merge(network: str) -> None:
+    nesterov = network in ("residual", "depthwise")  # the others without
+    plan_for = schedule(epochs=5, lr=0.01, momentum=0.5, nesterov=nesterov)
+    compressor, plan = planned(build(network), plan_for)
+    model = compressor.prepare(build(network), example(), plan)
+    assert plan.settings["pull"] == "gradient"
+    defaults = GroupDefaults(0.01, momentum=0.5, nesterov=nesterov)
+    groups = compressor.param_groups(model, defaults)
+    optimizer = torch.optim.SGD(groups, lr=0.01)
+    merge_epoch = plan.settings["prune_epoch"]
+    assert merge_epoch == 4
+    for epoch in range(merge_epoch):
+        assert compressor.before_epoch(model, at(epoch, plan_for)) == []
+        train_epoch(compressor, model, optimizer, epoch, plan_for)
+        assert not compressor.may_save(model, at(epoch, plan_for))
+    spread = compressor.status(model)["spread"]
+    assert spread <= 1.1 * plan.budget["spread_at_merge"]
+    cuts = compressor.before_epoch(model, at(merge_epoch, plan_for))
+    model.eval()
+    projected = model(images(5))
+    surgery.apply(model, cuts, optimizer=optimizer)
+    compressor.after_cut(model, cuts)
+    assert relative(model(images(5)), projected) < EXACT
+    assert compressor.may_save(model, at(merge_epoch, plan_for))
+    train_epoch(compressor, model, optimizer, merge_epoch, plan_for)  # optimizer state fits
+    assert compressor.status(model)["spread_at_merge"] == spread
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_with_an_adaptive_optimizer_the_contraction_brings_filters_together(
+    kind: type[torch.optim.Optimizer],
+) -> None:
+    plan_for = schedule(epochs=6, lr=0.001, is_sgd=False)
+    compressor, model = ready(build("residual"), plan_for)
+    # Adam makes a full step out of the decay of a bias that a norm cancels: such stay apart.
+    groups = compressor.param_groups(model, GroupDefaults(0.001, no_decay=("bias",)))
+    optimizer = kind(groups, lr=0.001)
+    decays = {name: group["weight_decay"] for group in groups for name in group["names"]}
+    assert decays["stem.weight"] == decays["fc.weight"] == 1e-4  # the optimizer's own affair
+    for epoch in range(4):
+        train_epoch(compressor, model, optimizer, epoch, plan_for)
+    assert compressor.status(model)["spread"] < MET
+    cuts = compressor.before_epoch(model, at(4, plan_for))
+    assert [str(cut) for cut in cuts] == ["norm (12 -> 6)", "inner_norm (8 -> 4)"]
+
+
+def test_a_skipped_step_contracts_nothing() -> None:
+    plan_for = schedule(is_sgd=False)
+    compressor, model = ready(build("residual"), plan_for)
+    before = copy.deepcopy(model.state_dict())
+    compressor.after_step(model, at(0, plan_for), skipped=True)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    compressor.after_step(model, at(0, plan_for), skipped=False)
+    assert not torch.equal(before["stem.weight"], model.state_dict()["stem.weight"])
+
+
+def test_weight_decay_of_tied_tensors_is_in_the_update_rule_once() -> None:
+    compressor, model = ready(build("residual"))
+    groups = compressor.param_groups(model, GroupDefaults(0.1, no_decay=("norm", "bias")))
+    decays = {name: group["weight_decay"] for group in groups for name in group["names"]}
+    assert decays["stem.weight"] == decays["inner.weight"] == decays["norm.weight"] == 0
+    assert decays["fc.weight"] == 1e-4
+    names = [name for group in groups for name in group["names"]]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    tie_by_hand(compressor, model)
+    compressor.after_backward(model, at(0, schedule()))
+    assert relative(model.stem.weight.grad, 1e-4 * model.stem.weight.detach()) < EXACT
+    assert model.norm.weight.grad.abs().max() < 1e-16  # no_decay counts here too
+    assert model.fc.weight.grad.abs().max() == 0  # the optimizer decays it
+
+
+def test_weight_decay_goes_on_after_the_merge() -> None:
+    compressor, model = ready(build("residual"))
+    compressor.param_groups(model, GroupDefaults(0.1))
+    tie_by_hand(compressor, model)
+    merge(compressor, model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    compressor.after_backward(model, at(0, schedule()))
+    assert torch.equal(model.stem.weight.grad, 1e-4 * model.stem.weight.detach())
+
+
+def test_filters_that_have_not_met_are_not_merged() -> None:
+    compressor, model = ready(build("residual"))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(GoalError, match="have not met"):
+        merge(compressor, model)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not compressor.may_save(model, at(0, schedule()))
+
+
+def test_statistics_that_have_not_met_are_counted() -> None:
+    compressor, model = ready(build("residual"))
+    tie_by_hand(compressor, model)
+    model.norm.running_mean.normal_(std=3.0)
+    spread, statistics = compressor.spreads(model)
+    assert spread < 1e-12
+    assert statistics > 1
+    with pytest.raises(GoalError, match="have not met"):
+        merge(compressor, model)
+
+
+def test_a_merge_epoch_at_the_end_or_behind_it_still_merges() -> None:
+    for epochs_before in (20, 99):
+        compressor, model = ready(build("residual"), prune_epoch=epochs_before)
+        tie_by_hand(compressor, model)
+        last = at(19, schedule())
+        assert compressor.before_epoch(model, last) == []
+        assert [cut.group for cut in compressor.finish(model, last)] == ["norm", "inner_norm"]
+        assert compressor.may_save(model, last)
+
+
+def test_the_plan_says_what_goes_in_words_and_numbers() -> None:
+    _, plan = planned(build("residual"), schedule(), cluster_percent=0.25)
+    assert plan.notes == [
+        "norm: 0.25 removes 3 of 12 filters, keeps 9",
+        "inner_norm: 0.25 removes 2 of 8 filters, keeps 6",
+    ]
+    lowest = {layer.name: (layer.channels, layer.channels_minimum) for layer in plan.layers}
+    assert lowest["stem"] == (12, 9)
+    assert lowest["inner"] == (8, 6)
+    assert lowest["fc"] == (4, 4)
+
+
+def test_a_share_of_macs_becomes_the_smallest_fraction_that_reaches_it() -> None:
+    _, plan = planned(build("residual"), schedule(), prune_rate=0.4)
+    assert plan.goal.target <= 0.6 * plan.macs
+    fraction = plan.settings["cluster_percent"]
+    _, less = planned(build("residual"), schedule(), cluster_percent=fraction - 0.03)
+    assert less.goal.target > 0.6 * plan.macs
+
+
+def test_a_share_of_macs_out_of_reach_is_refused_with_what_is_possible() -> None:
+    _, plan = planned(build("residual"), schedule(), prune_rate=0.9, min_channels=6)
+    assert plan.refusals[0].key == "prune_rate"
+    possible = float(plan.refusals[0].fix.split()[1].rstrip(","))
+    _, again = planned(build("residual"), schedule(), prune_rate=possible, min_channels=6)
+    assert again.refusals == []
+
+
+def test_a_pull_that_is_too_weak_is_refused_with_one_that_works() -> None:
+    _, plan = planned(build("residual"), schedule(), centri_strength=3e-3)
+    refusal = plan.refusals[0]
+    assert refusal.key == "centri_strength"
+    works = float(refusal.fix.split()[1].rstrip(","))
+    _, again = planned(build("residual"), schedule(), centri_strength=works)
+    assert again.refusals == []
+    assert again.budget["spread_at_merge"] <= again.budget["spread_wanted"]
+
+
+def test_a_pull_that_overshoots_is_refused() -> None:
+    _, plan = planned(build("residual"), schedule(), centri_strength=100.0)
+    assert "overshoot" in plan.refusals[0].what
+
+
+def test_too_few_steps_are_refused() -> None:
+    few = Schedule(1, 3, (0.02,) * 3)
+    _, plan = planned(build("residual"), few)
+    assert plan.refusals[0].key == "epoch"
+
+
+def test_the_merge_comes_as_soon_as_filters_have_met_and_leaves_time_for_fine_tuning() -> None:
+    _, strong = planned(build("residual"), schedule(), centri_strength=1.0)
+    _, weak = planned(build("residual"), schedule(), centri_strength=0.15)
+    assert strong.refusals == weak.refusals == []
+    assert strong.settings["prune_epoch"] < weak.settings["prune_epoch"] <= 16
+
+
+def test_vectors_with_a_tenth_of_the_pull_need_ten_times_as_much() -> None:
+    _, full = planned(build("unnormalised"), schedule())
+    _, tenth = planned(build("unnormalised"), schedule(), vector_strength=0.1)
+    ratio = tenth.settings["centri_strength"] / full.settings["centri_strength"]
+    assert 5 < ratio < 15
+
+
+def test_a_frozen_layer_is_left_alone_with_the_reason() -> None:
+    model = build("flattened")
+    model.conv1.weight.requires_grad_(False)
+    _, plan = planned(model, schedule())
+    assert plan.targets == ["bn2"]
+    reason = {layer.name: layer.frozen_reason for layer in plan.layers}["conv1"]
+    assert "conv1.weight is not trained" in reason
+
+
+def test_names_choose_the_layers_and_a_wrong_name_is_an_error() -> None:
+    _, plan = planned(build("flattened"), schedule(), prune_module_names=("self.conv2",))
+    assert plan.targets == ["bn2"]
+    with pytest.raises(RecipeError):
+        planned(build("flattened"), schedule(), prune_module_names=("conv9",))
+
+
+def test_an_empty_list_of_names_is_plain_training() -> None:
+    compressor, plan = planned(build("flattened"), schedule(), prune_module_names=())
+    model = compressor.prepare(build("flattened"), example(), plan)
+    assert plan.targets == []
+    assert "no layer is selected" in plan.warnings[0]
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    compressor.after_backward(model, at(0, schedule()))
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
+    assert compressor.may_save(model, at(0, schedule()))
+
+
+def test_linear_takes_chains_only() -> None:
+    _, plan = planned(build("residual"), schedule(), auto_find_module_strategy="linear_conv")
+    assert plan.targets == ["inner_norm"]
+
+
+def test_zero_epochs_merge_only_what_is_equal_already() -> None:
+    model = build("flattened")
+    with torch.no_grad():
+        for tensor in (model.conv1.weight, model.bn1.weight, model.bn1.bias):
+            tensor[4] = tensor[7]
+        for tensor in (model.bn1.running_mean, model.bn1.running_var):
+            tensor[4] = tensor[7]
+    none = Schedule(0, STEPS, ())
+    model.eval()
+    expected = model(images(5))
+    compressor, plan = planned(model, none)
+    model = compressor.prepare(model, example(), plan)
+    cuts = compressor.finish(model, Progress(0, 0, 0.1, none))
+    assert [str(cut) for cut in cuts] == ["bn1 (12 -> 11)"]
+    surgery.apply(model, cuts)
+    assert relative(model(images(5)), expected) < EXACT
+
+
+def test_clusters_see_filters_through_their_norm() -> None:
+    """Filters that differ by a factor which the norm takes back belong together."""
+    model = build("flattened")
+    with torch.no_grad():
+        model.conv1.weight[3] = 7 * model.conv1.weight[8]
+        model.bn1.running_var[3] = 49 * (model.bn1.running_var[8] + 1e-5) - 1e-5
+        model.bn1.weight[3] = model.bn1.weight[8]
+    _, plan = planned(model, schedule(), cluster_percent=0.1)
+    assert (3, 8) in plan.private.clusters["bn1"]
+
+
+def test_state_brings_the_clusters_back() -> None:
+    compressor, _ = ready(build("residual", seed=0))
+    other, _ = ready(build("residual", seed=9))
+    assert other.state_dict()["clusters"] != compressor.state_dict()["clusters"]
+    other.load_state_dict(compressor.state_dict())
+    assert other.state_dict() == compressor.state_dict()
+    again, twin = ready(build("residual", seed=0))
+    tie_by_hand(other, twin)
+    merge(other, twin)
+    analysis: Analysis = again._analysis
+    assert twin.stem.out_channels == len(analysis.clusters["norm"])
+
+
+def test_deploying_folds_every_norm_before_and_after_the_merge(network: str) -> None:
+    compressor, model = ready(build(network))
+    model.eval()
+    plain = compressor.deploy(model)
+    assert relative(plain(images(5)), model(images(5))) < EXACT
+    tie_by_hand(compressor, model)
+    merge(compressor, model)
+    plain = compressor.deploy(model)
+    assert relative(plain(images(5)), model(images(5))) < EXACT
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({}, "cluster_percent is required"),
+        ({"cluster_percent": 0.5, "prune_rate": 0.5}, "keep one"),
+        ({"cluster_percent": 1.0}, "less than 1"),
+        ({"cluster_percent": 0.5, "centri_strength": 0}, "more than 0"),
+        ({"cluster_percent": 0.5, "prune_epoch": -1}, "0 and more"),
+        ({"cluster_percent": 0.5, "vector_strength": 2}, "up to 1"),
+    ],
+)
+def test_wrong_keys_are_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CSGDConfig(**keys)
