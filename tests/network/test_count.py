@@ -53,10 +53,10 @@ def test_modules_are_counted_by_path_with_what_they_contain():
 
 
 def test_counting_leaves_modes_and_statistics():
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4).eval()).train()
-    model[1].eval()
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    model[0].eval()
     macs(model, 2, 3, 4, 4)
-    assert (model.training, model[0].training, model[1].training) == (True, True, False)
+    assert (model.training, model[0].training, model[1].training) == (True, False, True)
     assert model[1].num_batches_tracked == 0
 
 

@@ -440,18 +440,18 @@ def test_a_removed_constant_goes_into_the_bias(consumer, dim):
     example = Example(torch.randn(2, 3, 8, 8, dtype=torch.float64), run)
     before = example.run(model.eval())
     model.train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    count = len(optimizer.param_groups[0]["params"])
-    had_bias = model[6].bias is not None
+    later = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([*model.parameters(), later], lr=0.1)
+    optimizer.param_groups[0]["names"] = [name for name, _ in model.named_parameters()] + ["later"]
     surgery.apply(
         model, [depthwise_cut(keep(0, 2), (1, 3), dim)], optimizer=optimizer, example=example
     )
     assert model.training
     assert all(module.training for module in model.modules())
     torch.testing.assert_close(example.run(model.eval()), before, rtol=EXACT, atol=EXACT)
-    params = optimizer.param_groups[0]["params"]
-    assert len(params) == count + (not had_bias)
-    assert [id(each) for each in params] == [id(each) for each in model.parameters()]
+    group = optimizer.param_groups[0]
+    assert [id(each) for each in group["params"]] == [id(p) for p in (*model.parameters(), later)]
+    assert group["names"] == [*dict(model.named_parameters()), "later"]
 
 
 def test_a_bias_that_appeared_follows_the_next_cut_of_its_layer():
