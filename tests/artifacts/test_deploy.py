@@ -239,6 +239,14 @@ def test_layers_become_sequences_of_plain_layers(tmp_path: Path):
     assert torch.equal(loaded(batch), model(batch))
 
 
+def test_a_new_layer_has_no_more_tensors_than_the_stored_one(tmp_path: Path):
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    model[0].register_parameter("bias", None)
+    loaded = round_trip(model, nn.Sequential(nn.Identity()), nn.Sequential(nn.Identity()), tmp_path)
+    assert [name for name, _ in loaded.named_parameters()] == ["0.weight"]
+    assert same_state(loaded, model)
+
+
 def test_a_conv_with_another_stride_is_made_anew(tmp_path: Path):
     model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2))
     loaded = round_trip(
@@ -458,6 +466,13 @@ def described_with(**changes: object):
     return change
 
 
+def tensors_from_elsewhere(folder: Path) -> None:
+    """A description must not make us read other places of the disk."""
+    elsewhere = folder.parent / f"{folder.name}.safetensors"
+    elsewhere.write_bytes((folder / "deploy.safetensors").read_bytes())
+    described_with(tensors_file=f"../{elsewhere.name}")(folder)
+
+
 USER_CLASS = {"blocks.0.bn": {"class": "Identity", "arguments": {}}} | {
     "blocks.1.bn": {"class": "Module", "arguments": {}}
 }
@@ -473,7 +488,7 @@ USER_CLASS = {"blocks.0.bn": {"class": "Identity", "arguments": {}}} | {
         (described_as("[]"), "not a description"),
         (described_as('{"layers": 3}'), "not in the format"),
         (described_with(version=99), "expected version 1, received version 99"),
-        (described_with(tensors_file="../elsewhere.safetensors"), "are missing"),
+        (tensors_from_elsewhere, "are missing"),
         (described_with(modules=USER_CLASS), "Module is not a class that is made from a file"),
         (described_with(aliases=None), "it has no aliases"),
         (described_with(aliases={"a": "b"}), "b, which is not stored"),
