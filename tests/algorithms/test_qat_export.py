@@ -1,5 +1,7 @@
 """What an exporter sees: Q/DQ in the right places, and onnxruntime computes the same codes."""
 
+import warnings
+
 import onnx
 import pytest
 import torch
@@ -93,3 +95,37 @@ def test_resnet18_is_smaller_than_12_megabytes(tmp_path):
     _, _, report = exported(model, tmp_path, example, weight_granularity="channel")
     assert report.file_bytes <= 12_000_000
     check_graph(Graph(report.path), 21)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_the_torchscript_exporter_sees_the_same_nodes(granularity, tmp_path):
+    example = example_of()
+    compressor = QATCompressor(QATConfig(weight_granularity=granularity))
+    model = build("residual")
+    plan = compressor.plan(model, example, Schedule(1, 1, (0.1,)))
+    model = compressor.prepare(model, example, plan)
+    compressor.calibrate(model, [example])
+    deployed, path = compressor.deploy(model), tmp_path / "model.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that this exporter is the old one
+        torch.onnx.export(deployed, (example.batch,), path, dynamo=False, opset_version=17)
+    kinds = [node.op_type for node in onnx.load(path).graph.node]
+    assert kinds.count("QuantizeLinear") == kinds.count("DequantizeLinear") == 8
+    difference = OnnxModel(path)(example.batch) - example.run(deployed)
+    assert difference.abs().max() <= 1e-5  # float32 sums of 72 products in another order
+
+
+def test_a_weight_that_outgrew_its_frozen_range_is_clamped_in_the_file_too(tmp_path):
+    example, model = example_of(), build("residual")
+    compressor = QATCompressor(QATConfig())
+    plan = compressor.plan(model, example, Schedule(1, 1, (0.1,)))
+    model = compressor.prepare(model, example, plan)
+    compressor.calibrate(model, [example])
+    with torch.no_grad():
+        model.conv2.get_parameter("weight").mul_(-1.5)
+    report = export(compressor.deploy(model), example, tmp_path / "model.onnx")
+    stored = Graph(report.path).stored
+    codes = [values for values in stored.values() if values.dtype == "int8" and values.ndim == 4]
+    assert min(values.min() for values in codes) == -127
+    assert max(values.max() for values in codes) == 127
+    assert report.codes.agreement >= 0.999

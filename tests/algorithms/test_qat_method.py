@@ -142,7 +142,7 @@ def test_channel_granularity_gives_conv_and_linear_one_scale_for_each_output():
     _, model = started(build("residual"), weight_granularity="channel")
     for name, outputs in (("conv1", 8), ("fc", 5)):
         made = quantizers(model)[f"{name}.weight_quantizer"]
-        weight = model.get_submodule(name).get_raw("weight")
+        weight = model.get_submodule(name).weight
         assert made.axis == 0
         assert torch.equal(made.amax, weight.detach().abs().flatten(1).amax(1))
         assert len(made.scale) == outputs
@@ -151,9 +151,9 @@ def test_channel_granularity_gives_conv_and_linear_one_scale_for_each_output():
 def test_folding_a_batch_norm_scales_channel_scales_and_keeps_the_codes():
     _, model = started(build("residual"), weight_granularity="channel")
     conv, norm, made = model.conv1, model.bn1, model.conv1.weight_quantizer
-    codes = made.codes(conv.get_raw("weight").detach())
+    codes = made.codes(conv.weight.detach())
     plain = nn.Conv2d(3, 8, 3, padding=1, bias=False)
-    plain.load_state_dict({"weight": conv.get_raw("weight")})
+    plain.load_state_dict({"weight": conv.weight})
     weight, _ = fuse_conv_norm(plain, norm)
     folded = FakeQuant("folded", WEIGHT_LOW, channels=8)
     gain = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach().abs()
@@ -168,7 +168,7 @@ def test_frozen_scales_stay_while_weights_train():
     before, weights = scales(model), copy.deepcopy(dict(model.named_parameters()))
     train(compressor, model)
     assert equal(scales(model), before)
-    assert not torch.equal(model.conv1.get_raw("weight"), weights["conv1.weight"])
+    assert not torch.equal(model.conv1.weight, weights["conv1.weight"])
 
 
 @pytest.mark.parametrize("policy", ["frozen", "ema", "lsq"])

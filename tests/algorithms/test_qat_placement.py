@@ -234,6 +234,17 @@ def test_removing_gives_the_users_network_back(name):
     assert not torch.equal(example.run(model), before)  # the copy was changed, not the model
 
 
+def test_the_weight_of_a_quantized_layer_is_the_parameter_for_everybody_else():
+    model = quantized(build("residual"))
+    weight = model.get_parameter("conv2.weight")
+    assert model.conv2.weight is weight
+    example_of().run(model)
+    assert model.conv2.weight is weight
+    with pytest.raises(RuntimeError):
+        model.conv2(torch.randn(1, 99, 4, 4))
+    assert model.conv2.weight is weight
+
+
 class WithMethods(nn.Module):
     """What users' models are like: other methods, keyword arguments, a dictionary as result."""
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from slimcli.network.quantize.nodes import is_traced, quantize_nodes
+
 ScalePolicy = Literal["frozen", "ema", "lsq"]
 HIGHEST_CODE = 127
 ACTIVATION_LOW = -128
@@ -22,7 +24,6 @@ SMALLEST_RANGE = 1e-30
 """A tensor whose largest magnitude is below this is all zeros; any scale represents it."""
 AVERAGING = 0.01
 """Weight of the newest batch in a moving range, once 100 batches were seen (torchslim's value)."""
-OPSET = 19
 
 
 class Phase(enum.IntEnum):
@@ -201,8 +202,9 @@ class FakeQuant(nn.Module):
         if self._phase is Phase.CALIBRATE:
             self.collector.update(x.detach())
             return x
-        if self._phase is Phase.EXPORT and torch.compiler.is_exporting():
-            return self._symbolic(x)
+        if self._phase is Phase.EXPORT and is_traced():
+            axis = None if self.channels is None else self.axis
+            return quantize_nodes(x, self.scale.detach(), self.zero_point, axis)
         if self._phase is Phase.TRAIN and self.training and self.policy == "ema":
             self._follow(x)
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
@@ -259,25 +261,6 @@ class FakeQuant(nn.Module):
         self.batches_seen.add_(1)
         share = (1.0 / self.batches_seen).clamp(min=AVERAGING).to(self.amax.dtype)
         self.set_amax(self.amax + share * (newest - self.amax))
-
-    def _symbolic(self, x: Tensor) -> Tensor:
-        attributes = {} if self.channels is None else {"axis": self.axis}
-        codes = torch.onnx.ops.symbolic(
-            "QuantizeLinear",
-            (x, self.scale, self.zero_point),
-            attributes,  # type: ignore[arg-type]
-            dtype=torch.int8,
-            shape=x.shape,
-            version=OPSET,
-        )
-        return torch.onnx.ops.symbolic(
-            "DequantizeLinear",
-            (codes, self.scale, self.zero_point),
-            attributes,  # type: ignore[arg-type]
-            dtype=torch.float32,
-            shape=x.shape,
-            version=OPSET,
-        )
 
     def extra_repr(self) -> str:
         """``input of conv1, [-128, 127], frozen, FROZEN``."""

@@ -1,7 +1,7 @@
 """Puts quantizers on a network, and takes them off again.
 
-A quantized layer keeps its object, its place and its parameters; its class becomes a subclass whose
-``weight`` is the quantized weight. Its ``state_dict`` names stay; quantizers add names below the
+A quantized layer keeps its object, its place and its parameters; its class becomes a subclass that
+computes with the quantized weight. Its ``state_dict`` names stay; quantizers add names below the
 layer that reads the tensor: ``conv1.weight_quantizer``, ``conv1.input_quantizer``,
 ``conv2.residual_quantizer``. Quantizers live in layers only, because containers such as Sequential
 call all of their children.
@@ -10,7 +10,7 @@ call all of their children.
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
@@ -30,19 +30,27 @@ _SUBCLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 class QuantizedWeight(nn.Module):
-    """What the class of a quantized layer is given: its weight comes off the int8 grid."""
+    """What the class of a quantized layer is given: it computes with the quantized weight.
+
+    Its own forward finds the quantized weight under ``weight``; everybody else finds the parameter.
+    """
 
     weight_quantizer: FakeQuant
+    is_computing = False
 
     @property
     def weight(self) -> Tensor:
-        """The weight as this layer computes with it; the parameter itself while switched off."""
-        parameter: Tensor = self.get_raw("weight")
-        return self.weight_quantizer(parameter)  # type: ignore[no-any-return]
+        """The parameter; inside forward what the quantizer makes of it."""
+        parameter = cast("Tensor", super().__getattr__("weight"))
+        return self.weight_quantizer(parameter) if self.is_computing else parameter
 
-    def get_raw(self, name: str) -> Any:
-        """A parameter as it is stored."""
-        return nn.Module.__getattr__(self, name)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward."""
+        self.is_computing = True
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.is_computing = False
 
 
 class InputHook:
@@ -136,6 +144,7 @@ def become(module: nn.Module, mixin: type[nn.Module]) -> None:
 def restore(model: nn.Module) -> None:
     """Gives every module its own class back."""
     for module in model.modules():
+        vars(module).pop("is_computing", None)
         while "slim_original" in vars(type(module)):
             module.__class__ = vars(type(module))["slim_original"]
 

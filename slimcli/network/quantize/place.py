@@ -156,7 +156,7 @@ def place(model: nn.Module, example: Example, skip: Sequence[str] = ()) -> Place
     record = record_forward(model, example)
     layers = heavy_layers(model, record, skip)
     needs = _needs(record, layers)
-    placer = _Placer(record, Rewriter(model, record))
+    placer = _Placer(record, Rewriter(model, record, example))
     chosen = placer.choose(needs)
     return Placement(tuple(layers), tuple(chosen), tuple(dict.fromkeys(placer.notes)))
 

@@ -7,6 +7,7 @@ points need no special care; nothing is symbolic.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,7 +60,6 @@ class Call:
         outputs: Place in the result -> value.
         start: Position in the record at entry.
         stop: Position at exit.
-        arguments: The arguments themselves, ``(args, kwargs)``.
         ops: Ops that ran directly in its forward so far.
     """
 
@@ -67,7 +67,6 @@ class Call:
     number: int
     inputs: dict[Path, int]
     start: int
-    arguments: tuple[tuple[Any, ...], dict[str, Any]]
     outputs: dict[Path, int] = field(default_factory=dict)
     stop: int = -1
     ops: int = 0
@@ -152,7 +151,8 @@ class Recorder(TorchFunctionMode):
         self.record = Record()
         self.stack: list[Call] = []
         self.values: dict[int, int] = {}
-        self.kept: list[Tensor] = []
+        self.guards: dict[int, weakref.ref[Tensor]] = {}
+        self.count = 0
         self.clock = 0
         self.model = model
         self.hooks: list[Any] = []
@@ -197,7 +197,7 @@ class Recorder(TorchFunctionMode):
         inputs: tuple[int, ...],
         made: list[Tensor],
     ) -> None:
-        call = self.stack[-1] if self.stack else Call(ROOT, -1, {}, 0, ((), {}))
+        call = self.stack[-1] if self.stack else Call(ROOT, -1, {}, 0)
         weight = self.names.get(id(args[1]), "") if len(args) > 1 else ""
         self.clock += 1
         self.record.ops.append(
@@ -219,16 +219,18 @@ class Recorder(TorchFunctionMode):
         return self.values[id(tensor)] if id(tensor) in self.values else self._new_value(tensor)
 
     def _new_value(self, tensor: Tensor) -> int:
-        self.kept.append(tensor)
-        self.values[id(tensor)] = len(self.kept)
-        return len(self.kept)
+        """A number for what the tensor holds now; forgotten with the tensor, whose id is reused."""
+        key = id(tensor)
+        self.count += 1
+        self.values[key] = self.count
+        self.guards[key] = weakref.ref(tensor, lambda _: self.values.pop(key, None))
+        return self.count
 
     def _entry(self, name: str) -> Callable[..., None]:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.clock += 1
-            arguments = (args, kwargs)
-            inputs = {path: self._value(each) for path, each in tensors_in(arguments)}
-            call = Call(name, len(self.record.calls), inputs, self.clock, arguments)
+            inputs = {path: self._value(each) for path, each in tensors_in((args, kwargs))}
+            call = Call(name, len(self.record.calls), inputs, self.clock)
             self.record.calls.append(call)
             self.stack.append(call)
 

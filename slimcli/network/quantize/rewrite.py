@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from slimcli.network.example import Example
 from slimcli.network.quantize.record import Call, Op, Record, Recorder, tensors_in
 
 
@@ -50,13 +51,14 @@ class Rewriter:
     Args:
         model: The model that was recorded, in eval mode.
         record: The record.
+        example: What was recorded; run once more to get the arguments of a module.
 
     Attributes:
         reason: Why the last question had no answer.
     """
 
-    def __init__(self, model: nn.Module, record: Record) -> None:
-        self.model, self.record = model, record
+    def __init__(self, model: nn.Module, record: Record, example: Example) -> None:
+        self.model, self.record, self.example = model, record, example
         self.reason = ""
         self.known: dict[str, dict[int, str] | str] = {}
 
@@ -76,25 +78,47 @@ class Rewriter:
         if len(calls) != 1:
             return f"{path or 'the model'} is called {len(calls)} times"
         module = self.model.get_submodule(path)
-        if not _plain_arguments(module, calls[0]):
+        args = self._arguments(module)
+        if args is None:
             return f"{path or 'the model'} takes more than positional tensors"
         try:
             with torch.no_grad():
-                return self._compare(module, calls[0], trace_both(module))
+                return self._compare(module, calls[0], args, trace_both(module))
         except Exception as error:  # whatever the user's forward raises under torch.fx
             return f"torch.fx cannot follow {path or 'the model'}: {str(error).splitlines()[0]}"
 
+    def _arguments(self, module: nn.Module) -> tuple[Tensor, ...] | None:
+        """Copies of the arguments, if they are one positional tensor a parameter of forward."""
+        parameters = inspect.signature(module.forward).parameters.values()
+        found: list[tuple[Tensor, ...] | None] = []
+
+        def catch(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tensors = tuple(each.clone() for each in args if isinstance(each, Tensor))
+            plain = not kwargs and len(args) == len(tensors) == len(parameters)
+            found.append(tensors if plain else None)
+
+        if not all(each.kind is each.POSITIONAL_OR_KEYWORD for each in parameters):
+            return None
+        handle = module.register_forward_pre_hook(catch, with_kwargs=True)
+        with torch.no_grad():
+            self.example.run(self.model)
+        handle.remove()
+        return found[0]
+
     def _compare(
-        self, module: nn.Module, call: Call, graphs: Mapping[bool, fx.Graph]
+        self,
+        module: nn.Module,
+        call: Call,
+        args: tuple[Tensor, ...],
+        graphs: Mapping[bool, fx.Graph],
     ) -> dict[int, str] | str:
         expected = [op.name for op in self.record.ops if op.call == call.number]
         clone = copy.deepcopy(module).eval()
-        inputs = [each.clone() for each in call.arguments[0]]
-        plain = clone(*(each.clone() for each in inputs))
+        plain = clone(*(each.clone() for each in args))
         with Recorder(clone) as recorder:
-            recorder.stack.append(Call(call.module, -1, {}, 0, ((), {})))
+            recorder.stack.append(Call(call.module, -1, {}, 0))
             matcher = _Matcher(clone, graphs[False], recorder)
-            traced = matcher.run(*inputs)
+            traced = matcher.run(*args)
             found = [op.name for op in recorder.record.ops if op.call == -1]
         if found != expected or not _equal(plain, traced):
             return f"the traced forward of {call.module or 'the model'} runs other functions"
@@ -113,15 +137,6 @@ def _equal(left: Any, right: Any) -> bool:
     return first.keys() == second.keys() and all(
         torch.equal(first[path], second[path]) for path in first
     )
-
-
-def _plain_arguments(module: nn.Module, call: Call) -> bool:
-    """Whether the call handed one positional tensor to each parameter of forward."""
-    args, kwargs = call.arguments
-    parameters = inspect.signature(module.forward).parameters.values()
-    positional = all(each.kind is each.POSITIONAL_OR_KEYWORD for each in parameters)
-    tensors = all(isinstance(each, Tensor) for each in args)
-    return positional and tensors and not kwargs and len(args) == len(parameters)
 
 
 def trace_both(module: nn.Module) -> dict[bool, fx.Graph]:
