@@ -210,7 +210,7 @@ class QATCompressor(Compressor):
         if waiting:
             raise RunError(
                 Problem(
-                    "E-QAT-NOT-CALIBRATED",
+                    "E-QUANTIZE-NOT-CALIBRATED",
                     f"{len(waiting)} quantizers have no range yet",
                     waiting[0].label,
                     fix="call calibrate(model, batches) after prepare",
@@ -224,7 +224,7 @@ def _audit(model: nn.Module, example: Example) -> None:
     if missed:
         raise RunError(
             Problem(
-                "E-QAT-PLACEMENT",
+                "E-QUANTIZE-PLACEMENT",
                 f"{missed[0]} reads a tensor that no quantizer reached",
                 missed[0],
                 fix=f"config.skip: [{', '.join(dict.fromkeys(missed))}], and report this network",

@@ -48,7 +48,7 @@ def finite_magnitude(x: Tensor, label: str) -> Tensor:
 def not_finite(label: str, value: float) -> Problem:
     """The problem of a quantizer that met NaN or inf."""
     return Problem(
-        "E-QAT-NOT-FINITE",
+        "E-QUANTIZE-NOT-FINITE",
         f"the {label} is not finite, so it has no range to quantize",
         label,
         expected="finite values",
@@ -142,7 +142,7 @@ def seen(value: Tensor | None, label: str) -> Tensor:
     if value is None:
         raise RunError(
             Problem(
-                "E-QAT-NOT-REACHED",
+                "E-QUANTIZE-NOT-REACHED",
                 f"no calibration batch reached the {label}",
                 label,
                 fix="raise config.calibration_batches, or list the layer in config.skip",

@@ -99,7 +99,7 @@ def _skipped(
             near = difflib.get_close_matches(entry, list(modules), 3, 0.4)
             raise RecipeError(
                 Problem(
-                    "E-QAT-SKIP",
+                    "E-QUANTIZE-SKIP",
                     f"config.skip: {entry!r} matches no convolution or linear layer",
                     expected="a module name, a pattern, a type name, `first` or `last`",
                     received=entry,
