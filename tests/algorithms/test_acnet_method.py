@@ -249,3 +249,12 @@ def test_side_branches_start_at_zero_and_take_part_after_training(block_name: st
     assert compressor.status(model)["side_scale"] > 0
     kind = MergedBlock if block_name == "merged" else BranchBlock
     assert isinstance(model.stem, kind)
+
+
+def test_a_conv_over_single_images_stays_plain() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)).double()
+    one = Example(torch.randn(3, 8, 8, dtype=torch.float64), lambda net, image: net(image))
+    compressor = ACNetCompressor(ACNetConfig())
+    plan = compressor.plan(model, one, SCHEDULE)
+    assert plan.targets == []
+    assert "without a batch" in plan.layers[0].frozen_reason

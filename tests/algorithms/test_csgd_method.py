@@ -311,6 +311,11 @@ def test_vectors_with_a_tenth_of_the_pull_need_ten_times_as_much() -> None:
     assert 5 < ratio < 15
 
 
+def test_even_clusters_are_runs_of_neighbours() -> None:
+    _, plan = planned(build("flattened"), schedule(), cluster_method="even")
+    assert plan.private.clusters["bn2"] == ((0, 1), (2, 3), (4, 5), (6, 7), (8, 9))
+
+
 def test_a_frozen_layer_is_left_alone_with_the_reason() -> None:
     model = build("flattened")
     model.conv1.weight.requires_grad_(False)

@@ -191,7 +191,7 @@ class BranchBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, I, H, W) -> (N, O, H', W')."""
         if self.training:
-            x = in_fast_layout(x, self.square.out_channels)
+            x = in_fast_layout(x, self.square.weight)
         total: Tensor = self.norm(self.square(x))
         padded = pad_as(self.square, x)
         for side in self.sides:
@@ -208,16 +208,21 @@ class BranchBlock(nn.Module):
         return kernel, bias
 
 
-def in_fast_layout(x: Tensor, channels: int) -> Tensor:
+def in_fast_layout(x: Tensor, weight: Tensor) -> Tensor:
     """The input in the memory format in which a CPU trains several convs over it fastest.
 
     Measured on ResNet-18 and ResNet-20: channels-last is up to a third faster for narrow layers
     on large maps, because each conv would reorder its input for itself; for wide layers on small
-    maps it is slower. Values do not change; other devices keep what they are given.
+    maps it is slower. Values do not change. Other devices, and models that were put into
+    channels-last, keep what they are given.
+
+    Args:
+        x: (N, I, H, W).
+        weight: (O, I / g, kh, kw) of the square conv.
     """
-    if x.device.type != "cpu" or x.dim() != 4:
+    if x.device.type != "cpu" or not weight.is_contiguous():
         return x
-    is_narrow = channels <= 256 and x.shape[2] * x.shape[3] >= 64
+    is_narrow = weight.shape[0] <= 256 and x.shape[2] * x.shape[3] >= 64
     return x.contiguous(memory_format=torch.channels_last if is_narrow else torch.contiguous_format)
 
 

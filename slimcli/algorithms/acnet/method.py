@@ -21,7 +21,7 @@ import copy
 import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -187,7 +187,7 @@ def paths_of(model: nn.Module, module: nn.Module) -> list[str]:
 
 def why_convs_stay(model: nn.Module, example: Example, config: ACNetConfig) -> dict[str, str]:
     """For each 2-d convolution in network order, why it stays plain; empty if it is replaced."""
-    calls = count_calls(model, example)
+    calls = input_dimensions(model, example)
     holders: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -203,6 +203,8 @@ def why_convs_stay(model: nn.Module, example: Example, config: ACNetConfig) -> d
                 reasons[path] = f"{type(module).__name__} is more than a plain Conv2d"
             elif not calls.get(path):
                 reasons[path] = "it is not called as a module, so a block would never run"
+            elif calls[path] != {4}:
+                reasons[path] = "it is fed images without a batch dimension"
             elif holders[id(module.weight)] > 1:
                 reasons[path] = "its weight belongs to another module too"
             else:
@@ -210,20 +212,23 @@ def why_convs_stay(model: nn.Module, example: Example, config: ACNetConfig) -> d
     return reasons
 
 
-def count_calls(model: nn.Module, example: Example) -> dict[str, int]:
-    """How often each convolution is called as a module in one eval pass; changes nothing."""
-    calls: dict[str, int] = {}
+def input_dimensions(model: nn.Module, example: Example) -> dict[str, set[int]]:
+    """Dimensions of what each convolution is called on in one eval pass; changes nothing.
+
+    A convolution that is not called as a module is missing.
+    """
+    seen: dict[str, set[int]] = {}
     twin = copy.deepcopy(model).eval()
     for path, module in twin.named_modules():
         if isinstance(module, nn.Conv2d):
 
-            def count(_module: nn.Module, _inputs: object, path: str = path) -> None:
-                calls[path] = calls.get(path, 0) + 1
+            def look(_module: nn.Module, inputs: tuple[Any, ...], path: str = path) -> None:
+                seen.setdefault(path, set()).add(inputs[0].dim() if inputs else 4)
 
-            module.register_forward_pre_hook(count)
+            module.register_forward_pre_hook(look)
     with torch.random.fork_rng(), torch.no_grad():
         example.run(twin)
-    return calls
+    return seen
 
 
 def _check_patterns(model: nn.Module, patterns: tuple[str, ...]) -> None:
