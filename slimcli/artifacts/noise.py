@@ -21,6 +21,8 @@ DISTURBANCES = (1e-7, 1e-6, 1e-5)
 FLOOR_CAP_DECIBEL = 36.0
 """More is never required: one code off by one in an output of full range is about 36 dB."""
 MARGIN_DECIBEL = 3.0
+PEAK_FACTOR = 10.0
+"""Largest single difference, in root mean squares of the noise allowed."""
 Predict = Callable[[Any, Any], Any]
 
 
@@ -42,12 +44,14 @@ class _Energy:
 
     @property
     def is_ok(self) -> bool:
-        return decibel(self.signal, self.noise) >= self.required_decibel
+        is_quiet = decibel(self.signal, self.noise) >= self.required_decibel
+        return is_quiet and self.largest <= self.limit
 
     @property
     def limit(self) -> float:
-        """The largest difference that this much noise can hold: all of it in one value."""
-        return math.sqrt(self.signal / 10 ** (self.required_decibel / 10))
+        """Ten times the root mean square of that much noise, or all of it in one value."""
+        allowed = math.sqrt(self.signal / 10 ** (self.required_decibel / 10))
+        return allowed * min(1.0, PEAK_FACTOR / math.sqrt(max(1, self.count)))
 
 
 def decibel(signal: float, noise: float) -> float:

@@ -124,7 +124,8 @@ def _engine_options(options: dict[str, Any]) -> EngineOptions:
 
 def _is_run(path: Path) -> bool:
     folder = path.resolve()
-    return any((each / "recipe.yaml").is_file() for each in (folder, folder.parent))
+    folder = folder.parent if folder.name == "artifacts" else folder
+    return (folder / "recipe.yaml").is_file() and (folder / "events.jsonl").is_file()
 
 
 def _bare_file(path: Path, want_onnx: bool, want_trt: bool) -> Path:

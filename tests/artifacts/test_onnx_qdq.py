@@ -11,7 +11,8 @@ from torch import nn
 
 from slimcli.artifacts import noise, onnx, verify
 from slimcli.artifacts.onnx import codes
-from slimcli.errors import VerificationError
+from slimcli.artifacts.onnx.half import to_half
+from slimcli.errors import RecipeError, VerificationError
 from slimcli.network.example import Example
 
 from .quantized import QuantizedNet, Quantizer
@@ -160,3 +161,9 @@ def test_compare_knows_that_a_file_is_quantized(exported):
     seam = verify.compare(*pair, [EXAMPLE.batch], names=("deploy", "onnx"))
     assert seam.ok
     assert "dB" in seam.notes[-1]
+
+
+def test_half_precision_of_a_quantized_file_is_refused(exported, tmp_path):
+    _, report, _ = exported
+    with pytest.raises(RecipeError, match="not quantized"):
+        to_half(report.path, tmp_path / "half.onnx")
