@@ -26,7 +26,7 @@ from .resrep_networks import one_layer_target
 ROUNDING = 1e-14
 # A central difference with step 1e-6 of a function of order 1 keeps about nine digits.
 FINITE_DIFFERENCE = 1e-8
-STRENGTH = 1e-2
+STRENGTH = 2.0**-7  # exact in float32, in which strengths are kept
 
 
 def rows_of_two_layers() -> list[torch.Tensor]:

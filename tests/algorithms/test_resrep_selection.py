@@ -189,5 +189,5 @@ def test_too_few_epochs_are_refused_with_the_number_that_works() -> None:
         refused = find_pace(config, schedule(epochs, 5), updates=1)
         assert isinstance(refused, Refusal)
         assert refused.key == "epoch"
-        needed = int(refused.fix.removeprefix("epoch: "))
+        needed = int(refused.fix.split(",")[0].removeprefix("epoch: "))
         assert isinstance(find_pace(config, schedule(needed, 5), updates=1), Pace)

@@ -24,8 +24,8 @@ class Bundles:
         kept: Channels (numbers before anything was cut) that are still in the model, ascending.
         masked: For each of them, whether only the lasso acts on it, shape (n,).
         locked: For each of them, whether it is zero for good, shape (n,).
-        strengths: Lasso strength of each, float64, shape (n,).
-        speeds: Speed to zero of each masked channel at learning rate 1, float64, shape (n,).
+        strengths: Lasso strength of each, float32, shape (n,).
+        speeds: Speed to zero of each masked channel at learning rate 1, float32, shape (n,).
     """
 
     def __init__(self, target: Target, base_strength: float) -> None:
@@ -34,8 +34,8 @@ class Bundles:
         self.kept = list(range(size))
         self.masked = torch.zeros(size, dtype=torch.bool)
         self.locked = torch.zeros(size, dtype=torch.bool)
-        self.strengths = torch.full((size,), base_strength, dtype=torch.float64)
-        self.speeds = torch.zeros(size, dtype=torch.float64)
+        self.strengths = torch.full((size,), base_strength)
+        self.speeds = torch.zeros(size)
         self._present: list[list[int]] = [list(range(place.size)) for place in target.places]
         self._indices: list[Tensor] = []
         self._index_rows()
@@ -49,8 +49,7 @@ class Bundles:
             positions = [[at[row] for row in rows[channel]] for channel in self.kept]
             self._indices.append(torch.tensor(positions, device=device))
 
-    def move_to(self, device: torch.device) -> None:
-        """Masks follow the model."""
+    def _move_to(self, device: torch.device) -> None:
         if self.masked.device != device:
             self.masked = self.masked.to(device)
             self.locked = self.locked.to(device)
@@ -59,8 +58,10 @@ class Bundles:
             self._indices = [each.to(device) for each in self._indices]
 
     def weights(self, model: nn.Module) -> list[nn.Parameter]:
-        """The compactors of the group, one a place."""
-        return [model.get_parameter(place.weight) for place in self.target.places]
+        """The compactors of the group, one a place; masks follow them to their device."""
+        weights = [model.get_parameter(place.weight) for place in self.target.places]
+        self._move_to(weights[0].device)
+        return weights
 
     def rows(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The bundles' rows of weights or gradients, each (n, rows of a channel, ...)."""

@@ -25,7 +25,6 @@ def reset_gradients(bundles: Bundles, model: nn.Module, *, has_lasso: bool) -> l
         The rows as they are before the optimizer's step.
     """
     weights = bundles.weights(model)
-    bundles.move_to(weights[0].device)
     for weight in weights:
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
@@ -93,11 +92,9 @@ def shrink_masked(
 
 
 def shrink_factors(norms: Tensor, distances: Tensor) -> Tensor:
-    """What rows are multiplied by to lose these distances from their norms, float64, shape (n,).
+    """What rows are multiplied by to lose these distances from their norms, shape (n,).
 
     >>> shrink_factors(torch.tensor([1.0, 0.5, 0.0]), torch.tensor([0.25, 0.75, 0.1]))
-    tensor([0.7500, 0.0000, 0.0000], dtype=torch.float64)
+    tensor([0.7500, 0.0000, 0.0000])
     """
-    wide_norms = norms.double()
-    smallest = torch.finfo(torch.float64).tiny
-    return (1 - distances / wide_norms.clamp_min(smallest)).clamp_min(0)
+    return (1 - distances / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp_min(0)

@@ -48,6 +48,7 @@ from slimcli.algorithms.resrep.forgetting import (
 )
 from slimcli.algorithms.resrep.pacing import base_strength
 from slimcli.algorithms.resrep.planning import Analysis, limits_of, make_plan, masked_strength
+from slimcli.algorithms.resrep.projection import project
 from slimcli.algorithms.resrep.selection import choose
 from slimcli.compressor import (
     AlgorithmConfig,
@@ -227,32 +228,14 @@ class ResRepCompressor(Compressor):
 
     def finish(self, model: nn.Module, progress: Progress) -> list[Cut]:
         """Sets masked rows that are left to zero; how far that moved the model is in the status."""
-        left = [each for each in self.bundles if bool((each.masked & ~each.locked).any())]
-        if left:
-            before = _outputs(model, self.example)
-            moved = [each.project(model) for each in left]
-            change = max(
-                (
-                    float((a - b).abs().max())
-                    for a, b in zip(before, _outputs(model, self.example), strict=True)
-                ),
-                default=0.0,
-            )
-            self.projected = {
-                "projected_channels": float(sum(count for count, _ in moved)),
-                "projected_norm": max(norm for _, norm in moved),
-                "projected_output_change": change,
-            }
+        self.projected = project(self.bundles, model, self.example)
         return []
 
     def may_save(self, model: nn.Module, progress: Progress) -> bool:
         """The masks reach the target, and every masked channel is exactly zero."""
         if self._macs_now > self.analysis.target_macs:
             return False
-        return all(
-            bool((each.zeros(model) | ~each.masked.to(each.weights(model)[0].device)).all())
-            for each in self.bundles
-        )
+        return all(bool((each.zeros(model) | ~each.masked).all()) for each in self.bundles)
 
     def status(self, model: nn.Module) -> dict[str, float]:
         """MACs by masks (share of the original), channels, norms, largest norm left to shrink."""
@@ -260,7 +243,7 @@ class ResRepCompressor(Compressor):
             return {}
         masked, norms = [], []
         for each in self.bundles:
-            norms.append(each.norms(model).value.double().cpu())
+            norms.append(each.norms(model).value.cpu().double())
             masked.append(each.masked.cpu())
         all_norms, all_masked = torch.cat(norms), torch.cat(masked)
         cut = sum(each.target.group.size - len(each.kept) for each in self.bundles)
@@ -309,26 +292,3 @@ def _lag(progress: Progress) -> float:
     """
     planned = progress.schedule.learning_rates[progress.step]
     return max(planned / progress.learning_rate, 1.0) if progress.learning_rate > 0 else 1.0
-
-
-def _outputs(model: nn.Module, example: Example) -> list[Tensor]:
-    """Float tensors of the eval-mode prediction; modes are as before afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    with torch.no_grad():
-        prediction = example.run(model)
-    for module, mode in modes.items():
-        module.training = mode
-    return [each.double() for each in _tensors(prediction) if each.is_floating_point()]
-
-
-def _tensors(value: Any) -> Iterable[Tensor]:
-    """Every tensor in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from _tensors(each)
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from _tensors(each)

@@ -126,7 +126,8 @@ def _no_step_after_warmup(config: ResRepConfig, schedule: Schedule, updates: int
         f"choose channels and take them to zero"
     )
     if schedule.epochs == 0:
-        return Refusal(what, "epoch", f"epoch: {_epochs_needed(config, schedule, updates)}")
+        fix = f"epoch: {_epochs_needed(config, schedule, updates)}, or prune_rate: 0 to fold only"
+        return Refusal(what, "epoch", fix)
     for warmup in range(schedule.epochs - 1, -1, -1):
         trial = config.model_copy(update={"warmup_epoch": warmup})
         if isinstance(find_pace(trial, schedule, updates), Pace):

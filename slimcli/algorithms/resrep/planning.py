@@ -67,6 +67,13 @@ def make_plan(config: ResRepConfig, model: nn.Module, example: Example, schedule
     )
     target_macs = (1 - config.prune_rate) * structure.macs if targets else float(structure.macs)
     pace = None
+    if any(place.norm for target in targets for place in target.places) and (
+        config.auto_find_module_strategy.endswith("conv")
+    ):
+        plan.notes.append(
+            "compactors sit behind the norm of a conv that has one: in front of it the norm would "
+            "undo the shrinking that tells which channels matter"
+        )
     if targets:
         plan.goal = Goal("macs", target_macs)
         pace = _pace(config, schedule, plan, sizes, structure)
