@@ -89,11 +89,10 @@ def constant_value(inputs: Tensor, entries: Sequence[int], dim: int) -> Tensor |
     >>> constant_value(torch.tensor([[1.0, 5.0], [2.0, 5.0]]), [0], dim=1) is None
     True
     """
-    rounding = torch.finfo(inputs.dtype).eps
     picked = inputs.detach().movedim(dim, 0)[list(entries)].flatten(1).to("cpu", torch.float64)
     low, high = picked.amin(1), picked.amax(1)
     size = picked.abs().amax(1).clamp_min(1.0)
-    if bool(((high - low) > ROUNDINGS * rounding * size).any()):
+    if bool(((high - low) > _rounding(inputs.dtype) * size).any()):
         return None
     return picked[:, 0]
 
@@ -111,7 +110,8 @@ def _capture(
             if value is None:
                 raise _refused(path, "the removed channels do not arrive as constants")
             before = values.setdefault(path, value)
-            if not torch.allclose(before, value, rtol=1e-6, atol=1e-6):
+            limit = _rounding(inputs[0].dtype) * value.abs().clamp_min(1.0)
+            if bool(((before - value).abs() > limit).any()):
                 raise _refused(path, "it is used several times with different constants")
 
         return module.register_forward_pre_hook(hook)
@@ -131,6 +131,10 @@ def _capture(
         if path not in values:
             raise _refused(path, "it did not run on the example")
     return values
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    return ROUNDINGS * torch.finfo(dtype).eps
 
 
 def _spatial_dimensions(module: nn.Module) -> int:

@@ -503,6 +503,16 @@ def test_a_channel_that_is_not_constant_is_refused():
         surgery.apply(model, [depthwise_cut(keep(0, 2), (1, 3))], example=example)
 
 
+def test_a_consumer_that_sees_two_constants_is_refused():
+    layer = nn.Linear(2, 2).double()
+    model = nn.ModuleDict({"layer": layer})
+    batch = torch.ones(3, 2, dtype=torch.float64)
+    twice = Example(batch, lambda owner, data: owner["layer"](data) + owner["layer"](data + 1e-7))
+    once = cut(("layer.weight", 1, keep(1)), constants=[Constant("layer", (0,))])
+    with pytest.raises(RunError, match="different constants"):
+        surgery.apply(model, [once], example=twice)
+
+
 def test_a_grouped_consumer_takes_up_a_constant_in_the_right_group():
     layer = nn.Conv2d(4, 6, 1, groups=2).double()
     batch = torch.randn(2, 4, 3, 3, dtype=torch.float64)
