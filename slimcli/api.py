@@ -98,15 +98,14 @@ class Solver:
         from slimcli.recipe.hooks import bind
         from slimcli.solver.job import JobHooks
 
-        bound = {name: bind(name, hook) for name, hook in self.hooks.items()}
+        bound = {name: bind(name, hook) for name, hook in self.hooks.items() if name != "teacher"}
+        if "teacher" in self.hooks:
+            bound["teacher"] = lambda: _built(self.hooks["teacher"])
         where = {name: location(hook) for name, hook in self.hooks.items()}
         return JobHooks(build_model=self._build_model, locations=where, **bound)
 
     def _build_model(self) -> Any:
-        from torch import nn
-
-        is_maker = callable(self.model) and not isinstance(self.model, nn.Module | type)
-        return self.model() if is_maker else copy.deepcopy(self.model)
+        return _built(self.model)
 
     def _recipe(self, folder: Path) -> str:
         import yaml
@@ -121,6 +120,14 @@ class Solver:
         }
         head = f"# Run by slimcli.{self.info.solver} from Python; model and hooks were objects.\n"
         return head + yaml.safe_dump(content, sort_keys=False)
+
+
+def _built(model: Any) -> Any:
+    """A copy of a model, or what a function that makes one returns."""
+    from torch import nn
+
+    is_maker = callable(model) and not isinstance(model, nn.Module | type)
+    return model() if is_maker else copy.deepcopy(model)
 
 
 def _split_hooks(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -158,7 +158,12 @@ def _onnx(request: FinishRequest, finished: Finished, plain: nn.Module) -> None:
         finished.notes.append(f"model.onnx has a fixed batch size: {report.batch_reason}")
     _note_file(request, finished, path)
     exported = onnx.OnnxModel(path)
-    _check(request, finished, ("deploy", "onnx"), plain, exported)
+    try:
+        _check(request, finished, ("deploy", "onnx"), plain, exported)
+    except VerificationError as error:
+        failed = path.with_name(f"{path.name}.failed")  # nobody must take it for the result
+        path.replace(failed)
+        raise error.at(str(failed)) from error
     finished.metrics["onnx"] = request.evaluate(exported)
 
 

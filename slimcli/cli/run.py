@@ -81,12 +81,32 @@ def start(recipe: Recipe, **changes: Any) -> None:
         outcome = run(job_of(recipe, listeners=(display,), on_signal=_on_signal, **changes))
     finally:
         display.close()
+    if recipe.export.trt and console.is_main_process():
+        build_engine(outcome.folder)
     if console.settings().json or not console.is_main_process():
         return
     if console.settings().quiet:
         console.result(str(outcome.folder))
         return
     show_result(outcome.folder, outcome.summary)
+
+
+def build_engine(folder: Path) -> None:
+    """``export: {trt: true}`` is ``slim export RUN --trt`` after the run.
+
+    Raises:
+        SlimError: No engine could be made; the run keeps everything else, and its exit code.
+    """
+    from slimcli.artifacts import run_folder, summary
+    from slimcli.cli.export import command as export
+    from slimcli.errors import SlimError
+
+    try:
+        export.main([str(folder), "--trt"], standalone_mode=False)
+    except SlimError as error:
+        path = run_folder.open_run(folder).summary
+        summary.write(path, {**summary.read(path), "exit_code": error.exit_code})
+        raise
 
 
 def _on_signal(name: str) -> None:

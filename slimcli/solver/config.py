@@ -61,6 +61,12 @@ class TrainingConfig(BaseModel):
     save_every_minutes: float = Field(
         10.0, gt=0, description="largest age of the last checkpoint inside an epoch"
     )
+    teacher_weight: float = Field(
+        1.0, ge=0, description="weight of the distance to the teacher's prediction in the loss"
+    )
+    teacher_temperature: float = Field(
+        1.0, gt=0, description="softens both predictions before they are compared"
+    )
     input_shapes: tuple[tuple[int, ...], ...] | None = Field(
         None, description="input sizes without batch, for counting; default: from a real batch"
     )

@@ -67,6 +67,7 @@ class Surroundings:
         events: Where everything is reported.
         check_stop: Raises where a signal asked to stop.
         save: Writes the last checkpoint; told whether this model is also the best.
+        teacher: A model whose predictions the loss pulls towards; None: no teacher.
     """
 
     fabric: Fabric
@@ -78,6 +79,7 @@ class Surroundings:
     events: EventLog
     check_stop: Callable[[], None]
     save: Callable[[Trainer, bool], None]
+    teacher: nn.Module | None = None
 
 
 class Trainer:
@@ -253,12 +255,12 @@ class Trainer:
         value = metrics[keyword]
         may_save = subject.compressor.may_save(subject.model, progress)
         self.rates.after_epoch(value)
-        self.position.epoch += 1
+        self.position.epoch += 1 if self.training.epoch else 0
         self.position.batch = 0
         around.events.emit(
             "epoch_end",
             stage=around.stage.name,
-            epoch=min(self.position.epoch, self.training.epoch),
+            epoch=self.position.epoch,
             epochs=self.training.epoch,
             train=self.averages.means(),
             val=metrics,
@@ -274,7 +276,7 @@ class Trainer:
             around.events.emit(
                 "best",
                 stage=around.stage.name,
-                epoch=min(self.position.epoch, self.training.epoch),
+                epoch=self.position.epoch,
                 metric=keyword,
                 value=value,
             )

@@ -50,6 +50,25 @@ def fresh_model(hooks: JobHooks, seed: int) -> nn.Module:
     return model
 
 
+def teacher_model(hooks: JobHooks, seed: int, fabric: Fabric) -> nn.Module | None:
+    """The teacher on the device, in eval mode and without gradients; None if there is none."""
+    if hooks.teacher is None:
+        return None
+    seed_all(seed, "teacher")
+    teacher = hooks.teacher()
+    if not isinstance(teacher, nn.Module):
+        raise HookError(
+            Problem(
+                "E-HOOK-MODEL",
+                "`teacher` must return a torch.nn.Module",
+                hooks.where("teacher"),
+                expected="an instance of nn.Module",
+                received=type(teacher).__name__,
+            )
+        )
+    return teacher.to(fabric.device).eval().requires_grad_(False)
+
+
 def start_weights(job: Job, model: nn.Module) -> nn.Module:
     """The model with the weights of ``init_from``, where that is given.
 

@@ -90,6 +90,7 @@ class Stage:
             events=run.events,
             check_stop=run.check_stop,
             save=self.save,
+            teacher=planner.teacher_model(run.job.hooks, run.seed, run.fabric),
         )
 
     def _announce(self, is_new: bool) -> None:

@@ -15,6 +15,7 @@ from slimcli.compressor import Progress
 from slimcli.errors import HookError, Problem, RunError
 from slimcli.recipe.binding import hook_failed
 from slimcli.solver.data import Batch
+from slimcli.solver.distill import pull
 from slimcli.solver.job import JobHooks
 from slimcli.solver.randomness import seed_all
 
@@ -135,11 +136,21 @@ class Stepper:
         with nullcontext() if fabric.world_size == 1 else self._quiet(part < count - 1):
             prediction = hooks.predict_function(self.model, data)
             loss = checked_loss(hooks.calculate_loss_function(prediction, data), hooks)
+            if self.around.teacher is not None:
+                loss = loss + self._pull(prediction, data)
             value = loss.item()
             if not math.isfinite(value):
                 raise NotFinite(value, number, data)
             self._run_backward(loss if count == 1 else loss / count)
         return value, prediction, data
+
+    def _pull(self, prediction: Any, data: Any) -> Tensor:
+        """The teacher's part of the loss."""
+        teacher, training = self.around.teacher, self.training
+        assert teacher is not None
+        with self.around.fabric.autocast():
+            apart = pull(prediction, data, teacher, self.around.hooks, training.teacher_temperature)
+        return training.teacher_weight * apart
 
     def _run_backward(self, loss: Tensor) -> None:
         try:

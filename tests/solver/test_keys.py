@@ -75,6 +75,8 @@ KEYS: dict[str, tuple[Any, dict[str, Any], Observation]] = {
     "metric_mode": ("min", {"save_keyword": "error", "epoch": 3}, best_epoch),
     "save_deploy_format": (False, {}, files),
     "save_every_minutes": (1e-9, {}, events("saved", "step")),
+    "teacher_weight": (0.0, {"with_teacher": True}, weights),
+    "teacher_temperature": (4.0, {"with_teacher": True}, weights),
     "input_shapes": (((2, 12, 12),), {}, events("prepared", "macs")),
 }
 ELSEWHERE = {"devices", "num_processes"}  # see below, and test_processes.py
@@ -125,11 +127,13 @@ def observed(folder: Path, monkeypatch: pytest.MonkeyPatch, **keys: Any) -> tupl
         return module
 
     monkeypatch.setattr(torch, "compile", compiled)
+    teacher = TwoChannels if keys.pop("with_teacher", False) else None
     job = toys.job(folder, **{"epoch": 1, **keys})
     hooks = {
         "dataset_generator": datasets,
         "predict_function": predict,
         "build_model": TwoChannels,
+        "teacher": teacher,
     }
     return run(toys.with_hooks(job, **hooks)), seen
 

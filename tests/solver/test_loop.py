@@ -187,6 +187,24 @@ def test_an_object_with_update_and_compute_is_a_metric(tmp_path: Path) -> None:
     )
 
 
+def test_a_teacher_with_weight_0_changes_nothing_and_one_with_weight_does(tmp_path: Path) -> None:
+    states = []
+    for name, weight, teacher in (("a", 1.0, None), ("b", 0.0, toys.Net), ("c", 1.0, toys.Net)):
+        job = toys.job(tmp_path / name, epoch=1, teacher_weight=weight)
+        run(toys.with_hooks(job, teacher=teacher))
+        states.append(last(tmp_path / name)["model"]["conv1.weight"])
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])
+
+
+def test_a_teacher_whose_predictions_do_not_fit_is_refused(tmp_path: Path) -> None:
+    def wide() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(36, 5))
+
+    with pytest.raises(HookError, match="can't be compared"):
+        run(toys.with_hooks(toys.job(tmp_path), teacher=wide))
+
+
 @pytest.mark.parametrize(
     ("hook", "value", "message"),
     [
