@@ -1,7 +1,7 @@
 """Which channels of a network belong together, learnt by running it.
 
-``analyze`` is the entry; ``Structure`` and ``Group`` are what it finds; ``zero_channels`` does what a
-compactor row of zero does.
+``analyze`` is the entry; ``Structure`` and ``Group`` are what it finds; ``zero_channels`` does what
+a compactor row of zero does.
 """
 
 from slimcli.network.structure.analyze import analyze

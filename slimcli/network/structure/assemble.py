@@ -11,7 +11,8 @@ from slimcli.network import fuse
 from slimcli.network.cuts import Slot
 from slimcli.network.structure.exactness import Flow, flows
 from slimcli.network.structure.groups import Grouping, RawGroup, to_slot
-from slimcli.network.structure.record import Labels, Record
+from slimcli.network.structure.planes import Labels
+from slimcli.network.structure.record import Record
 from slimcli.network.structure.structure import (
     ConvBatchNorm,
     Group,

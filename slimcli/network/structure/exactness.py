@@ -1,4 +1,4 @@
-"""Where a channel must be made zero, and whether the zero (or a constant) survives to its readers."""
+"""Where a channel must be made zero, and whether the zero survives to its readers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from slimcli.network.structure.groups import Grouping
 from slimcli.network.structure.nodes import State, ZeroStates
 from slimcli.network.structure.planes import LABEL_MASK, SHIFT
 from slimcli.network.structure.record import Consumer, Producer, Record
+
+NO_BIAS = "that no bias can take up"
 
 
 @dataclass
@@ -53,6 +55,13 @@ def flows(record: Record, grouping: Grouping, norm_after: dict[str, str]) -> lis
     for producer in record.depthwise:
         for number in _numbers(grouping, producer.labels):
             found[number].depthwise.setdefault(producer.key, producer)
+    _add_readings(record, grouping, found)
+    for raw, flow in zip(grouping.groups, found, strict=True):
+        _choose_sites(record, flow, norm_after, is_frozen=bool(raw.reason))
+    return found
+
+
+def _add_readings(record: Record, grouping: Grouping, found: list[Flow]) -> None:
     for consumer in record.consumers:
         by_group: dict[int, set[int]] = defaultdict(set)
         groups = grouping.group_of[consumer.arrivals & LABEL_MASK]
@@ -62,9 +71,6 @@ def flows(record: Record, grouping: Grouping, norm_after: dict[str, str]) -> lis
                 by_group[number].add(node)
         for number, nodes in by_group.items():
             found[number].readings.append(Reading(consumer, tuple(sorted(nodes))))
-    for raw, flow in zip(grouping.groups, found, strict=True):
-        _choose_sites(record, flow, norm_after, is_frozen=bool(raw.reason))
-    return found
 
 
 def _numbers(grouping: Grouping, labels: np.ndarray) -> list[int]:
@@ -119,7 +125,7 @@ def _judge(record: Record, flow: Flow, norm_after: dict[str, str]) -> None:
             return
         if state == State.CONSTANT:
             if not consumer.takes_constants or not consumer.is_plain:
-                flow.reason = f"a removed channel would arrive at {name} as a constant that no bias can take up"
+                flow.reason = f"a removed channel would arrive at {name} as a constant {NO_BIAS}"
                 return
             if all(consumer.path != other.path for other in flow.constant_readers):
                 flow.constant_readers.append(consumer)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 import numpy as np
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
+from scipy.sparse import coo_matrix  # type: ignore[import-untyped]
+from scipy.sparse.csgraph import connected_components  # type: ignore[import-untyped]
 
 from slimcli.network.cuts import Slot
-from slimcli.network.structure.record import Labels, Record
+from slimcli.network.structure.planes import Labels
+from slimcli.network.structure.record import Record
 
 
 class Choice(Enum):
@@ -74,7 +76,8 @@ def components(record: Record, choices: Sequence[Choice]) -> Labels:
     both = (left != 0) & (right != 0)
     left, right = left[both], right[both]
     graph = coo_matrix((np.ones(len(left), np.int8), (left, right)), shape=(count, count))
-    return np.asarray(connected_components(graph, directed=False)[1], dtype=np.int64)
+    numbers: Labels = connected_components(graph, directed=False)[1].astype(np.int64)
+    return numbers
 
 
 def first_choices(record: Record) -> list[Choice]:
@@ -188,14 +191,14 @@ def _raw_groups(
     firsts = np.array([each.first for each in record.sources.dims])
     groups = []
     bounds = [*np.flatnonzero(np.diff(group_of[labels], prepend=-1)), len(labels)]
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         mine = labels[start:end]
         slots = slot_of[mine]
         size = len(np.unique(head[start:end]))
         cuts = [*np.flatnonzero(np.diff(slots, prepend=-2)), len(mine)]
         matrices = [
             (int(slots[a]), (mine[a:b] - firsts[slots[a]]).reshape(size, -1))
-            for a, b in zip(cuts, cuts[1:], strict=False)
+            for a, b in itertools.pairwise(cuts)
         ]
         number = int(reason_of[component[mine[0]]])
         groups.append(RawGroup(matrices, size, reasons[number] if number >= 0 else ""))

@@ -1,8 +1,8 @@
 """How a channel's value came about, so that one can tell what a zero at its source becomes.
 
-Nodes form a directed graph over whole calls, not over single channels. ``ZeroStates`` answers, for a
-set of producers held at zero: is the value here zero, a constant (the same number at every position), or
-neither?
+Nodes form a directed graph over whole calls, not over single channels. ``ZeroStates`` answers, for
+a set of producers held at zero: is the value here zero, a constant (the same number at every
+position), or neither?
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Node:
     Attributes:
         kind: What made it.
         parents: Nodes it was made from.
-        flags: COMBINE: does f(0 here, anything elsewhere) = 0, per parent. DEPTHWISE: (biased, padded).
-            MAP, COMBINE: see ``keeps_zero``. SOURCE: (one number per channel,).
+        flags: COMBINE: does f(0 here, anything elsewhere) = 0, per parent. DEPTHWISE: (biased,
+            padded). SOURCE: (one number per channel,).
         keeps_zero: MAP, COMBINE: f(0, ...) = 0. BORDER: the border is zero.
         name: PRODUCER, DEPTHWISE: key of the producer; AFFINE: path of the norm; SOURCE: tensor.
     """

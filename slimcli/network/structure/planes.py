@@ -1,17 +1,20 @@
 """Label planes: which channel every index of a tensor belongs to, without storing it per index.
 
-A plane belongs to one tensor and has as many axes; along an axis that carries no channels its size is
-1. An entry packs a *label* (which entry of which parameter dimension the channel comes from, 0 = none) in
-the low 32 bits and a *node* (how its value came about, see ``nodes.py``) in the high bits, so that an
-operation that moves data is executed once and moves both.
+A plane belongs to one tensor and has as many axes; along an axis that carries no channels its size
+is 1. An entry packs a *label* (which entry of which parameter dimension the channel comes from, 0 =
+none) in the low 32 bits and a *node* (how its value came about, see ``nodes.py``) in the high bits,
+so that an operation that moves data is executed once and moves both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
+
+Labels = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 SHIFT = 32
 LABEL_MASK = (1 << SHIFT) - 1
@@ -75,6 +78,17 @@ def move(plane: Tensor, shape: Sequence[int], function: Callable[[Tensor], Tenso
     return squeeze_expanded(moved)
 
 
+def broadcast(planes: Sequence[Tensor]) -> list[Tensor]:
+    """Planes expanded to one shape."""
+    shape = np.broadcast_shapes(*(tuple(plane.shape) for plane in planes))
+    return [plane.expand(shape) for plane in planes]
+
+
+def entries(plane: Tensor) -> Labels:
+    """All different entries, sorted."""
+    return np.unique(plane.reshape(-1).numpy())
+
+
 def axis_entries(plane: Tensor, axis: int) -> Tensor:
     """The plane as a matrix: one row an index of ``axis``, all that occurs there in its columns.
 
@@ -114,7 +128,7 @@ def segments(old: Sequence[int], new: Sequence[int]) -> list[tuple[range, range]
 
 
 def view(plane: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
-    """The plane of ``tensor.view(new)``; only runs of dimensions that carry labels are filled in."""
+    """The plane of ``tensor.view(new)``; only dimensions that carry labels are filled in."""
     expand_to, shape_new = list(plane.shape), [1] * len(new)
     for before, after in segments(old, new):
         if any(plane.shape[axis] > 1 for axis in before):

@@ -1,4 +1,4 @@
-"""What a trace finds out: which labels belong together, which are frozen and why, which ops consume."""
+"""What a trace finds out: which labels belong together, which are frozen and why, who reads."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from slimcli.network.structure.nodes import NodeTable
-from slimcli.network.structure.planes import labels_of
+from slimcli.network.structure.planes import Labels, broadcast, labels_of
 from slimcli.network.structure.sources import Sources
-
-Labels = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Consumer:
         order: Position in the trace.
         path: Module path, or empty if no module of a known type was called for it.
         arrivals: Unique packed (label, node) entries that are read.
-        weight_labels: Labels of the weight's reading dimension; empty if an activation is on the other side.
+        weight_labels: Labels of the weight's reading dimension; empty if there is no weight.
         pairs: (arriving label, weight label) in index order, shape (2, n).
         takes_constants: Can a constant input be taken up by a bias?
         is_plain: One group, so that it counts as a plain consumer.
@@ -105,7 +102,7 @@ class Record:
 
     def join(self, left: Tensor, right: Tensor) -> None:
         """These entries (packed or labels, broadcastable) are the same channels."""
-        left, right = torch.broadcast_tensors(labels_of(left), labels_of(right))
+        left, right = broadcast([labels_of(left), labels_of(right)])
         a, b = left.reshape(-1).numpy(), right.reshape(-1).numpy()
         self.join_labels(a, b)
 
@@ -117,7 +114,7 @@ class Record:
 
     def tie(self, left: Tensor, right: Tensor, reason: str) -> None:
         """Joins; where only one side has a label, it is frozen."""
-        left, right = torch.broadcast_tensors(labels_of(left), labels_of(right))
+        left, right = broadcast([labels_of(left), labels_of(right)])
         a, b = left.reshape(-1).numpy(), right.reshape(-1).numpy()
         self.join_labels(a, b)
         alone = np.concatenate([a[b == 0], b[a == 0]])
@@ -149,7 +146,7 @@ class Record:
         return self.order
 
     def axis_labels(self, planes: Sequence[Tensor], axis: int, size: int) -> Labels:
-        """Labels along an axis, in index order (the first of each where they vary); 0 where there are none."""
+        """Labels along an axis in index order, the first of each where they vary; 0 for none."""
         for plane in planes:
             if plane.shape[axis] > 1:
                 first = labels_of(plane).movedim(axis, 0).reshape(size, -1)[:, 0]

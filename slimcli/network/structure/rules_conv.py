@@ -17,7 +17,7 @@ from slimcli.network.structure.rules_pointwise import map_nodes
 from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule
 
 FIXED_INPUT = "it reads a tensor of fixed size (the model's input or computed values)"
-FIXED_WEIGHT = "the kernel is no parameter of its own"
+FIXED_WEIGHT = "it meets a weight whose channels are fixed"
 
 
 def convolution(op: Op) -> Sequence[Planes]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from slimcli.network.structure.nodes import Kind, Node
-from slimcli.network.structure.planes import labels_of, pack
+from slimcli.network.structure.planes import broadcast, entries, labels_of, pack
 from slimcli.network.structure.producing import add_consumer, add_producer, caller, weights_only
 from slimcli.network.structure.record import Consumer, MacTerm
 from slimcli.network.structure.rules_conv import FIXED_INPUT, FIXED_WEIGHT
@@ -33,6 +34,11 @@ def added_product(op: Op) -> Sequence[Planes]:
 
 def _with_bias(op: Op, bias: Tensor, planes: Planes) -> Planes:
     add = op.record.table.add
+    anything = add(Node(Kind.SOURCE, flags=(False,)))
+
+    def shifted(node: int) -> int:
+        return add(Node(Kind.COMBINE, (node, anything), (False, False)))
+
     result: Planes = NO_PLANES
     known = op.planes(bias)
     for plane in planes:
@@ -47,14 +53,7 @@ def _with_bias(op: Op, bias: Tensor, planes: Planes) -> Planes:
         elif any(bias.shape[axis - lead] > 1 for axis in axes if axis >= lead):
             op.freeze_planes([plane], "channels meet a tensor of fixed size")
         else:
-            anything = add(Node(Kind.SOURCE, flags=(False,)))
-            result += (
-                map_nodes(
-                    op.record,
-                    plane,
-                    lambda n: add(Node(Kind.COMBINE, (n, anything), (False, False))),
-                ),
-            )
+            result += (map_nodes(op.record, plane, shifted),)
     alone = [p for p in known if not any(_overlap(p, plane) for plane in planes)]
     op.freeze_planes(alone, FIXED_WEIGHT)
     return result
@@ -138,7 +137,7 @@ def _contract(
         return
     left, right = _one_row(op, arrivals[0]), _one_row(op, readers[0])
     op.record.tie(left, right, FIXED_INPUT)
-    pairs = torch.stack([each.reshape(-1) for each in torch.broadcast_tensors(left, right)])
+    pairs = torch.stack([each.reshape(-1) for each in broadcast([left, right])])
     if is_weight:
         path = caller(op, weight, readers[0])
         absorbs = not path.startswith("tensor:")
@@ -159,10 +158,10 @@ def _one_row(op: Op, plane: Tensor) -> Tensor:
 
 def _meet(op: Op, left: Tensor, right: Tensor) -> None:
     """Two activations are multiplied and summed over channels: one zero side suffices."""
-    wide = [each.contiguous() for each in torch.broadcast_tensors(left, right)]
+    wide = [each.contiguous() for each in broadcast([left, right])]
     add = op.record.table.add
     nodes = combine_nodes(wide, lambda parents: add(Node(Kind.COMBINE, parents, (True, True))))
-    packed = pack(labels_of(wide[0]), nodes).reshape(-1).unique().numpy()
+    packed = entries(pack(labels_of(wide[0]), nodes))
     empty = torch.zeros(0, dtype=torch.int64).numpy()
     none = torch.zeros(2, 0, dtype=torch.int64).numpy()
     op.record.consumers.append(
@@ -194,7 +193,7 @@ def _count(
 ) -> None:
     """``m * k * n`` for each matrix pair; factors are the labels along k and n."""
     batch = 1
-    for size in torch.broadcast_shapes(tuple(left[:-2]), tuple(right[:-2])):
+    for size in np.broadcast_shapes(tuple(left[:-2]), tuple(right[:-2])):
         batch *= size
     rows, inner, columns = left[-2] if len(left) > 1 else 1, left[-1], right[-1]
     axis = op.record.axis_labels
@@ -227,7 +226,7 @@ def _count_attention(op: Op, query: Tensor, key: Tensor, value: Tensor) -> None:
     batch = query.shape[0] * (query.shape[1] if query.dim() > 3 else 1)
     tokens, others = query.shape[-2], key.shape[-2]
     empty = torch.zeros(query.shape[-1], dtype=torch.int64).numpy()
-    columns = op.record.axis_labels([p for p in op.planes(value)], -1, value.shape[-1])
+    columns = op.record.axis_labels(list(op.planes(value)), -1, value.shape[-1])
     path = op.tracer.calls.top()[0]
     op.record.macs.append(MacTerm(path, batch * tokens * others, (empty,)))
     op.record.macs.append(MacTerm(path, batch * tokens * others, (columns,)))

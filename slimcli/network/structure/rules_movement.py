@@ -13,6 +13,7 @@ from torch import Tensor
 
 from slimcli.network.structure import user_line
 from slimcli.network.structure.planes import (
+    entries,
     labels_of,
     move,
     split_blocks,
@@ -61,7 +62,7 @@ def viewed(op: Op) -> Sequence[Planes]:
 def note_line(op: Op, plane: Tensor) -> str:
     """Remembers that these channels pass here, for errors that come up after a cut."""
     line = user_line.current()
-    op.record.lines.append((line, labels_of(plane).reshape(-1).unique().numpy()))
+    op.record.lines.append((line, entries(labels_of(plane))))
     return line
 
 

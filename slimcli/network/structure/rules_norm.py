@@ -8,8 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from slimcli.network.structure.nodes import Kind, Node
-from slimcli.network.structure.planes import active_axes, axis_entries, labels_of, pack
-from slimcli.network.structure.record import Consumer, Labels
+from slimcli.network.structure.planes import (
+    Labels,
+    active_axes,
+    axis_entries,
+    entries,
+    labels_of,
+    pack,
+)
+from slimcli.network.structure.record import Consumer
 from slimcli.network.structure.rules_pointwise import combine_nodes, map_nodes
 from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule, affine_node, flat_tensors
 
@@ -17,7 +24,7 @@ BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
 def channel_rows(op: Op, plane: Tensor, axis: int) -> Tensor:
-    """The packed entry of each index along an axis; what else occurs at that index is joined to it."""
+    """The packed entry of each index along an axis; what else occurs there is joined to it."""
     rows = axis_entries(plane, axis)
     if rows.shape[1] > 1:
         op.record.join(rows[:, :1], rows)
@@ -38,8 +45,7 @@ def batch_norm(op: Op) -> Sequence[Planes]:
         if plane.shape[1] == 1:
             if measured:
                 op.freeze_planes([plane], "a norm measures statistics over channels")
-            else:
-                result += (plane,)
+            result += (plane,)
             continue
         tied = True
         rows = channel_rows(op, plane, 1)
@@ -53,7 +59,8 @@ def batch_norm(op: Op) -> Sequence[Planes]:
 
 def _measures(op: Op) -> bool:
     training = [arg for arg in op.args if isinstance(arg, bool)]
-    return bool(training and training[0]) or op.args[3] is None or "no_stats" in op.func.name()
+    measures = bool(training and training[0])
+    return measures or op.args[3] is None or "no_stats" in str(op.func.name())
 
 
 def _tie_vectors(op: Op, rows: Tensor, vectors: Sequence[Tensor | None]) -> None:
@@ -86,8 +93,7 @@ def _over_axes(op: Op, axes: Sequence[int], reason: str) -> Sequence[Planes]:
     for plane in op.planes(tensor):
         if over & set(active_axes(plane)):
             op.freeze_planes([plane], reason)
-        else:
-            result += (map_nodes(op.record, plane, affine_node(op.record, "")),)
+        result += (map_nodes(op.record, plane, affine_node(op.record, "")),)
     op.freeze(rest, reason)
     return [result]
 
@@ -119,7 +125,8 @@ def across(op: Op, planes: Planes, axes: set[int], reason: str) -> Planes:
 
 def _joined_nodes(op: Op, plane: Tensor, axis: int) -> Tensor:
     add = op.record.table.add
-    pieces = [piece.contiguous() for piece in plane.split(1, axis)]
+    count = plane.shape[axis]
+    pieces = [plane.narrow(axis, each, 1).contiguous() for each in range(count)]
     nodes = combine_nodes(
         pieces, lambda p: p[0] if len(set(p)) == 1 else add(Node(Kind.JOIN, tuple(sorted(set(p)))))
     )
@@ -150,12 +157,11 @@ def reduced(op: Op) -> Sequence[Planes]:
 
 def _consume(op: Op, plane: Tensor) -> None:
     """A sum over channels: zero ones may go; equal ones can't be merged, constants can't either."""
-    flat = plane.reshape(-1)
     op.record.consumers.append(
         Consumer(
             op.record.next_order(),
             "",
-            flat.unique().numpy(),
+            entries(plane),
             _no_labels(),
             _no_pairs(),
             False,
@@ -193,7 +199,7 @@ def _node_of_reduction(op: Op, plane: Tensor) -> Tensor:
 
 def _keeps(op: Op) -> bool:
     first = next(flat_tensors(op.output))
-    return first.dim() == op.args[0].dim()
+    return bool(first.dim() == op.args[0].dim())
 
 
 def _reduced_axes(op: Op) -> set[int]:
@@ -240,19 +246,28 @@ sum mean amax amin max min var std var_mean std_mean linalg_vector_norm norm pro
 count_nonzero nansum median
 """
 
+_BATCH_NORM = """
+native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit
+_native_batch_norm_legit_no_training _batch_norm_with_update _batch_norm_no_update
+"""
+_SOFTMAX = """
+_softmax _log_softmax _safe_softmax softmax log_softmax
+"""
+_ACCUMULATIONS = """
+cumsum cumprod cummax cummin logcumsumexp
+"""
+_SORTINGS = """
+topk sort argsort argmax argmin msort
+"""
+
 RULES: dict[str, Rule] = {
-    **dict.fromkeys("native_batch_norm cudnn_batch_norm miopen_batch_norm".split(), batch_norm),
-    **dict.fromkeys(
-        "_native_batch_norm_legit _native_batch_norm_legit_no_training".split(), batch_norm
-    ),
-    "_batch_norm_with_update": batch_norm,
-    "_batch_norm_no_update": batch_norm,
     "native_layer_norm": layer_norm,
     "_fused_rms_norm": layer_norm,
     "rms_norm": layer_norm,
     "native_group_norm": group_norm,
-    **dict.fromkeys("_softmax _log_softmax _safe_softmax softmax log_softmax".split(), softmax),
+    **dict.fromkeys(_BATCH_NORM.split(), batch_norm),
+    **dict.fromkeys(_SOFTMAX.split(), softmax),
     **dict.fromkeys(_REDUCTIONS.split(), reduced),
-    **dict.fromkeys("cumsum cumprod cummax cummin logcumsumexp".split(), accumulated),
-    **dict.fromkeys("topk sort argsort argmax argmin msort".split(), sorted_along),
+    **dict.fromkeys(_ACCUMULATIONS.split(), accumulated),
+    **dict.fromkeys(_SORTINGS.split(), sorted_along),
 }

@@ -14,6 +14,7 @@ from slimcli.network.structure.planes import (
     LABEL_MASK,
     SHIFT,
     active_axes,
+    broadcast,
     labels_of,
     nodes_of,
     pack,
@@ -57,6 +58,7 @@ def pointwise(op: Op) -> Sequence[Planes]:
 def merged(op: Op, tensors: Sequence[Tensor], dims: int) -> Planes:
     """Merges the planes of all operands, broadcast to ``dims`` axes."""
     operands: list[tuple[int, Tensor]] = []
+    more: list[tuple[int, Tensor]]
     for index, tensor in enumerate(tensors):
         for plane in op.planes(tensor):
             operands.append((index, _lead(plane, dims)))
@@ -64,14 +66,14 @@ def merged(op: Op, tensors: Sequence[Tensor], dims: int) -> Planes:
     while operands:
         group = [operands.pop(0)]
         axes = set(active_axes(group[0][1]))
-        overlapping = True
-        while overlapping:
-            overlapping = [o for o in operands if axes & set(active_axes(o[1]))]
-            group += overlapping
-            operands = [o for o in operands if all(o is not each for each in overlapping)]
-            axes |= {axis for each in overlapping for axis in active_axes(each[1])}
-        plane = _merge_group(op, tensors, group, axes)
-        result += (plane,) if plane is not None else NO_PLANES
+        more = group
+        while more:
+            more = [each for each in operands if axes & set(active_axes(each[1]))]
+            group += more
+            operands = [each for each in operands if not axes & set(active_axes(each[1]))]
+            axes |= {axis for each in more for axis in active_axes(each[1])}
+        joined = _merge_group(op, tensors, group, axes)
+        result += (joined,) if joined is not None else NO_PLANES
     return result
 
 
@@ -101,7 +103,7 @@ def _merge_group(
             planes[0],
             lambda n: add(Node(Kind.MAP, (n,), keeps_zero=map_node.keeps_zero)),
         )
-    wide = [plane.contiguous() for plane in torch.broadcast_tensors(*planes)]
+    wide = [plane.contiguous() for plane in broadcast(planes)]
     for other in wide[1:]:
         op.record.tie(wide[0], other, "channels meet fixed values")
     nodes = _combined(op, tensors, [index for index, _ in group], wide)
@@ -212,17 +214,16 @@ def halves(op: Op) -> Sequence[Planes]:
         add_split(op, plane, axis, half, note_line(op, plane))
         value, gate = plane.narrow(axis, 0, half), plane.narrow(axis, half, half)
         op.record.join(value, gate)
-        add = op.record.table.add
         nodes = combine_nodes(
             [value.contiguous(), gate.contiguous()],
-            lambda parents: add(Node(Kind.COMBINE, parents, (True, False))),
+            lambda parents: op.record.table.add(Node(Kind.COMBINE, parents, (True, False))),
         )
         result += (pack(labels_of(value), nodes),)
     return [result]
 
 
 def concatenated(op: Op) -> Sequence[Planes]:
-    """``cat`` and ``stack``: along an axis with channels executed; along another one, all must agree."""
+    """``cat`` and ``stack``: executed along channels; pieces beside each other are tied."""
     tensors = [tensor for tensor in op.args[0] if tensor.numel()]
     dims = op.output.dim()
     axis = op.arg(1, "dim", 0) % dims
@@ -247,7 +248,7 @@ def concatenated(op: Op) -> Sequence[Planes]:
 
 def _laid_along(planes: list[Tensor | None], sizes: list[int], axis: int) -> Tensor:
     known = [plane for plane in planes if plane is not None]
-    shape = list(torch.broadcast_shapes(*[p.narrow(axis, 0, 1).shape for p in known]))
+    shape = list(np.broadcast_shapes(*(tuple(p.narrow(axis, 0, 1).shape) for p in known)))
     parts = []
     for plane, size in zip(planes, sizes, strict=True):
         shape[axis] = size
@@ -296,11 +297,13 @@ def _beside(record: Record, planes: list[Tensor]) -> Tensor:
 
 _POINTWISE = """
 hardswish _prelu_kernel prelu gelu silu mish selu celu elu where masked_fill lerp addcmul addcdiv
-hardtanh leaky_relu rrelu rrelu_with_noise softplus softshrink hardshrink threshold clamp clip clamp_min
-clamp_max bernoulli fmod remainder maximum minimum nan_to_num logit polar complex real imag fill_diagonal
-_fake_quantize_learnable_per_tensor_affine fake_quantize_per_tensor_affine isnan isinf log_sigmoid_forward
+hardtanh leaky_relu rrelu rrelu_with_noise softplus softshrink hardshrink threshold clamp clip
+clamp_min clamp_max bernoulli fmod remainder maximum minimum nan_to_num logit polar complex real
+imag isnan isinf log_sigmoid_forward fake_quantize_per_tensor_affine
 """
-
+_FILLED = """
+fill zero normal uniform random exponential
+"""
 _LIKE = """
 empty_like zeros_like ones_like full_like rand_like randn_like new_empty new_zeros new_ones new_full
 new_empty_strided
@@ -311,7 +314,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_POINTWISE.split(), pointwise),
     "copy": copied,
     **dict.fromkeys(_LIKE.split(), like),
-    **dict.fromkeys("fill zero normal uniform random exponential".split(), filled),
+    **dict.fromkeys(_FILLED.split(), filled),
     "native_dropout": masked,
     "glu": halves,
     "cat": concatenated,

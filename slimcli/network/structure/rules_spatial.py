@@ -41,7 +41,8 @@ def padded(op: Op) -> Sequence[Planes]:
     value = op.arg(2, "value", 0) or 0
     result: Planes = NO_PLANES
     for plane in op.planes(tensor):
-        spec, along = [], False
+        spec: list[int] = []
+        along = False
         for place in range(len(pads) // 2):
             axis = tensor.dim() - 1 - place
             here = plane.shape[axis] > 1
@@ -84,14 +85,14 @@ def _names(text: str, rule: Any) -> dict[str, Rule]:
 
 
 _PASSING = """
-max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices max_pool1d_with_indices
-adaptive_avg_pool1d adaptive_max_pool1d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool2d
-adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d mkldnn_max_pool2d fractional_max_pool2d
-upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
-_upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d
-upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa
-reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
-replication_pad3d
+max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices
+max_pool3d_with_indices adaptive_avg_pool1d adaptive_max_pool1d _adaptive_avg_pool2d
+_adaptive_avg_pool3d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d
+adaptive_max_pool3d mkldnn_max_pool2d fractional_max_pool2d upsample_nearest1d upsample_nearest2d
+upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
+upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d
+_upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad1d reflection_pad2d reflection_pad3d
+replication_pad1d replication_pad2d replication_pad3d
 """
 
 RULES: dict[str, Rule] = {

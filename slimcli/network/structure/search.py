@@ -10,13 +10,14 @@ from torch import nn
 from slimcli.network.example import Example
 from slimcli.network.structure.assemble import assemble
 from slimcli.network.structure.groups import Choice, Grouping, build, first_choices
-from slimcli.network.structure.record import Labels, Record
+from slimcli.network.structure.planes import Labels
+from slimcli.network.structure.record import Record
 from slimcli.network.structure.structure import Group, Structure
 from slimcli.network.structure.traced import Traced
 from slimcli.network.structure.trial import Failure, Trial
 
 MAX_ROUNDS = 60
-"""Each round freezes something or changes a choice; a network with more fixed lines is refused whole."""
+"""Each round freezes something or changes a choice; after so many all is refused."""
 
 
 @dataclass
@@ -117,27 +118,67 @@ def _learn(
     search: Search, structure: Structure, grouping: Grouping, trial: Trial, failure: Failure
 ) -> None:
     """Draws the consequence from a failed trial of all groups."""
-    numbers = {group.name: number for number, group in enumerate(structure.groups)}
-    suspects = _at_line(search.record, structure, grouping, failure.line) if failure.line else []
-    if suspects:
-        for group in suspects:
-            labels = np.flatnonzero(grouping.group_of == numbers[group.name])
-            search.blame(labels, failure, failure.line)
+    pool = Pool(search.record, structure, grouping)
+    at_line = pool.at_lines({failure.line}) if failure.line else []
+    for group in at_line:
+        search.blame(pool.labels(group), failure, failure.line)
+    if at_line:
         return
-    groups = [group for group in structure.groups if group.is_prunable]
-    for group, reason in trial.find_bad(groups, failure):
-        labels = np.flatnonzero(grouping.group_of == numbers[group.name])
-        search.blame(labels, reason, "")
+    bad = _near_module(pool, trial, failure.module) if failure.module else []
+    for group, reason in bad or trial.find_bad(pool.groups, failure):
+        search.blame(pool.labels(group), reason, "")
 
 
-def _at_line(record: Record, structure: Structure, grouping: Grouping, line: str) -> list[Group]:
-    """Prunable groups whose channels pass a reshape or split in this line."""
-    found = set()
-    for where, labels in record.lines:
-        if where == line:
-            found |= set(np.unique(grouping.group_of[labels]).tolist())
-    return [
-        group
-        for number, group in enumerate(structure.groups)
-        if number in found and group.is_prunable
-    ]
+@dataclass
+class Pool:
+    """The prunable groups of a structure, found by what they touch."""
+
+    record: Record
+    structure: Structure
+    grouping: Grouping
+
+    @property
+    def groups(self) -> list[Group]:
+        """All of them."""
+        return [group for group in self.structure.groups if group.is_prunable]
+
+    def labels(self, group: Group) -> Labels:
+        """All labels of a group."""
+        names = [each.name for each in self.structure.groups]
+        return np.flatnonzero(self.grouping.group_of == names.index(group.name))
+
+    def at_lines(self, lines: set[str]) -> list[Group]:
+        """Groups whose channels pass a reshape or split in one of these lines."""
+        found: set[int] = set()
+        for where, labels in self.record.lines:
+            if where in lines:
+                found |= set(np.unique(self.grouping.group_of[labels]).tolist())
+        numbered = enumerate(self.structure.groups)
+        return [group for number, group in numbered if number in found and group.is_prunable]
+
+    def split_lines(self, group: Group) -> set[str]:
+        """Lines that divide this group's channels."""
+        wanted = np.zeros(self.record.sources.count, dtype=bool)
+        wanted[self.labels(group)] = True
+        return {s.line for s in self.record.splits if wanted[s.offset_pairs[0]].any()}
+
+
+def _near_module(pool: Pool, trial: Trial, path: str) -> list[tuple[Group, Failure]]:
+    """Groups that touch the module where it raised, and fail alone, too.
+
+    With them go all that are divided in the same lines of code: one fixed number breaks every block
+    of a kind. Each is tried alone, so that none is frozen for another's sake.
+    """
+    near = [g for g in pool.groups if any(s.tensor.startswith(f"{path}.") for s in g.slots)]
+    lines = {line for group in near for line in pool.split_lines(group)}
+    names = {group.name for group in near}
+    others = [group for group in pool.at_lines(lines) if group.name not in names]
+    found = []
+    for groups in (near, others):
+        for group in groups:
+            failure = trial.attempt([group])
+            if failure is not None:
+                found.append((group, failure))
+        if not found:
+            break
+    return found

@@ -47,7 +47,7 @@ class Sources:
         self._storages: set[int] = set()
         self._names: dict[str, set[str]] = {}
         kernels = _kernels(model)
-        named = [*model.named_parameters(remove_duplicate=False)]
+        named: list[tuple[str, Tensor]] = [*model.named_parameters(remove_duplicate=False)]
         named += [*model.named_buffers(remove_duplicate=False)]
         for name, tensor in named:
             self._register(name, tensor, 2 if id(tensor) in kernels else tensor.dim())
@@ -137,4 +137,4 @@ def _kernels(model: nn.Module) -> set[int]:
 
 def _memory_key(tensor: Tensor) -> tuple[int, int, tuple[int, ...]]:
     pointer = tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
-    return pointer, tensor.storage_offset(), tuple(tensor.shape)
+    return pointer, int(tensor.storage_offset()), tuple(tensor.shape)

@@ -18,9 +18,9 @@ class Site:
     """Where a channel is made zero.
 
     Attributes:
-        conv: Path of the producing module (conv, transposed conv, linear layer, embedding); empty if
-            the weight is used without calling a module.
-        norm: Path of the norm that alone reads all its output, or None: then the place is behind the conv.
+        conv: Path of the producing module (conv, transposed conv, linear layer, embedding); empty
+            if the weight is used without calling a module.
+        norm: Path of the norm that alone reads all its output; None: the place is behind the conv.
     """
 
     conv: str
@@ -62,14 +62,15 @@ class Group:
         name: Path of the norm or conv of the first site.
         size: Channels.
         producers: Output dimensions of the weights and biases that make the values.
-        followers: Everything on the way: norms, depthwise convs, scales, the gate side of a product.
+        followers: All on the way: norms, depthwise convs, scales, the gate side of a product.
         consumers: Input dimensions that read the values.
         sites: Where a channel is made zero; in a sum everywhere, in a product on one side.
         frozen_reason: Why it can't be cut; empty if it can.
         exact_zero: Removing a channel that is zero at every site changes nothing.
-        exact_duplicate: Merging channels that are equal in every producer and follower changes nothing.
+        exact_duplicate: Merging channels equal in every producer and follower changes nothing.
         duplicate_reason: Why not.
-        constants: (path, slot) of consumers that a zero channel reaches as a constant; their bias takes it up.
+        constants: (path, slot) of consumers that a zero channel reaches as a constant; their bias
+            takes it up.
         is_linear: One producer and one consumer, both dense.
         is_placeable: Every site is a module, so that something can be put behind it.
     """
@@ -203,13 +204,13 @@ class Structure:
         Raises:
             RecipeError: A name matches nothing, can't be cut, or names only a part of a group.
         """
-        from slimcli.network.structure.select import select_groups
+        from slimcli.network.structure.strategies import select_groups
 
         return select_groups(self, strategy, names)
 
 
 def zero_channels(model: nn.Module, group: Group, channels: Sequence[int]) -> None:
-    """Makes channels of a group zero at its sites, in place: as if a compactor row there were zero."""
+    """Makes channels of a group zero at its sites, in place: like a compactor row of zeros."""
     with torch.no_grad():
         for site in group.sites:
             norm = model.get_submodule(site.norm) if site.norm else None
@@ -251,7 +252,7 @@ def _kept(slot: Slot, channels: Sequence[int]) -> SlotCut:
 
 
 def _summed(slot: Slot, clusters: Sequence[Sequence[int]]) -> SlotCut:
-    """Entries outside the group stay; entry ``k`` of a first channel sums entry ``k`` of its cluster."""
+    """Entries outside the group stay; entry k of a first channel sums entry k of its cluster."""
     sources: dict[int, tuple[int, ...]] = {}
     for cluster in clusters:
         columns = zip(*(slot.indices[channel] for channel in cluster), strict=True)

@@ -1,14 +1,15 @@
 """Runs a model once and follows every channel through it.
 
-A ``TorchDispatchMode`` sees each ATen operation with its real tensors. Labels travel beside the tensors
-(``planes.py``); what an operation does to them is looked up in a table of rules, one file a family.
+A ``TorchDispatchMode`` sees each ATen operation with its real tensors. Labels travel beside the
+tensors (``planes.py``); what an operation does to them is looked up in a table of rules, one file a
+family.
 An operation without a rule freezes the channels it touches.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +33,7 @@ class Op:
     """One call of an ATen operator, for a rule.
 
     Attributes:
-        name: Base name without overload and without a trailing underscore (``add`` for ``add_.Tensor``).
+        name: Base name, no overload, no trailing underscore (``add`` for ``add_.Tensor``).
         output: What the call returned.
     """
 
@@ -90,7 +91,7 @@ class Calls:
     """
 
     stack: list[tuple[str, nn.Module]] = field(default_factory=list)
-    outputs: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    outputs: MutableMapping[Tensor, tuple[str, int]] = field(default_factory=WeakIdKeyDictionary)
     uses: dict[int, int] = field(default_factory=dict)
     norms: dict[int, str] = field(default_factory=dict)
     keys: dict[int, str] = field(default_factory=dict)
@@ -132,7 +133,7 @@ class Calls:
         }
 
 
-class Tracer(TorchDispatchMode):
+class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows labels through everything that runs inside its ``with`` block.
 
     Args:
@@ -142,17 +143,17 @@ class Tracer(TorchDispatchMode):
     """
 
     def __init__(self, record: Record, calls: Calls, rules: dict[str, Rule]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.record = record
         self.calls = calls
         self._rules = rules
-        self._planes = WeakIdKeyDictionary()
+        self._planes: MutableMapping[Tensor, Planes] = WeakIdKeyDictionary()
         self._aliases: dict[int, list[weakref.ref[Tensor]]] = {}
         self.backups: dict[str, tuple[Tensor, Tensor]] = {}
 
     def planes_of(self, tensor: Tensor) -> Planes:
         """The planes of a tensor; those of a parameter or buffer are made when first asked for."""
-        known: Planes | None = self._planes.get(tensor)
+        known = self._planes.get(tensor)
         if known is None:
             source = self.record.sources.find(tensor)
             known = source_planes(source, self.record.table) if source else NO_PLANES
@@ -172,7 +173,7 @@ class Tracer(TorchDispatchMode):
         inputs = list(flat_tensors((args, kwargs)))
         for tensor in inputs:
             self.calls.used(tensor)
-        labelled = any([self.planes_of(tensor) for tensor in inputs])
+        labelled = [tensor for tensor in inputs if self.planes_of(tensor)]
         if in_place and inputs:
             self._back_up(inputs[0])
         output = func(*args, **kwargs)
@@ -217,10 +218,11 @@ class Tracer(TorchDispatchMode):
                 continue
             storage = result.untyped_storage().data_ptr()
             for tensor in inputs:
-                if tensor.layout == torch.strided and tensor is not result:
-                    if tensor.untyped_storage().data_ptr() == storage and storage:
-                        known = self._aliases.setdefault(storage, [])
-                        known += [weakref.ref(tensor), weakref.ref(result)]
+                if tensor is result or tensor.layout != torch.strided or not storage:
+                    continue
+                if tensor.untyped_storage().data_ptr() == storage:
+                    known = self._aliases.setdefault(storage, [])
+                    known += [weakref.ref(tensor), weakref.ref(result)]
 
     def _living_aliases(self, tensor: Tensor) -> list[Tensor]:
         storage = tensor.untyped_storage().data_ptr()

@@ -1,8 +1,8 @@
 """The trial cut: zero channels, cut them, run; what raises or differs is frozen.
 
 Labels can't see constants in the user's Python (``view(-1, 9216)``, ``num_heads``). Every group is
-therefore cut once before anything is trained, all together, on a copy in float64 whose norms and scales are
-made unequal so that nothing is right by accident.
+therefore cut once before anything is trained, all together, on a copy in float64 whose norms and
+scales are made unequal so that nothing is right by accident.
 """
 
 from __future__ import annotations
@@ -33,14 +33,35 @@ LIMITS = {torch.float64: 1e-8, torch.float32: 1e-3}
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a trial cut failed: what, and the user's line if there is one."""
+    """Why a trial cut failed.
+
+    Attributes:
+        what: The error or the difference.
+        line: The user's line, if it raised.
+        module: Path of the module that was entered last, if it raised.
+    """
 
     what: str
     line: str = ""
+    module: str = ""
 
     def __str__(self) -> str:
         """For a frozen reason."""
         return f"a trial cut failed: {self.what}" + (f" at {self.line}" if self.line else "")
+
+
+class _Entry:
+    """A forward pre-hook that notes its module's path; copies note it in the same place."""
+
+    def __init__(self, entered: list[str], path: str) -> None:
+        self._entered = entered
+        self._path = path
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        self._entered[0] = self._path
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Entry:
+        return self
 
 
 class Trial:
@@ -58,9 +79,11 @@ class Trial:
         self._trains = trains
         self._example = example
         self._dtype = torch.float32
+        self._entered = [""]
         reference = copy.deepcopy(model).eval()
         for parameter in reference.parameters():
             parameter.grad = None
+        self._watch(reference)
         self._reference = reference
         for dtype in (torch.float64, torch.float32):
             self._dtype = dtype
@@ -75,6 +98,12 @@ class Trial:
             except Exception as error:  # the user's code fixes a dtype: try again in float32
                 if dtype == torch.float32:
                     raise error
+
+    def _watch(self, model: nn.Module) -> None:
+        """Remembers which module was entered last; copies of the model keep doing so."""
+        for path, module in model.named_modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                module.register_forward_pre_hook(_Entry(self._entered, path), prepend=True)
 
     def run(self, model: nn.Module) -> list[Tensor]:
         """The model's output tensors, same random numbers every time."""
@@ -102,7 +131,8 @@ class Trial:
             return Failure(error.problems[0].what)
         except Exception as error:  # the user's code on other sizes: anything can come
             first = str(error).splitlines()[0] if str(error) else ""
-            return Failure(f"{type(error).__name__}: {first}", user_line.of_error(error))
+            what = f"{type(error).__name__}: {first}"
+            return Failure(what, user_line.of_error(error), self._entered[0])
         return self._compare(zeroed, cut)
 
     def _compare(self, zeroed: Sequence[Tensor], cut: Sequence[Tensor]) -> Failure | None:
@@ -171,7 +201,7 @@ def unequal(model: nn.Module, random: torch.Generator) -> None:
     with torch.no_grad():
         for module in model.modules():
             statistics = hasattr(module, "running_mean") and hasattr(module, "running_var")
-            named = [*module.named_parameters(recurse=False)]
+            named: list[tuple[str, Tensor]] = [*module.named_parameters(recurse=False)]
             named += [*module.named_buffers(recurse=False)] if statistics else []
             for name, tensor in named:
                 if _is_uniform(tensor) or (statistics and tensor.is_floating_point()):

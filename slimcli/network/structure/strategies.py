@@ -52,7 +52,7 @@ def _named(structure: Structure, names: Sequence[str]) -> list[Group]:
 
 
 def _known_names(structure: Structure) -> dict[str, list[Group]]:
-    """Every module path that belongs to a group, with its groups (prunable ones if there are any)."""
+    """Every module path that belongs to a group, with its groups, prunable ones if there are."""
     known: dict[str, list[Group]] = {}
     for group in structure.groups:
         tensors = {slot.tensor for slot in (*group.producers, *group.followers)}
