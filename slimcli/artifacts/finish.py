@@ -31,6 +31,7 @@ class FinishRequest:
         compressor: Its algorithm.
         fresh_model: ``() -> nn.Module``: the user's own model, to describe the result against.
         example: A small batch, on the model's device.
+        samples: Samples in that batch.
         predict: ``(model, batch) -> prediction`` for the batches.
         batches: Validation batches to compare on, on the model's device.
         evaluate: ``(model) -> metrics`` over the whole validation set.
@@ -45,6 +46,7 @@ class FinishRequest:
     compressor: Compressor
     fresh_model: Callable[[], nn.Module]
     example: Example
+    samples: int
     predict: Callable[[Any, Any], Any]
     batches: Sequence[Any]
     evaluate: Callable[[Any], dict[str, float]]
@@ -90,7 +92,7 @@ def finish_run(request: FinishRequest, finished: Finished | None = None) -> Fini
         RunError: An artifact can't be made or written.
     """
     plain = request.compressor.deploy(request.model)
-    macs = count.count_macs(plain, request.example).total
+    macs = count.count_macs(plain, request.example, request.samples).total
     finished = finished or Finished(plain, 0, 0)
     finished.plain, finished.macs, finished.params = plain, macs, count.count_params(plain)
     finished.metrics["trained"] = request.evaluate(request.model)

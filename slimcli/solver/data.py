@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import itertools
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data import default_collate as torch_collate
 
 from slimcli.errors import SlimError
+from slimcli.network.count import samples_in
 from slimcli.recipe.binding import hook_failed
 from slimcli.solver.interrupts import StopRequested
 from slimcli.solver.randomness import derive, epoch_order, seed_all
@@ -215,24 +215,14 @@ def guarded(iterator: Iterator[Any]) -> Iterator[Any]:
 
 
 def batch_size_of(data: Any) -> int:
-    """Samples in a batch nobody counted: the first dimension of the first tensor found in it.
+    """Samples in a batch nobody counted; 1 where nothing in it says how many.
 
     >>> batch_size_of({"image": torch.zeros(4, 3), "label": torch.zeros(4)})
     4
     """
-    found = _first_size(data)
-    return 1 if found is None else found
-
-
-def _first_size(data: Any) -> int | None:
-    if isinstance(data, Tensor):
-        return int(data.shape[0]) if data.dim() else None
-    parts: list[Any] = []
-    if isinstance(data, Mapping):
-        parts = list(data.values())
-    elif isinstance(data, list | tuple):
-        parts = list(data)
-    elif is_dataclass(data) and not isinstance(data, type):
-        parts = [getattr(data, each.name) for each in fields(data)]
-    sizes = (_first_size(part) for part in parts)
-    return next((size for size in sizes if size is not None), None)
+    if is_dataclass(data) and not isinstance(data, type):
+        data = {each.name: getattr(data, each.name) for each in fields(data)}
+    try:
+        return samples_in(data)
+    except ValueError:
+        return 1

@@ -12,6 +12,7 @@ from slimcli.artifacts import checkpoint, deploy, run_folder
 from slimcli.artifacts.finish import Finished, FinishRequest, finish_run
 from slimcli.compressor import Compressor
 from slimcli.errors import GoalError, Problem, RecipeError, SlimError, VerificationError
+from slimcli.solver.data import batch_size_of
 from slimcli.solver.devices import determinism
 from slimcli.solver.evaluation import Evaluator, first_batches
 from slimcli.solver.forecast import refuse_later_stages
@@ -162,6 +163,7 @@ def _finish(current: Run, stage: Stage, compressor: Compressor, model: nn.Module
         compressor=compressor,
         fresh_model=lambda: fresh_model(job.hooks, current.seed),
         example=stage.example,
+        samples=batch_size_of(stage.example.batch),
         predict=job.hooks.predict_function,
         batches=[
             evaluator.move(batch.data)
