@@ -19,6 +19,9 @@ Clusters = tuple[tuple[int, ...], ...]
 RESTARTS = 10
 """Starts of k-means; the tightest result counts."""
 
+FEW_RESTARTS = 2
+"""Starts for more than 512 channels, where one takes seconds."""
+
 
 def cluster(features: NDArray[np.float64], count: int, method: str, seed: int) -> Clusters:
     """Splits the channels into exactly ``count`` clusters, none of them empty.
@@ -57,10 +60,11 @@ def _k_means(features: NDArray[np.float64], count: int, seed: int) -> NDArray[np
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 
+    restarts = RESTARTS if len(features) <= 512 else FEW_RESTARTS
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct filters than clusters
         labels: NDArray[np.int64] = KMeans(
-            n_clusters=count, n_init=RESTARTS, random_state=seed
+            n_clusters=count, n_init=restarts, random_state=seed
         ).fit_predict(compact(features))
     return labels
 
