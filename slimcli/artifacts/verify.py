@@ -9,17 +9,24 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from slimcli.artifacts import nested
+from slimcli.artifacts.data_dependent import Watch
+from slimcli.artifacts.leaf import RELATIVE_LIMIT, Worst, as_tensor, compare_leaf
 from slimcli.network.example import Example
 
-RELATIVE_LIMIT = 1e-4
 Run = Callable[[Any], Any]
+
+__all__ = [
+    "RELATIVE_LIMIT", "Difference", "Run", "Runner", "Seam", "as_tensor", "compare",
+    "compare_values", "evaluating", "exact_arithmetic", "first_difference", "locate", "record",
+    "runner",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,29 +75,6 @@ class Seam:
         place = f" at output {self.where}" if self.where else ""
         text = f"{self.source} -> {self.target}: {self.max_abs:.1e} (limit {self.limit:.1e}){place}"
         return "; ".join([text, *self.notes])
-
-
-@dataclass
-class _Worst:
-    """The running maximum over outputs and batches."""
-
-    ratio: float = -1.0
-    max_abs: float = 0.0
-    max_rel: float = 0.0
-    limit: float = RELATIVE_LIMIT
-    where: str = ""
-    notes: dict[str, None] = field(default_factory=dict)
-
-    def take(self, where: str, difference: float, magnitude: float, limit: float) -> None:
-        ratio = difference / limit if limit > 0 else (math.inf if difference > 0 else 0.0)
-        if ratio > self.ratio:
-            self.ratio, self.where, self.limit = ratio, where, limit
-            self.max_abs = difference
-            self.max_rel = difference / magnitude if magnitude > 0 else difference
-
-    def differ(self, where: str, note: str) -> None:
-        self.take(where, math.inf, 1.0, RELATIVE_LIMIT)
-        self.notes[f"{where or 'output'}: {note}"] = None
 
 
 @contextlib.contextmanager
@@ -158,7 +142,8 @@ def compare(
     An output is right if ``max_abs <= limit * max(1, max|y|)``. Integers, booleans and texts must
     be equal. NaN equals NaN, and an infinity equals itself, only at the same place. A quantized
     file is compared with its module by ``noise.compare_quantized`` instead, because rounding makes
-    such a network differ from itself.
+    such a network differ from itself. Outputs whose shape depends on data (NMS) are compared at
+    the inputs of the op that made them so, and the notes say it.
 
     Args:
         reference: batch -> prediction, any nesting of tensors.
@@ -175,10 +160,10 @@ def compare(
 
         model, predict = reference.model, reference.predict
         return noise.compare_quantized(model, candidate, predict, batches, names=names)
-    worst, count = _Worst(), 0
+    worst, count = Worst(), 0
     with exact_arithmetic():
         for batch in batches:
-            _compare_values(reference(batch), candidate(batch), limit, worst)
+            _compare_batch(reference, candidate, batch, limit, worst)
             count += 1
     if worst.ratio < 0:
         worst.differ("", "nothing was compared" if count else "there was no batch to compare on")
@@ -201,66 +186,46 @@ def compare_values(reference: Any, candidate: Any, limit: float = RELATIVE_LIMIT
     return compare(lambda _: reference, lambda _: candidate, [None], limit=limit)
 
 
-def _compare_values(reference: Any, candidate: Any, limit: float, worst: _Worst) -> None:
-    ours, theirs = dict(nested.leaves(reference)), dict(nested.leaves(candidate))
+def _compare_batch(reference: Run, candidate: Run, batch: Any, limit: float, worst: Worst) -> None:
+    """Compares outputs; those whose shape depends on data where their shape was last known."""
+    with Watch() as seen:
+        ours = dict(nested.leaves(reference(batch)))
+    if not seen.operators:
+        _compare_values(ours, dict(nested.leaves(candidate(batch))), limit, worst)
+        return
+    with Watch() as also_seen:
+        theirs = dict(nested.leaves(candidate(batch)))
+    dynamic = {where for where, leaf in ours.items() if seen.is_behind([leaf])}
+    if seen.operators == also_seen.operators:
+        names = [f"input {number} of a data-dependent op" for number in range(len(seen.inputs))]
+        inputs = dict(zip(names, seen.inputs, strict=True))
+        _compare_values(inputs, dict(zip(names, also_seen.inputs, strict=True)), limit, worst)
+    else:  # a file does not show its inside: outputs of one shape can still be compared
+        dynamic = {where for where in dynamic if _shape(ours[where]) != _shape(theirs.get(where))}
+    if dynamic:
+        said = f"not compared, their shape depends on data: {', '.join(sorted(dynamic))}"
+        worst.notes[f"{said} (after {seen.operators[0]})"] = None
+    ours, theirs = (
+        {where: leaf for where, leaf in leaves.items() if where not in dynamic}
+        for leaves in (ours, theirs)
+    )
+    _compare_values(ours, theirs, limit, worst)
+
+
+def _shape(value: Any) -> Any:
+    return getattr(value, "shape", None)
+
+
+def _compare_values(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], limit: float, worst: Worst
+) -> None:
     for where in [*ours, *(path for path in theirs if path not in ours)]:
         if where not in theirs:
             worst.differ(where, "is missing in the candidate")
         elif where not in ours:
             worst.differ(where, "is only in the candidate")
         else:
-            _compare_leaf(where, ours[where], theirs[where], limit, worst)
-
-
-def _compare_leaf(where: str, ours: Any, theirs: Any, limit: float, worst: _Worst) -> None:
-    left, right = as_tensor(ours), as_tensor(theirs)
-    if left is None or right is None:
-        if ours is not theirs and ours != theirs:
-            worst.differ(where, f"expected {ours!r:.60}, received {theirs!r:.60}")
-    elif left.shape != right.shape:
-        worst.differ(where, f"shape {tuple(left.shape)} became {tuple(right.shape)}")
-    elif not (left.is_floating_point() or left.is_complex()):
-        unequal = int((left != right).sum())
-        if unequal:
-            worst.differ(where, f"{unequal} of {left.numel()} integers differ")
-        else:
-            worst.take(where, 0.0, 1.0, limit)
-    else:
-        _compare_floats(where, left, right, limit, worst)
-
-
-def _compare_floats(
-    where: str, left: torch.Tensor, right: torch.Tensor, limit: float, worst: _Worst
-) -> None:
-    """Compares floating point tensors of one shape, in float64."""
-    wide = torch.complex128 if left.is_complex() or right.is_complex() else torch.float64
-    left, right = left.to(wide), right.to(wide)
-    same = (left == right) | (left.isnan() & right.isnan())
-    finite = left.isfinite() & right.isfinite()
-    broken = int((~finite & ~same).sum())
-    if broken:
-        worst.differ(where, f"{broken} of {left.numel()} values are nan or inf on one side only")
-        return
-    if not bool(left.isfinite().all()):
-        worst.notes[f"{where or 'output'}: the reference itself holds nan or inf"] = None
-    difference = torch.where(finite, left - right, 0).abs()
-    magnitude = torch.where(finite, left, 0).abs()
-    peak = float(magnitude.max()) if left.numel() else 0.0
-    largest = float(difference.max()) if left.numel() else 0.0
-    worst.take(where, largest, peak, limit * max(1.0, peak))
-
-
-def as_tensor(value: Any) -> torch.Tensor | None:
-    """The leaf as a dense CPU tensor; None if it holds no numbers."""
-    if isinstance(value, torch.Tensor):
-        dense = value.detach().to_dense() if value.layout != torch.strided else value.detach()
-        return dense.cpu()
-    if nested.is_tensor(value) or isinstance(value, bool | int | float):
-        try:
-            return torch.as_tensor(value)
-        except (TypeError, RuntimeError):
-            return None
-    return None
+            compare_leaf(where, ours[where], theirs[where], limit, worst)
 
 
 @dataclass(frozen=True)
@@ -278,6 +243,11 @@ class Difference:
     max_abs: float
     limit: float
     last_equal: str = ""
+
+    def __str__(self) -> str:
+        """``layer3.0.relu (3.2e-01 apart, limit 1.0e-04; layer3.0.conv2 still agrees)``."""
+        before = f"; {self.last_equal} still agrees" if self.last_equal else ""
+        return f"{self.module} ({self.max_abs:.1e} apart, limit {self.limit:.1e}{before})"
 
 
 def first_difference(

@@ -185,7 +185,7 @@ def _onnx(run: FinishedRun, path: Path, opset: int, exported: Exported) -> None:
     exported.seams.append(seam.summary())
     if not seam.ok:
         place = verify.first_difference(plain, onnx.OnnxModel(path), run.example)
-        raise _disagrees(path, seam, f"first differing layer: {place.module}" if place else "")
+        raise _disagrees(path, seam, f"first differing layer: {place}" if place else "")
     exported.files[path.name] = report.file_bytes
     exported.metrics["deploy"] = run.evaluate(plain)
     exported.metrics["onnx"] = run.evaluate(onnx.OnnxModel(path))

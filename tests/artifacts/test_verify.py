@@ -160,6 +160,8 @@ def test_the_first_differing_layer_is_named():
     assert found is not None
     assert (found.module, found.last_equal) == ("second", "act")
     assert found.max_abs == pytest.approx(1.0, abs=1e-5)
+    assert str(found).startswith("second (1.0e+00 apart")
+    assert "act still agrees" in str(found)
     assert verify.first_difference(net, copy.deepcopy(net), example) is None
 
 

@@ -1,0 +1,96 @@
+"""Outputs whose shape depends on data are compared where their shape was last known."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from slimcli.artifacts import verify
+from slimcli.artifacts.data_dependent import Watch
+
+
+class Detector(nn.Module):
+    """Scores above a threshold, and a dense map beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone, self.head = nn.Linear(4, 8), nn.Linear(8, 1)
+
+    def forward(self, x):
+        h = torch.relu(self.backbone(x))
+        scores = self.head(h)[:, 0]
+        return {"dense": h, "boxes": h[scores > 0.0] * 2, "picked": h[torch.tensor([0, 1])]}
+
+
+def call(model, batch):
+    return model(batch)
+
+
+def seam(left, right, batch):
+    return verify.compare(verify.runner(left, call), verify.runner(right, call), [batch])
+
+
+def moved(model, amount):
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.head.bias += amount
+    return other
+
+
+def batch_at_the_threshold(model):
+    """A batch in which the score of one sample is 1e-6 above the threshold."""
+    batch = torch.randn(8, 4)
+    with torch.no_grad():
+        scores = model.head(torch.relu(model.backbone(batch)))[:, 0]
+        model.head.bias -= scores.max() - 1e-6
+    return batch
+
+
+def test_a_flip_at_the_threshold_is_no_difference():
+    model = Detector()
+    batch = batch_at_the_threshold(model)
+    other = moved(model, -1e-5)
+    assert model(batch)["boxes"].shape != other(batch)["boxes"].shape
+    found = seam(model, other, batch)
+    assert found.ok, str(found)
+    assert found.max_abs < 1e-4
+    assert "not compared, their shape depends on data: boxes (after aten::" in str(found)
+
+
+def test_a_real_difference_in_front_of_the_mask_is_found():
+    model = Detector()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.backbone.bias += 0.1
+    found = seam(model, other, torch.randn(8, 4))
+    assert not found.ok
+
+
+def test_a_file_without_an_inside_is_compared_by_what_has_one_shape():
+    model = Detector()
+    batch = batch_at_the_threshold(model)
+    fewer = {k: v.detach() for k, v in moved(model, -1e-5)(batch).items()}
+    found = verify.compare(verify.runner(model, call), lambda b: fewer, [batch])
+    assert found.ok
+    assert "boxes" in found.notes[0]
+    fewer["dense"] = fewer["dense"] + 1
+    assert not verify.compare(verify.runner(model, call), lambda b: fewer, [batch]).ok
+
+
+def test_picking_by_number_keeps_the_shape():
+    with Watch() as seen, torch.no_grad():
+        picked = torch.arange(4.0)[torch.tensor([0, 2])]
+    assert (seen.operators, seen.is_behind([picked])) == ([], False)
+
+
+def test_nms_is_known():
+    torchvision = pytest.importorskip("torchvision")
+    boxes = torch.tensor([[0.0, 0, 1, 1], [0, 0, 1, 1.01], [5, 5, 6, 6]])
+    with Watch() as seen:
+        kept = torchvision.ops.nms(boxes, torch.tensor([0.9, 0.8, 0.7]), 0.5)
+        result = boxes[kept]
+    assert seen.operators == ["torchvision::nms"]
+    assert seen.is_behind([result])
+    assert len(seen.inputs) == 2
