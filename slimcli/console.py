@@ -45,6 +45,8 @@ class Settings:
     traceback: bool = False
 
 
+FILE_WIDTH = 200  # columns of a table in a file or a pipe: module paths should not be folded
+
 _settings = Settings()
 
 
@@ -77,6 +79,7 @@ def terminal(stream: TextIO | None = None) -> Console:
         no_color=colorless,
         force_terminal=interactive and not colorless,
         color_system=None if colorless else "auto",
+        width=None if interactive else FILE_WIDTH,
         highlight=False,
         soft_wrap=True,
         markup=False,
@@ -185,6 +188,7 @@ class RunDisplay:
         self._last_line = time.monotonic()
         self._last_tick = 0.0
         self._step_seconds: deque[float] = deque(maxlen=self.WINDOW)
+        self._warnings = 0
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Show one event."""
@@ -197,9 +201,13 @@ class RunDisplay:
             self._step_seconds.clear()  # steps get faster after a cut; the estimate starts anew
             self._last_tick = 0.0
         is_warning = event["event"] == "notice" and event["level"] == "warning"
+        self._warnings += is_warning
         text = line_of(event)
         if text and not self._settings.json and (not self._settings.quiet or is_warning):
             self._line(text)
+        if event["event"] == "run_end" and self._warnings and not self._settings.json:
+            plural = "warning" if self._warnings == 1 else "warnings"
+            self._line(f"{self._warnings} {plural}, see {event['folder']}/log.txt")
 
     def _line(self, text: str) -> None:
         self._last_line = time.monotonic()
