@@ -398,7 +398,9 @@ def test_a_position_embedding_is_no_skip():
         def forward(self, x):
             return self.stem(x) + self.place
 
-    assert list(readers(placed(Embedded()))) == ["stem.input"]
+    placement = placed(Embedded())
+    assert list(readers(placement)) == ["stem.input"]
+    assert placement.notes == ()
 
 
 def test_of_two_convolutions_that_are_added_the_shorter_way_is_the_skip():

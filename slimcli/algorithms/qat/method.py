@@ -2,9 +2,17 @@
 
 Ranges come from a calibration pass before training. Then the network trains through its fake
 quantizers (straight-through gradient inside the range, none outside), with scales frozen, following
-the data, or learned (LSQ, arXiv 1902.08153). Batch norms stay: TensorRT folds them, and folding
+the data, or learned. Batch norms stay: TensorRT folds them, and folding
 them here would move the codes of per-tensor weights. What deploys is a copy whose quantizers show
 an exporter ONNX QuantizeLinear and DequantizeLinear.
+
+Learned scales: "Learned Step Size Quantization", arXiv 1902.08153. Differs from the paper: a scale
+starts from calibration, not from the mean magnitude; the gradient mask is that of the rounded code;
+a scale never falls below a hundredth of where it started, which keeps it positive.
+
+Differs from torchslim: scale is ``amax / 127``, weights use [-127, 127], linear and transposed
+layers are quantized too, a residual sum gets its skip quantized and not its convolution, and ranges
+are calibrated before training instead of starting with the first batch of it.
 """
 
 from __future__ import annotations

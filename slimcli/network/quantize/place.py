@@ -9,8 +9,11 @@ batch norm and its activation, one after a concatenation, and one on the output 
 How a quantizer is put on a tensor without replacing the user's class: a tensor that enters or
 leaves a module is changed by a hook of that module; that keeps every class, name and method and
 needs no symbolic tracing. Only a tensor that one forward function both makes and adds itself
-(``h = relu(...); h = h + conv(h)``) needs that function rewritten (:mod:`.rewrite`). A hook stands
-only where the same tensor passes at every call of the module, so nothing counts calls at run time.
+(``h = relu(...); h = h + conv(h)``) needs that function rewritten (:mod:`.rewrite`); where torch.fx
+cannot follow it, that skip stays float and the plan says so: slower in TensorRT, equally exact. A
+hook stands only where the same tensor passes at every call of the module, so nothing counts calls
+at run time; a layer that is called several times and has no such place gets one range for all.
+What the example batch does not call in eval mode stays float.
 """
 
 from __future__ import annotations
