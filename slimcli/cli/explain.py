@@ -37,7 +37,7 @@ def command(name: str) -> None:
       slim explain recipe               all keys of a recipe; --json: its JSON schema
 
     \b
-    Topics: recipe, hooks, overrides, exit-codes, events, completion
+    Topics: recipe, stages, hooks, overrides, frozen, exit-codes, events, completion
     """
     if name == "recipe" and console.settings().json:
         from slimcli.recipe.json_schema import json_schema

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from slimcli.errors import Problem, RecipeError
 
 TASKS = {"synthetic": "acc", "classification": "acc", "segmentation": "miou", "detection": "iou"}
 """Task -> the metric that chooses the best checkpoint."""
+
+BASE = "finetune"
+"""The algorithm that trains a model before another one compresses it."""
 
 DEMO = {"epoch": 8, "lr": 0.05, "batch_size": 32, "test_batch_size": 64, "log_interval": 20}
 """Keys of the loop for a run of less than a minute on a CPU."""
@@ -39,7 +43,7 @@ def complete_algorithms(
 
 @click.command(name="init")
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("."), metavar="[DIR]")
-@click.option("--algo", default="finetune", shell_complete=complete_algorithms, show_default=True)
+@click.option("--algo", default=BASE, shell_complete=complete_algorithms, show_default=True)
 @click.option("--task", type=click.Choice(list(TASKS)), default="synthetic", show_default=True)
 @click.option("--full", is_flag=True, help="Write every key, with what it means.")
 @click.option("--force", is_flag=True, help="Overwrite recipe.yaml and hooks.py.")
@@ -85,35 +89,64 @@ def _algorithm(name: str) -> AlgorithmInfo:
 
 
 def recipe_text(task_name: str, info: AlgorithmInfo, metric: str, full: bool) -> str:
-    """The recipe: keys worth looking at, or all of them."""
+    """The recipe: a base model is trained, then compressed; keys worth looking at, or all."""
     from slimcli.recipe.dump import dump
-    from slimcli.solver.config import TrainingConfig
 
     demo = {**DEMO, "save_keyword": metric}
-    demo = {key: value for key, value in demo.items() if key not in info.training_defaults}
-    chosen = {**demo, **info.example}
-    fields = {**TrainingConfig.model_fields, **info.config.model_fields}
-    if full:
-        defaults = {name: field.get_default() for name, field in fields.items()}
-        chosen = {**defaults, **info.training_defaults, **chosen}
-    head: dict[str, Any] = {"task_name": task_name, "algorithm": info.name}
+    shared = {key: value for key, value in demo.items() if key not in info.training_defaults}
+    base = {key: value for key, value in demo.items() if key in info.training_defaults}
+    head: dict[str, Any] = {"task_name": task_name}
+    if info.name == BASE:
+        head["algorithm"] = info.name
     head |= {"model": "hooks.py:build_model", "hooks": {each: f"hooks.py:{each}" for each in HOOKS}}
     parts = [
         "# slim run recipe.yaml      less than a minute on two CPU cores, generated data\n",
         f"# {info.name}: {info.summary}\n",
         dump(head),
         "config:\n",
-        *(_key(name, chosen[name], fields[name].description) for name in chosen),
-        dump({"export": {"onnx": True, "trt": False}}),
+        _keys(_loop_keys(info) | shared if full else shared, info, "  "),
     ]
-    return "".join(parts)
+    if info.name != BASE:
+        own = _own_keys(info) | info.example if full else info.example
+        parts += [
+            "stages:\n",
+            f"  # {BASE} makes a model to compress. If build_model returns a trained one, remove it.\n",
+            f"  - name: base\n    algorithm: {BASE}\n",
+            f"    config:\n{_keys(base, info, ' ' * 6)}" if base else "",
+            f"  - name: small\n    algorithm: {info.name}\n",
+            f"    config:\n{_keys(own, info, ' ' * 6)}" if own else "",
+        ]
+    return "".join([*parts, dump({"export": {"onnx": True, "trt": False}})])
 
 
-def _key(name: str, value: Any, description: str | None) -> str:
+def _loop_keys(info: AlgorithmInfo) -> dict[str, Any]:
+    """Every key of the loop that stages can share, with its default."""
+    from slimcli.solver.config import TrainingConfig
+
+    fields = TrainingConfig.model_fields.items()
+    special = info.training_defaults if info.name != BASE else {}
+    return {name: field.get_default() for name, field in fields if name not in special}
+
+
+def _own_keys(info: AlgorithmInfo) -> dict[str, Any]:
+    """Every key of the algorithm, and of the loop where it has its own default."""
+    fields = info.config.model_fields.items()
+    return info.training_defaults | {name: field.get_default() for name, field in fields}
+
+
+def _keys(values: Mapping[str, Any], info: AlgorithmInfo, indent: str) -> str:
+    """The keys, each below what it means."""
+    from slimcli.solver.config import TrainingConfig
+
+    fields = {**TrainingConfig.model_fields, **info.config.model_fields}
+    return "".join(_key(name, values[name], fields[name].description, indent) for name in values)
+
+
+def _key(name: str, value: Any, description: str | None, indent: str) -> str:
     """One key below what it means."""
     from slimcli.recipe.dump import dump
 
     listed = list(value) if isinstance(value, tuple) else value
-    lines = textwrap.wrap(description or "", 94)
-    comment = "".join(f"  # {line}\n" for line in lines)
-    return comment + textwrap.indent(dump({name: listed}), "  ")
+    lines = textwrap.wrap(description or "", 92 - len(indent), break_on_hyphens=False)
+    comment = "".join(f"{indent}# {line}\n" for line in lines)
+    return comment + textwrap.indent(dump({name: listed}), indent)

@@ -15,7 +15,7 @@ from typing import Any
 
 from slimcli.errors import HookError, Problem, RunError
 from slimcli.recipe.find import shown
-from slimcli.recipe.frames import describe, frame_lines, place_of, user_frames
+from slimcli.recipe.frames import describe, frame_lines, is_ours, place_of, user_frames
 from slimcli.recipe.validate import received, suggest
 
 ROLES: dict[str, tuple[str, ...]] = {
@@ -93,7 +93,7 @@ class BoundHook:
         try:
             return self.__wrapped__(*positional, **named, **self.keywords)
         except Exception as error:
-            if type(error).__module__.startswith("slimcli."):
+            if is_ours(error):
                 raise
             raise hook_failed(self.name, error) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sysconfig
 import traceback
 from pathlib import Path
@@ -30,6 +31,16 @@ def user_frames(error: BaseException) -> list[traceback.FrameSummary]:
         return users
     last = max((i for i, each in enumerate(frames) if each.filename.startswith(_OURS)), default=-1)
     return [each for each in frames[last + 1 :] if not each.filename.startswith("<frozen")]
+
+
+def is_ours(error: BaseException) -> bool:
+    """True for an error raised inside slim, whoever called it: no fault of a hook.
+
+    A single frame is slim's call of the hook itself, which did not take the arguments.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    own_class = type(error).__module__.startswith("slimcli.")
+    return own_class or (len(frames) > 1 and frames[-1].filename.startswith(_OURS + os.sep))
 
 
 def frame_lines(frames: list[traceback.FrameSummary]) -> tuple[str, ...]:

@@ -141,6 +141,19 @@ def test_an_exception_of_slim_passes_a_hook_unchanged():
     assert caught.value is error
 
 
+def test_a_bug_of_slim_below_a_hook_is_not_blamed_on_the_hook():
+    from slimcli.recipe.validate import suggest
+
+    with pytest.raises(AttributeError):
+        bind("predict_function", lambda model, data: suggest(model, data))(3, [])
+
+
+def test_a_hook_that_does_not_take_its_arguments_after_all_is_to_blame():
+    hook = functools.wraps(lambda model, data: None)(lambda model: None)
+    with pytest.raises(RunError, match="TypeError"):
+        bind("predict_function", hook)(1, 2)
+
+
 def test_an_import_error_inside_the_users_module_is_told_as_that(folder):
     folder.write("helper.py", "import package_nobody_has\n")
     folder.write("my_hooks.py", "import helper\n" + folder.hooks)

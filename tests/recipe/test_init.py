@@ -24,10 +24,11 @@ def test_what_is_generated_is_a_valid_recipe(folder, task, algorithm, full):
     assert slim("init", "demo", "--algo", algorithm, "--task", task, *options).exit_code == 0
     recipe = load(folder.path / "demo" / "recipe.yaml")
     assert recipe.task_name == "demo"
-    assert recipe.stages[0].algorithm.name == algorithm
+    assert recipe.stages[-1].algorithm.name == algorithm
+    assert recipe.stages[0].algorithm.name == "finetune"
     if full:
         text = (folder.path / "demo" / "recipe.yaml").read_text()
-        assert all(f"\n  {key}:" in text for key in list(recipe.resolved()["config"]))
+        assert all(f"  {key}:" in text for key in list(recipe.stages[-1].keys()))
 
 
 def test_nothing_is_overwritten_without_force(folder):
