@@ -47,8 +47,9 @@ class RunFolder:
 
     @property
     def recipe(self) -> Path:
-        """The complete recipe, runnable again."""
-        return self.path / "recipe.yaml"
+        """The complete recipe in force, runnable again: ``recipe.yaml``, or the newest change."""
+        changed = [each for each in self.path.glob("recipe.*.yaml") if each.stem[7:].isdigit()]
+        return max(changed, key=lambda each: int(each.stem[7:]), default=self.path / "recipe.yaml")
 
     @property
     def summary(self) -> Path:
@@ -131,7 +132,7 @@ def open_run(path: Path) -> RunFolder:
 
 def write_origin(folder: RunFolder, recipe: str, source: str, code: Sequence[Path]) -> None:
     """Recipe, command line and code, so that the folder explains itself."""
-    atomic.write_text(folder.recipe, recipe)
+    atomic.write_text(folder.path / "recipe.yaml", recipe)
     if source:
         atomic.write_text(folder.path / "recipe.source.yaml", source)
     command = f"{shlex.join(sys.argv)}\n# in {Path.cwd()}\n"
@@ -144,6 +145,16 @@ def write_origin(folder: RunFolder, recipe: str, source: str, code: Sequence[Pat
         entries.append({"path": str(file.resolve()), "copy": copied.name, "sha256": digest(file)})
     atomic.write_text(folder.manifest, json.dumps(entries, indent=2) + "\n")
     _write_git(folder, code)
+
+
+def write_changed_recipe(folder: RunFolder, recipe: str) -> Path:
+    """Store a recipe that was changed for a resume beside the ones before it; its path."""
+    number = 2
+    while (folder.path / f"recipe.{number}.yaml").exists():
+        number += 1
+    path = folder.path / f"recipe.{number}.yaml"
+    atomic.write_text(path, recipe)
+    return path
 
 
 def _first_free_file(parent: Path, name: str) -> Path:

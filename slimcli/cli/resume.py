@@ -71,6 +71,9 @@ def command(
         elif not console.settings().json:
             show_result(folder.path, summary.read(folder.summary))
         return
+    if after_changes(before, after):
+        path = run_folder.write_changed_recipe(folder, after.to_yaml(folder.path))
+        console.say(f"the changed recipe is {path}")
     start(after, resume=folder.path, max_steps=max_steps)
 
 

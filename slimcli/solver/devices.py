@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ def make_fabric(training: TrainingConfig) -> Fabric:
         MissingError: A device that this machine does not have.
         RecipeError: Keys that do not go together.
     """
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it greets on stderr
     accelerator, devices = _choose(training)
     if accelerator == "cpu" and training.precision == "16-mixed":
         raise RecipeError(

@@ -7,6 +7,7 @@ contract states. What watches (log, terminal, files) hears events.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -270,6 +271,9 @@ class Trainer:
             may_save=may_save,
         )
         self.averages = Averages()
+        if math.isnan(value):
+            text = f"{keyword} is nan in epoch {self.position.epoch}: it can't be the best model"
+            around.events.emit("notice", text=text, level="warning")
         is_best = may_save and is_better(value, self.best.value, self.training.metric_mode)
         if is_best:
             self.best = Best(value, self.position.epoch, metrics)

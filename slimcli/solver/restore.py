@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from slimcli.errors import Problem, RecipeError
 from slimcli.solver.loop import Trainer
 from slimcli.solver.optimizers import group_options, load_optimizer_state
@@ -36,6 +38,18 @@ def restore(trainer: Trainer, stored: dict[str, Any]) -> None:
     for name, hook in around.hooks.stateful().items():
         hook.load_state_dict(stored["hooks"][name])
     set_rng_state(stored["rng"])
+    for text in differences(stored):
+        around.events.emit("notice", text=text, level="warning")
+
+
+def differences(stored: dict[str, Any]) -> list[str]:
+    """Why the rest of the run may differ in its last bits from one that never stopped."""
+    now = {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
+    return [
+        f"resumed with {name} {value}, stopped with {stored[name]}: the same up to rounding only"
+        for name, value in now.items()
+        if stored[name] != value
+    ]
 
 
 def _reschedule(trainer: Trainer, before: dict[str, Any], options: list[dict[str, Any]]) -> None:

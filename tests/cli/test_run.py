@@ -267,6 +267,10 @@ def test_resume_refuses_what_would_change_the_training(
     assert slim("resume", folder, "epoch=3", "--allow-recipe-change", "-q") == 0
     stored = checkpoint.load(Path(folder) / "checkpoints" / "last.pt")
     assert stored["position"]["epoch"] == 3
+    assert (Path(folder) / "recipe.2.yaml").is_file()
+    capsys.readouterr()
+    assert slim("resume", folder) == 0
+    assert "nothing to resume" in capsys.readouterr().err
     (here / "hooks.py").write_text(project.HOOKS + "\n# changed\n")
     assert slim("resume", folder, "epoch=4", "--allow-recipe-change") == 2
     assert "hook files are not what they were" in capsys.readouterr().err

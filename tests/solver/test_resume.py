@@ -201,6 +201,16 @@ def test_sigterm_has_its_own_exit_code_and_names_the_command(tmp_path: Path) -> 
     assert (summary["status"], summary["exit_code"]) == ("interrupted", 143)
 
 
+def test_another_number_of_threads_is_said(tmp_path: Path) -> None:
+    folder = stopped_and_resumed(toys.job(tmp_path), 7)
+    assert not [each for each in events(folder) if each["event"] == "notice"]
+    path = folder / "checkpoints" / "last.pt"
+    stored = checkpoint.load(path)
+    checkpoint.save(path, {**stored, "threads": 999})
+    run(replace(toys.job(tmp_path), resume=folder))
+    assert "resumed with threads" in (folder / "log.txt").read_text()
+
+
 def test_a_second_signal_stops_without_saving(tmp_path: Path) -> None:
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
