@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from slimcli import console
-from slimcli.errors import Problem, RecipeError, VerificationError
+from slimcli.errors import MissingError, Problem, RecipeError, VerificationError
 
 if TYPE_CHECKING:
     from slimcli.artifacts.verify import Seam
@@ -208,46 +208,36 @@ def _disagrees(path: Path, seam: Seam, place: str) -> VerificationError:
 
 
 def _engine_of_file(path: Path, options: EngineOptions, exported: Exported) -> Path:
-    """Builds the engine beside the ONNX file; its path."""
+    """Builds the engine beside the ONNX file; its path.
+
+    Raises:
+        MissingError: TensorRT or a GPU is missing; the ONNX file stays.
+    """
     from slimcli.artifacts import onnx
     from slimcli.artifacts.onnx.half import to_half
-    from slimcli.artifacts.tensorrt import machine
-    from slimcli.artifacts.tensorrt.builder import BuildSpec
-    from slimcli.artifacts.tensorrt.engine import batch_shapes, build_engine
+    from slimcli.artifacts.tensorrt.engine import engine_of
 
-    trt = _tensorrt(path, options.runtime)
     source = to_half(path, path.with_name("model.fp16.onnx")) if options.fp16 else path
-    spec = BuildSpec(
-        source,
-        batch_shapes(source, options.batch),
-        options.workspace_bytes,
-        timing_cache=options.timing_cache,
-        version_compatible=options.version_compatible,
-        hardware_compatible=options.hardware_compatible,
-        compute_capabilities=options.compute_capabilities,
-    )
-    engine = source.with_suffix(".engine")
-    report = build_engine(trt, spec, engine, machine.gpu())
-    exported.files[engine.name] = report.file_bytes
+    try:
+        report = engine_of(
+            source,
+            source.with_suffix(".engine"),
+            runtime=options.runtime,
+            batches=options.batch,
+            workspace_bytes=options.workspace_bytes,
+            timing_cache=options.timing_cache,
+            version_compatible=options.version_compatible,
+            hardware_compatible=options.hardware_compatible,
+            compute_capabilities=options.compute_capabilities,
+        )
+    except MissingError as error:
+        console.say(f"{source} is ready; an engine can be built from it on another machine")
+        raise error.at(str(source)) from error
+    exported.files[report.path.name] = report.file_bytes
     exported.trtexec = report.command
     exported.audit = report.audit.summary() if onnx.is_quantized(source) else {}
     exported.notes += [f"TensorRT: {' '.join(text.split())}" for text in report.warnings[:5]]
-    return engine
-
-
-def _tensorrt(path: Path, runtime: str) -> Any:
-    """The module; if it is missing, the error says that the ONNX file is ready."""
-    from slimcli.artifacts.tensorrt import machine
-    from slimcli.errors import MissingError
-
-    try:
-        trt = machine.load(runtime)
-        if runtime == "tensorrt":
-            machine.require_gpu("building a TensorRT engine", machine.gpu())
-    except MissingError as error:
-        console.say(f"{path} is ready; an engine can be built from it on another machine")
-        raise error.at(str(path)) from error
-    return trt
+    return report.path
 
 
 def _verify_engine(

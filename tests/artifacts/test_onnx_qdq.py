@@ -10,10 +10,11 @@ from onnx import numpy_helper
 from torch import nn
 
 from slimcli.artifacts import noise, onnx, verify
-from slimcli.artifacts.onnx import codes
+from slimcli.artifacts.onnx import codes, torch_export
 from slimcli.artifacts.onnx.half import to_half
-from slimcli.errors import RecipeError, VerificationError
+from slimcli.errors import RecipeError, RunError, VerificationError
 from slimcli.network.example import Example
+from slimcli.network.quantize.fake_quant import FakeQuant, Phase
 
 from .quantized import QuantizedNet, Quantizer
 
@@ -167,3 +168,30 @@ def test_half_precision_of_a_quantized_file_is_refused(exported, tmp_path):
     _, report, _ = exported
     with pytest.raises(RecipeError, match="not quantized"):
         to_half(report.path, tmp_path / "half.onnx")
+
+
+class OneQuantizer(nn.Module):
+    def __init__(self, phase: Phase) -> None:
+        super().__init__()
+        self.quantizer = FakeQuant("input")
+        self.quantizer.phase = phase
+
+    def forward(self, x):
+        return self.quantizer(x)
+
+
+def test_a_model_in_training_form_is_not_exported_as_float_arithmetic(tmp_path):
+    with pytest.raises(RunError, match="became float arithmetic"):
+        onnx.export(OneQuantizer(Phase.FROZEN), EXAMPLE, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_other_exporter_writes_pairs_too(tmp_path, monkeypatch):
+    def fail(*args):
+        raise NotImplementedError("no rule")
+
+    monkeypatch.setattr(torch_export, "_dynamo", fail)
+    report = onnx.export(OneQuantizer(Phase.EXPORT), EXAMPLE, tmp_path / "model.onnx")
+    assert (report.exporter, report.codes.agreement) == ("torchscript", 1.0)
+    names = [node.name for node in onnx_library.load(report.path).graph.node]
+    assert names == ["quantizer/Q", "quantizer/DQ"]

@@ -40,6 +40,7 @@ from slimcli.artifacts.onnx.runtime import STRUCTURE_KEY, OnnxModel, is_quantize
 from slimcli.artifacts.onnx.torch_export import Graph, to_graph
 from slimcli.errors import Problem, RunError, VerificationError
 from slimcli.network.example import Example
+from slimcli.network.quantize import fake_quant
 
 DEFAULT_OPSET = 19
 
@@ -117,6 +118,7 @@ def export(
     with verify.exact_arithmetic(), verify.evaluating(flat):
         graph = _graph(flat, call, batch, opset)
     tidy.tidy(graph.model, [name for name, _ in model.named_modules() if name])
+    _require_pairs(model, graph)
     quantizers = qdq.finish(graph.model) if is_quantized(graph.model) else []
     findings = tuple(lint.lint(graph.model))
     _add_metadata(graph.model, call, parameter_names(model), dict(metadata or {}))
@@ -140,6 +142,24 @@ def _graph(flat: FlatModel, call: Capture, batch: Batching, opset: int) -> Graph
     else:
         inputs, batched = call.inputs, ()
     return to_graph(flat, inputs, list(call.outputs), batched, opset)
+
+
+def _require_pairs(model: nn.Module, graph: Graph) -> None:
+    """A trace of fake quantization is float arithmetic: right numbers, but no int8 engine.
+
+    Raises:
+        RunError: The model has quantizers and the graph no Q/DQ nodes.
+    """
+    if fake_quant.quantizers(model) and not is_quantized(graph.model):
+        raise RunError(
+            Problem(
+                "E-ONNX-EXPORT",
+                "no ONNX file: the quantizers of the model became float arithmetic",
+                expected="QuantizeLinear and DequantizeLinear nodes",
+                received=f"none from the {graph.exporter} exporter. {graph.reason}".strip(),
+                fix="export what the algorithm's deploy returns",
+            )
+        )
 
 
 def _add_metadata(

@@ -20,6 +20,8 @@ from slimcli.artifacts.tensorrt.builder import BuildSpec, Built, Range, build
 from slimcli.artifacts.tensorrt.command import trtexec
 from slimcli.errors import MissingError, Problem, RecipeError, RunError
 
+DEFAULT_BATCHES = (1, 8, 32)
+
 
 @dataclass(frozen=True)
 class EngineReport:
@@ -109,6 +111,32 @@ def build_engine(
     }
     atomic.write_text(sidecar_path(path), json.dumps(content, indent=2, default=str) + "\n")
     return EngineReport(path, found, built.warnings, command, len(built.plan))
+
+
+def engine_of(
+    path: Path,
+    engine: Path,
+    *,
+    runtime: str = "tensorrt",
+    batches: Sequence[int] = DEFAULT_BATCHES,
+    **options: Any,
+) -> EngineReport:
+    """Builds the engine of an ONNX file with what this machine has.
+
+    Args:
+        path: The ONNX file.
+        engine: Where to write.
+        runtime: ``tensorrt`` or ``rtx``.
+        batches: Smallest, typical and largest batch, where the batch is free.
+        options: Further fields of ``BuildSpec``.
+
+    Raises:
+        MissingError: TensorRT or a GPU is missing; the message has the command that helps.
+        RunError: The engine cannot be built.
+    """
+    trt = machine.load(runtime)
+    spec = BuildSpec(path, batch_shapes(path, batches), **options)
+    return build_engine(trt, spec, engine, machine.gpu())
 
 
 def _refuse_broken_rules(model: onnx.ModelProto, path: Path) -> None:
