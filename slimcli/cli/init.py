@@ -110,7 +110,7 @@ def recipe_text(task_name: str, info: AlgorithmInfo, metric: str, full: bool) ->
         own = _own_keys(info) | info.example if full else info.example
         parts += [
             "stages:\n",
-            f"  # {BASE} makes a model to compress. If build_model returns a trained one, remove it.\n",
+            f"  # {BASE} makes the model to compress; leave it out if yours is trained\n",
             f"  - name: base\n    algorithm: {BASE}\n",
             f"    config:\n{_keys(base, info, ' ' * 6)}" if base else "",
             f"  - name: small\n    algorithm: {info.name}\n",
