@@ -37,14 +37,20 @@ def assemble(
     groups = []
     names: dict[str, int] = {}
     duplicates = _duplicate_reasons(record, grouping)
+    dims = Dims(record)
     for number, (raw, flow) in enumerate(zip(grouping.groups, found, strict=True)):
-        group = _group(record, raw, flow, site_norms)
+        group = _group(record, raw, flow, site_norms, dims)
         names[group.name] = names.get(group.name, 0) + 1
         if names[group.name] > 1:
             group = replace(group, name=f"{group.name}#{names[group.name]}")
         groups.append(_with_duplicates(group, duplicates.get(number, "")))
+    makers: dict[str, list[Group]] = {}
+    for group in groups:
+        for slot in group.producers:
+            makers.setdefault(slot.tensor, []).append(group)
     groups = [
-        replace(g, is_linear=_is_linear(g, f, groups)) for g, f in zip(groups, found, strict=True)
+        replace(group, is_linear=_is_linear(group, flow, makers))
+        for group, flow in zip(groups, found, strict=True)
     ]
     group_names = [group.name for group in groups]
     sizes = {group.name: group.size for group in groups}
@@ -69,30 +75,31 @@ def is_site_norm(model: nn.Module, path: str) -> bool:
     return type(norm) in batch_norms or type(norm).__name__ in registered
 
 
-def _group(record: Record, raw: RawGroup, flow: Flow, norm_after: dict[str, str]) -> Group:
+def _group(
+    record: Record, raw: RawGroup, flow: Flow, norm_after: dict[str, str], dims: Dims
+) -> Group:
     sites = tuple(
         Site("" if key.startswith("tensor:") else key, norm_after.get(key)) for key in flow.zeroed
     )
-    reading = {s for r in flow.readings for s in _dims(record, r.consumer.weight_labels)}
-    writing = {s for key in flow.zeroed for s in _dims(record, flow.producers[key].labels)}
-    biases = {
-        s for key in flow.zeroed for each in flow.producers[key].biases for s in _dims(record, each)
-    }
+    reading = set().union(*(dims.of(r.consumer.weight_labels) for r in flow.readings))
+    made = [flow.producers[key] for key in flow.zeroed]
+    writing = set().union(*(dims.of(each.labels) for each in made))
+    writing |= set().union(*(dims.of(labels) for each in made for labels in each.biases))
     producers, followers, consumers = [], [], []
+    by_number: dict[int, Slot] = {}
     for number, entries in raw.slots:
         slot = to_slot(record, number, entries)
-        if number in writing or number in biases:
+        by_number[number] = slot
+        if number in writing:
             producers.append(slot)
         elif number in reading:
             consumers.append(slot)
         else:
             followers.append(slot)
     constants = tuple(
-        (consumer.path, slot)
+        (consumer.path, by_number[number])
         for consumer in flow.constant_readers
-        for slot in consumers
-        if record.sources.dims
-        and any(_is_dim(record, number, slot) for number in _dims(record, consumer.weight_labels))
+        for number in sorted(dims.of(consumer.weight_labels) & by_number.keys())
     )
     reason = raw.reason or flow.reason or ("it has one channel" if raw.size < 2 else "")
     return Group(
@@ -109,21 +116,26 @@ def _group(record: Record, raw: RawGroup, flow: Flow, norm_after: dict[str, str]
     )
 
 
-def _is_dim(record: Record, number: int, slot: Slot) -> bool:
-    dim = record.sources.dims[number]
-    return dim.tensor == slot.tensor and dim.dim == slot.dim
-
-
 def _name(flow: Flow, norm_after: dict[str, str]) -> str:
     key = flow.zeroed[0]
     return norm_after.get(key) or key.removeprefix("tensor:")
 
 
-def _dims(record: Record, labels: Labels) -> list[int]:
-    """Numbers of the source dimensions these labels belong to."""
-    starts = np.array([each.first for each in record.sources.dims])
-    used = labels[labels != 0]
-    return np.unique(np.searchsorted(starts, used, side="right") - 1).tolist() if len(used) else []
+class Dims:
+    """Which source dimensions arrays of labels belong to; each array is looked at once."""
+
+    def __init__(self, record: Record) -> None:
+        self._starts = np.array([each.first for each in record.sources.dims])
+        self._known: dict[int, frozenset[int]] = {}
+
+    def of(self, labels: Labels) -> frozenset[int]:
+        """Numbers of the dimensions. The array must live as long as this object."""
+        known = self._known.get(id(labels))
+        if known is None:
+            used = labels[labels != 0]
+            numbers = np.searchsorted(self._starts, used, side="right") - 1
+            known = self._known[id(labels)] = frozenset(np.unique(numbers).tolist())
+        return known
 
 
 def _duplicate_reasons(record: Record, grouping: Grouping) -> dict[int, str]:
@@ -143,7 +155,7 @@ def _with_duplicates(group: Group, reason: str) -> Group:
     return replace(group, exact_duplicate=not reason, duplicate_reason=reason)
 
 
-def _is_linear(group: Group, flow: Flow, groups: list[Group]) -> bool:
+def _is_linear(group: Group, flow: Flow, makers: dict[str, list[Group]]) -> bool:
     """One dense value producer and one dense value reader; the way to a gate doesn't count."""
     if group.frozen_reason or len(group.sites) != 1 or not group.is_placeable:
         return False
@@ -153,23 +165,23 @@ def _is_linear(group: Group, flow: Flow, groups: list[Group]) -> bool:
     readers = {r.consumer.path: r.consumer for r in flow.readings}
     if any(not path or path.startswith("tensor:") for path in readers):
         return False
-    values = [c for path, c in readers.items() if not _feeds_only(path, gates, groups, set())]
+    values = [c for path, c in readers.items() if not _feeds_only(path, gates, makers, set())]
     calls = [r for r in flow.readings if r.consumer.path in {c.path for c in values}]
     return len(values) == 1 and values[0].is_plain and len(calls) <= 2
 
 
-def _feeds_only(path: str, gates: set[str], groups: list[Group], seen: set[str]) -> bool:
+def _feeds_only(path: str, gates: set[str], makers: dict[str, list[Group]], seen: set[str]) -> bool:
     """Does all that this layer puts out end in the weights of gates?"""
     if f"{path}.weight" in gates:
         return True
     if path in seen:
         return False
-    mine = [g for g in groups if any(s.tensor == f"{path}.weight" for s in g.producers)]
+    mine = makers.get(f"{path}.weight", [])
     if not mine:
         return False
     readers = {slot.tensor for g in mine for slot in g.consumers}
     return bool(readers) and all(
-        tensor in gates or _feeds_only(tensor.rpartition(".")[0], gates, groups, seen | {path})
+        tensor in gates or _feeds_only(tensor.rpartition(".")[0], gates, makers, seen | {path})
         for tensor in readers
     )
 

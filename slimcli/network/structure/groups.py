@@ -107,8 +107,9 @@ def _count(component: Labels, labels: Labels) -> int:
 
 
 def _unique_labels(arrays: Sequence[Labels]) -> Labels:
-    labels = np.unique(np.concatenate([*arrays, np.zeros(1, np.int64)]))
-    return labels[labels != 0]
+    labels: Labels = np.unique(np.concatenate([*arrays, np.zeros(1, np.int64)]))
+    named: Labels = labels[labels != 0]
+    return named
 
 
 def _frozen_components(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -81,13 +82,19 @@ class Search:
         ]
         open_splits = [number for number in here if self.choices[number] == Choice.OFFSETS]
         if not open_splits or len(open_splits) < len(here):
-            self.ban(labels, str(failure))
+            self.ban(labels, self._reason(failure, here))
             return
-        self.doubts.append((labels, str(failure)))
+        self.doubts.append((labels, self._reason(failure, here)))
         smallest = min(self.record.splits[number].size for number in open_splits)
         for number in open_splits:  # the innermost division first: heads, not q, k, v
             if self.record.splits[number].size == smallest:
                 self.choices[number] = Choice.BLOCKS
+
+    def _reason(self, failure: Failure, splits: Sequence[int]) -> str:
+        """The failure, and where its channels are divided if that is another line."""
+        lines = dict.fromkeys(self.record.splits[number].line for number in splits)
+        others = [line for line in lines if line != failure.line]
+        return f"{failure} (divided at {others[0]})" if others else str(failure)
 
 
 def _differs(record: Record, number: int) -> bool:

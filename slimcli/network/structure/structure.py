@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -253,16 +254,21 @@ def _kept(slot: Slot, channels: Sequence[int]) -> SlotCut:
 
 def _summed(slot: Slot, clusters: Sequence[Sequence[int]]) -> SlotCut:
     """Entries outside the group stay; entry k of a first channel sums entry k of its cluster."""
-    sources: dict[int, tuple[int, ...]] = {}
+    gone = {index for entries in slot.indices for index in entries}
+    sources = list(_singles(slot.size or max(gone) + 1))
     for cluster in clusters:
-        columns = zip(*(slot.indices[channel] for channel in cluster), strict=True)
-        for column in columns:
+        for column in zip(*(slot.indices[channel] for channel in cluster), strict=True):
             sources[column[0]] = tuple(column)
-    owned = {index for entries in slot.indices for index in entries}
-    for index in range(slot.size or max(owned) + 1):
-        if index not in owned:
-            sources[index] = (index,)
-    return SlotCut(slot.tensor, slot.dim, tuple(sources[index] for index in sorted(sources)))
+            gone.discard(column[0])
+    for index in sorted(gone, reverse=True):
+        del sources[index]
+    return SlotCut(slot.tensor, slot.dim, tuple(sources))
+
+
+@functools.cache
+def _singles(size: int) -> tuple[tuple[int, ...], ...]:
+    """Every entry by itself (a wide network asks for the same ones thousands of times)."""
+    return tuple((index,) for index in range(size))
 
 
 def label_counts(
