@@ -84,6 +84,8 @@ def _end(current: Run | None, status: str, exit_code: int) -> None:
 
 def _interrupted(current: Run | None, number: int, is_saved: bool) -> SlimError:
     name = signal.Signals(number).name
+    if current is not None and not current.is_main:
+        raise SystemExit(0)  # the first process tells how it ended
     if current is None or not current.folder.last.exists():
         return as_error(number, f"{name}: stopped before the first checkpoint", "")
     last = current.folder.last
@@ -109,6 +111,8 @@ def _all_stages(current: Run, stored: dict[str, Any] | None) -> None:
             stage.train()
         except StopRequested:
             stage.save(stage.trainer, False)
+            if current.fabric.world_size > 1:
+                current.fabric.barrier()  # a process that ends early would take the first with it
             raise
         compressor, model = stage.best_model()
         _note_stage(current, stage)

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -203,33 +199,12 @@ def test_a_broken_sample_is_told_as_the_users(
     assert "hook `dataset_generator` failed" in capsys.readouterr().err
 
 
-def interrupted(folder: Path, number: int) -> subprocess.CompletedProcess[str]:
-    """Start a run in its own process, wait for its first epoch, send it a signal."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "slimcli", "run", "recipe.yaml", "--name", "stopped"],
-        cwd=folder,
-        env=project.environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    events = folder / "checkpoints" / "toy" / "stopped" / "events.jsonl"
-    deadline = time.monotonic() + 60
-    while not (events.exists() and "epoch_end" in events.read_text()):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(process.pid, number)
-    out, err = process.communicate(timeout=60)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
 @pytest.mark.slow
 def test_ctrl_c_saves_and_resuming_equals_a_run_that_never_stopped(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (here / "hooks.py").write_text(project.HOOKS + SLOW)
-    done = interrupted(here, signal.SIGINT)
+    done = project.interrupted(here, signal.SIGINT)
     assert done.returncode == 130, done.stderr
     assert "slim resume " in done.stderr
     assert done.stdout == ""

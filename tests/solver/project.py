@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 HOOKS = """
@@ -81,3 +82,24 @@ def slim(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
         timeout=120,
         check=False,
     )
+
+
+def interrupted(folder: Path, number: int, *words: str) -> subprocess.CompletedProcess[str]:
+    """Start a run in its own process, wait for its first epoch, send it a signal."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "slimcli", "run", "recipe.yaml", "--name", "stopped", *words],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    events = folder / "checkpoints" / "toy" / "stopped" / "events.jsonl"
+    deadline = time.monotonic() + 60
+    while not (events.exists() and "epoch_end" in events.read_text()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,47 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
         assert torch.allclose(value, shared[name], atol=REORDERED_SUM, rtol=0), name
     summary = json.loads((tmp_path / "checkpoints" / "toy" / "two" / "summary.json").read_text())
     assert summary["environment"]["processes"] == 2
+
+
+CUTTING = project.RECIPE.replace("algorithm: finetune", "algorithm: resrep").replace(
+    "config: {epoch: 2, ",
+    "config: {epoch: 12, prune_rate: 0.4, lasso_decay: auto, groups_size: 1, min_channels: 1, "
+    "warmup_epoch: 1, ",
+)
+
+
+@pytest.mark.slow
+def test_a_model_is_cut_in_the_middle_of_a_run_of_two_processes(tmp_path: Path) -> None:
+    project.write(tmp_path, recipe=CUTTING)
+    done = project.slim(tmp_path, "run", "recipe.yaml", "num_processes=2", "--name", "two")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "checkpoints" / "toy" / "two"
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    cuts = [each for each in events if each["event"] == "cut"]
+    assert cuts
+    assert max(each["epoch"] for each in cuts) < 12  # training went on with what was left
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["final"]["macs"] <= summary["goal"]["target"]
+    assert "Warning" not in done.stderr
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_both_processes_and_the_run_goes_on_with_both(tmp_path: Path) -> None:
+    slow = "\nimport time\n_plain = calculate_loss_function\n" + (
+        "def calculate_loss_function(prediction, data):\n"
+        "    time.sleep(0.05)\n    return _plain(prediction, data)\n"
+    )
+    project.write(tmp_path, hooks=project.HOOKS + slow)
+    stopped = project.interrupted(tmp_path, signal.SIGINT, "num_processes=2")
+    assert stopped.returncode == 130, stopped.stderr
+    folder = tmp_path / "checkpoints" / "toy" / "stopped"
+    assert 0 < checkpoint.load(folder / "checkpoints" / "last.pt")["position"]["step"] < 10
+    resumed = project.slim(tmp_path, "resume", str(folder), "-q")
+    assert resumed.returncode == 0, resumed.stderr
+    straight = project.slim(tmp_path, "run", "recipe.yaml", "num_processes=2", "--name", "all")
+    assert straight.returncode == 0, straight.stderr
+    alone = weights(tmp_path / "checkpoints" / "toy" / "all")
+    assert all(torch.equal(value, weights(folder)[name]) for name, value in alone.items())
 
 
 @pytest.mark.slow
