@@ -289,7 +289,7 @@ def test_a_learning_rate_that_fell_early_is_made_up_for() -> None:
     run = begin()
     slow = run.schedule
     for _ in range(EPOCHS):
-        run.compressor.before_epoch(run.model, halved(run))
+        run.compressor.before_epoch(run.model, dropped(run))
         for _ in range(STEPS):
             one_slow_step(run)
     assert run.schedule is slow
@@ -297,15 +297,15 @@ def test_a_learning_rate_that_fell_early_is_made_up_for() -> None:
     assert status["zero"] == status["masked"] > 0
 
 
-def halved(run: Run) -> Progress:
-    """The progress of a run whose plateau scheduler halved the rate after two epochs."""
+def dropped(run: Run) -> Progress:
+    """The progress of a run whose plateau scheduler cut the rate to a tenth after two epochs."""
     planned = run.progress()
-    rate = planned.learning_rate * (0.5 if planned.epoch >= 2 else 1.0)
+    rate = planned.learning_rate * (0.1 if planned.epoch >= 2 else 1.0)
     return Progress(planned.epoch, planned.step, rate, planned.schedule)
 
 
 def one_slow_step(run: Run) -> None:
-    progress = halved(run)
+    progress = dropped(run)
     for group in run.optimizer.param_groups:
         group["lr"] = progress.learning_rate
     run.optimizer.zero_grad()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimcli.algorithms.resrep.budget import strength_to_catch_up
 from slimcli.algorithms.resrep.compactor import Norms, bundle_norms
 from slimcli.algorithms.resrep.selection import Standing
 from slimcli.algorithms.resrep.targets import Target
@@ -92,6 +93,15 @@ class Bundles:
         rows = zip(self.kept, norms, self.masked.tolist(), strict=True)
         free = {channel: norm for channel, norm, masked in rows if not masked}
         return Standing(self.target.group.size, free)
+
+    def catch_up(self, model: nn.Module, distance: float, coasting: float) -> None:
+        """Raises the strength of masked channels that would come too late."""
+        norms = self.norms(model).value.tolist()
+        for position in (self.masked & ~self.locked).nonzero().flatten().tolist():
+            velocity = float(self.speeds[position])
+            needed = strength_to_catch_up(norms[position], velocity, distance, coasting)
+            if needed > self.strengths[position]:
+                self.strengths[position] = needed
 
     @property
     def unmasked(self) -> int:

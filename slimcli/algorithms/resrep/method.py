@@ -199,14 +199,11 @@ class ResRepCompressor(Compressor):
             return
         end = self.pace.zero if progress.step < self.pace.zero else progress.schedule.steps
         planned = progress.schedule.learning_rates[progress.step : end]
-        reach = budget.reach(planned, self.keys.compactor_momentum, from_rest=False)[0]
-        reach /= _lag(progress)
-        if reach <= 0:
-            return
-        for each in self.bundles:
-            needed = each.norms(model).value.to(each.strengths) / reach
-            late = each.masked & ~each.locked & (needed > each.strengths)
-            each.strengths = torch.where(late, needed, each.strengths)
+        distance = budget.reach(planned, self.keys.compactor_momentum)[0] / _lag(progress)
+        coasting = budget.coast(planned, self.keys.compactor_momentum) / _lag(progress)
+        if distance > 0:
+            for each in self.bundles:
+                each.catch_up(model, distance, coasting)
 
     def after_cut(self, model: nn.Module, cuts: list[Cut]) -> None:
         """Masks and row numbers follow the cuts."""

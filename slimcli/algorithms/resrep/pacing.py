@@ -57,8 +57,6 @@ class Pace:
         >>> Pace(10, 20, 40, interval=5, updates=2).is_due(14, 0, 0.0)
         True
         """
-        if step < self.first:
-            return False
         if self.interval is not None:
             return step + 1 >= self.first + (updates_done + 1) * self.interval
         line = (step + 1 - self.first) / max(self.last - self.first, 1)
