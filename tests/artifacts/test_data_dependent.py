@@ -94,3 +94,10 @@ def test_nms_is_known():
     assert seen.operators == ["torchvision::nms"]
     assert seen.is_behind([result])
     assert len(seen.inputs) == 2
+
+
+def test_ops_that_torch_tags_are_known():
+    with Watch() as seen:
+        where = torch.nonzero(torch.tensor([0.0, 1.0]))
+    assert seen.operators == ["aten::nonzero"]
+    assert seen.is_behind([where])

@@ -80,3 +80,9 @@ def test_files_that_are_no_model_are_told(tmp_path):
 def test_a_file_is_linted_like_its_graph(tmp_path):
     onnx.save_model(PAIRS["Q1"][0](), tmp_path / "a.onnx")
     assert {finding.rule for finding in lint.lint_file(tmp_path / "a.onnx")} == {"Q1"}
+
+
+def test_a_concat_with_one_float_input_is_no_int8_operand():
+    net = Micro()
+    joined = net.op("Concat", net.qdq("x"), net.op("Relu", "x"), axis=1)
+    assert rules(net.model(net.conv(joined, net.weight(16, 32, 1, 1)))) == {"P1", "P6"}

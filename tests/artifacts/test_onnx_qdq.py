@@ -10,12 +10,13 @@ from onnx import numpy_helper
 from torch import nn
 
 from slimcli.artifacts import noise, onnx, verify
-from slimcli.artifacts.onnx import codes, torch_export
+from slimcli.artifacts.onnx import codes, qdq, torch_export
 from slimcli.artifacts.onnx.half import to_half
 from slimcli.errors import RecipeError, RunError, VerificationError
 from slimcli.network.example import Example
 from slimcli.network.quantize.fake_quant import FakeQuant, Phase
 
+from .micro_graphs import Micro
 from .quantized import QuantizedNet, Quantizer
 
 
@@ -195,3 +196,14 @@ def test_the_other_exporter_writes_pairs_too(tmp_path, monkeypatch):
     assert (report.exporter, report.codes.agreement) == ("torchscript", 1.0)
     names = [node.name for node in onnx_library.load(report.path).graph.node]
     assert names == ["quantizer/Q", "quantizer/DQ"]
+
+
+def test_equal_pairs_on_one_tensor_become_one_and_others_stay():
+    net = Micro()
+    pairs = [net.qdq("x", 0.05), net.qdq("x", 0.05), net.qdq("x", 0.07)]
+    model = net.model(*[net.conv(each) for each in pairs])
+    qdq.finish(model)
+    activations = [n for n in by_type(model.graph, "QuantizeLinear") if n.input[0] == "x"]
+    reads = [n.input[0] for n in by_type(model.graph, "Conv")]
+    assert len(activations) == 2
+    assert reads[0] == reads[1] != reads[2]

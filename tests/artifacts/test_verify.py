@@ -183,3 +183,18 @@ def test_a_folded_pair_is_no_difference():
     folded.norm = nn.Identity()
     example = Example(torch.randn(3, 4), lambda m, b: m(b))
     assert verify.first_difference(net, folded, example) is None
+
+
+def test_an_in_place_op_behind_a_layer_is_not_blamed_on_it():
+    class Shifted(Net):
+        def __init__(self, shift: float) -> None:
+            super().__init__()
+            self.shift = shift
+
+        def forward(self, x):
+            return self.third(self.second(self.first(x).add_(self.shift)))
+
+    example = Example(torch.randn(3, 4), lambda m, b: m(b))
+    found = verify.first_difference(Shifted(0.0), Shifted(1.0), example)
+    assert found is not None
+    assert (found.module, found.last_equal) == ("second", "first")
