@@ -44,7 +44,12 @@ from slimcli.network.example import Example
 from slimcli.network.quantize.audit import float_readers
 from slimcli.network.quantize.calibrate import collector, finite_magnitude, not_finite
 from slimcli.network.quantize.fake_quant import FakeQuant, Phase, quantizers, scale_of, set_phase
-from slimcli.network.quantize.freeze import freeze_statistics, make_freezable, remove_switches
+from slimcli.network.quantize.freeze import (
+    batch_statistics,
+    freeze_statistics,
+    make_freezable,
+    remove_switches,
+)
 from slimcli.network.quantize.insert import insert, remove
 from slimcli.network.quantize.layers import TRANSPOSED
 from slimcli.network.quantize.place import Placement, place
@@ -121,6 +126,10 @@ class QATCompressor(Compressor):
     def calibrate(self, model: nn.Module, batches: Iterable[Example]) -> None:
         """Finds all ranges on float activations, then switches the quantizers on.
 
+        Each batch is seen twice, with the stored statistics of batch norms, as when deployed, and
+        with its own, as in training: on a network that is hardly trained they differ so much that
+        ranges of the one clip all of the other and nothing is learnt.
+
         Raises:
             RunError: A tensor holds NaN or inf, or no batch reached it.
         """
@@ -137,6 +146,9 @@ class QATCompressor(Compressor):
         with torch.no_grad():
             for example in itertools.islice(batches, self.config.calibration_batches):
                 example.run(model)
+                if self.config.freeze_bn_epoch != 0:
+                    with batch_statistics(model):
+                        example.run(model)
             self._take_ranges(model)
         for module, mode in modes.items():
             module.training = mode

@@ -1,7 +1,9 @@
-"""Batch norms whose statistics stop moving while everything else trains on."""
+"""Whose statistics a batch norm uses: the batch's, or its own that no longer move."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -55,6 +57,27 @@ def freeze_statistics(model: nn.Module) -> None:
             module.statistics_frozen.is_on = True
             module.statistics_frozen.flag.fill_(True)
             module.train(False)
+
+
+@contextlib.contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Batch norms that would do so in training use each batch's statistics, and keep their own."""
+    norms = [
+        each
+        for each in model.modules()
+        if isinstance(each, BATCH_NORMS)
+        and not (isinstance(each, FreezableNorm) and each.statistics_frozen.is_on)
+    ]
+    modes = [each.training for each in norms]
+    stored = [[value.clone() for value in each.buffers(recurse=False)] for each in norms]
+    for norm in norms:
+        norm.train()
+    yield
+    with torch.no_grad():
+        for norm, mode, values in zip(norms, modes, stored, strict=True):
+            norm.training = mode
+            for buffer, value in zip(norm.buffers(recurse=False), values, strict=True):
+                buffer.copy_(value)
 
 
 def remove_switches(model: nn.Module) -> None:
