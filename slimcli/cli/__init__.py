@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -139,6 +140,8 @@ class SlimGroup(click.Group):
         **extra: Any,
     ) -> Any:
         """Runs a command and exits with the code its outcome has (``slim explain exit-codes``)."""
+    # Before torch is loaded: OpenMP threads that spin while they wait slow a busy machine tenfold.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, standalone_mode, **extra)
         console.configure(json=False, quiet=False, verbose=False, color=True, traceback=False)
