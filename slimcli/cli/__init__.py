@@ -140,10 +140,10 @@ class SlimGroup(click.Group):
         **extra: Any,
     ) -> Any:
         """Runs a command and exits with the code its outcome has (``slim explain exit-codes``)."""
-    # Before torch is loaded: OpenMP threads that spin while they wait slow a busy machine tenfold.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, standalone_mode, **extra)
+        # Before torch is loaded: threads that spin while they wait slow a busy machine tenfold.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         console.configure(json=False, quiet=False, verbose=False, color=True, traceback=False)
         try:
             outcome = super().main(args, prog_name or "slim", complete_var, False, **extra)
