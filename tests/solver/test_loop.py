@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.utils.data import default_collate
 
 from slimcli.artifacts import checkpoint
 from slimcli.compressor import Plan, Refusal
-from slimcli.errors import GoalError, HookError, RunError
+from slimcli.errors import GoalError, HookError, RecipeError, RunError
 from slimcli.solver.randomness import derive, epoch_order
 from slimcli.solver.stages import run
 from tests.solver import toys
@@ -250,7 +251,17 @@ def test_a_batch_of_one_with_batch_norm_is_refused(tmp_path: Path) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.fc2(self.norm(self.fc1(x.flatten(1))))
 
-    from slimcli.errors import RecipeError
-
     with pytest.raises(RecipeError, match=r"config\.batch_size"):
         run(toys.with_hooks(toys.job(tmp_path, batch_size=1), build_model=Flat))
+
+
+def test_init_from_starts_with_the_weights_of_a_run(tmp_path: Path) -> None:
+    first = run(toys.job(tmp_path / "a"))
+    second = run(replace(toys.job(tmp_path / "b", epoch=0), init_from=first.folder))
+    assert second.summary["final"]["metrics"] == first.summary["final"]["metrics"]
+
+
+def test_init_from_refuses_weights_of_another_model(tmp_path: Path) -> None:
+    torch.save({"conv1.weight": torch.zeros(2, 1, 3, 3)}, tmp_path / "other.pt")
+    with pytest.raises(RecipeError, match=r"no bn1\.weight"):
+        run(replace(toys.job(tmp_path), init_from=tmp_path / "other.pt"))
