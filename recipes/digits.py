@@ -1,13 +1,29 @@
 """Hooks for scikit-learn's handwritten digits: 1,797 images of 8 x 8 pixels, part of the package.
 
-Half of the images train, the other half (899) validate. Nothing is downloaded.
+Half of the images train, shifted by up to one pixel at random; the other half (899) validate.
+Nothing is downloaded.
 """
 
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
+
+
+class Shifted(Dataset):
+    """Training images, each time moved by at most one pixel up or down and left or right."""
+
+    def __init__(self, images, labels):
+        self.images = nn.functional.pad(images, (1, 1, 1, 1))
+        self.labels = labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        top, left = torch.randint(3, (2,)).tolist()
+        return self.images[index, :, top : top + 8, left : left + 8], self.labels[index]
 
 
 class Block(nn.Module):
@@ -66,7 +82,7 @@ def dataset_generator():
         range(len(labels)), test_size=0.5, random_state=0, stratify=digits.target
     )
     return (
-        TensorDataset(images[train], labels[train]),
+        Shifted(images[train], labels[train]),
         TensorDataset(images[validation], labels[validation]),
     )
 
