@@ -7,7 +7,7 @@ the channels chosen to go no longer see the gradient of the loss (it is reset to
 "forgetting"), so the pull wins without hurting the rest ("remembering"). In the end conv, norm and
 compactor are one narrower conv with the same function.
 
-What differs from the authors' code:
+What differs from the paper and from the authors' code:
 
 * Coupled layers (residual sums) have one compactor a layer; the rows of one channel form a bundle
   with a joint norm, a joint lasso and one mask bit. The authors prune inner layers only.
