@@ -16,9 +16,15 @@ from torch import Tensor, nn
 from slimcli.errors import RecipeError
 from slimcli.network import surgery
 from slimcli.network.count import count_macs
+from slimcli.network.cuts import Cut
 from slimcli.network.example import Example
 from slimcli.network.structure import Group, Structure, analyze, zero_channels
+from slimcli.network.structure.analyze import trace
 from slimcli.network.structure.modes import output_tensors
+from slimcli.network.structure.recheck import first_disorder
+from slimcli.network.structure.record import Record
+from slimcli.network.structure.run import run_traced
+from slimcli.network.structure.sources import Sources
 from slimcli.network.structure.trial import to_dtype, unequal
 
 _PATH = Path(__file__).with_name("structures.py")
@@ -372,3 +378,19 @@ def test_relu_after_a_padded_reader_is_not_mistaken_for_a_gate() -> None:
     model, example = prepared(Biased(), structures.image())
     reason = analyze(model, example).group("a.0").frozen_reason
     assert "constant that no bias can take up" in reason
+
+
+def test_different_offsets_cut_from_the_halves_of_a_shuffle_are_noticed_by_the_labels() -> None:
+    model, example, structure = network("ChannelShuffle")
+    group = structure.group("a.1")
+    right, wrong = group.cut([0, 1, 2, 3]), group.cut([4, 5, 6, 7])
+    slots = [w if w.tensor.startswith("b.") else r for r, w in zip(right.slots, wrong.slots)]
+    mixed = Cut(right.group, right.before, right.after, tuple(slots))
+    traced = trace(model, example)
+    consumers = traced.record.consumers[: traced.consumers_in_eval]
+    for cut, path in ((right, ""), (mixed, "c.0")):
+        other = copy.deepcopy(model)
+        surgery.apply(other, [cut])
+        after = Record(Sources(other))
+        run_traced(other.eval(), example, after)
+        assert first_disorder(traced.record, consumers, after, [cut]) == path

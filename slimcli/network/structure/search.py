@@ -108,10 +108,10 @@ def try_cuts(model: nn.Module, example: Example, traced: Traced, samples: int) -
     structure, grouping = search.structure()
     if not any(group.is_prunable for group in structure.groups):
         return structure
-    trial = Trial(model, example, trains=traced.trains)
+    trial = Trial(model, example, traced)
     for _ in range(MAX_ROUNDS):
         groups = [group for group in structure.groups if group.is_prunable]
-        failure = trial.attempt(groups, in_train_mode=True) if groups else None
+        failure = trial.attempt(groups, thorough=True) if groups else None
         if failure is None:
             return structure
         _learn(search, structure, grouping, trial, failure)

@@ -13,9 +13,11 @@ class Traced:
 
     Attributes:
         trains: It also ran in train mode.
+        consumers_in_eval: How many of the record's consumers the run in eval mode found.
     """
 
     record: Record
     norm_after: dict[str, str]
     notes: tuple[str, ...]
     trains: bool
+    consumers_in_eval: int

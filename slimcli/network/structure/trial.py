@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from slimcli.errors import SlimError
 from slimcli.network import surgery
+from slimcli.network.cuts import Cut
 from slimcli.network.example import Example
 from slimcli.network.structure import user_line
 from slimcli.network.structure.modes import (
@@ -25,7 +26,12 @@ from slimcli.network.structure.modes import (
     set_train_mode,
     without_fast_path,
 )
+from slimcli.network.structure.recheck import first_disorder
+from slimcli.network.structure.record import Record
+from slimcli.network.structure.run import run_traced
+from slimcli.network.structure.sources import Sources
 from slimcli.network.structure.structure import Group, zero_channels
+from slimcli.network.structure.traced import Traced
 
 LIMITS = {torch.float64: 1e-8, torch.float32: 1e-3}
 """Largest difference, relative to the largest output: far above rounding, far below an error."""
@@ -70,13 +76,14 @@ class Trial:
     Args:
         model: Not changed.
         example: The batch.
-        trains: Also run the cut model in train mode (it must not raise).
+        traced: What is predicted.
         seed: For kept channels and for what replaces equal numbers.
     """
 
-    def __init__(self, model: nn.Module, example: Example, *, trains: bool, seed: int = 0) -> None:
+    def __init__(self, model: nn.Module, example: Example, traced: Traced, seed: int = 0) -> None:
         self._random = torch.Generator().manual_seed(seed)
-        self._trains = trains
+        self._traced = traced
+        self._rechecks = False
         self._example = example
         self._dtype = torch.float32
         self._entered = [""]
@@ -111,8 +118,13 @@ class Trial:
             torch.manual_seed(0)
             return list(output_tensors(self._example.run(model)))
 
-    def attempt(self, groups: Sequence[Group], *, in_train_mode: bool = False) -> Failure | None:
-        """Cuts about half of the channels of all these groups together."""
+    def attempt(self, groups: Sequence[Group], *, thorough: bool = False) -> Failure | None:
+        """Cuts about half of the channels of all these groups together.
+
+        Args:
+            groups: Prunable ones.
+            thorough: Also compare the order of channels, and run the cut model in train mode.
+        """
         model = copy.deepcopy(self._reference)
         cuts = []
         for group in groups:
@@ -124,7 +136,7 @@ class Trial:
             zeroed = self.run(model)
             surgery.apply(model, cuts, example=self._example)
             cut = self.run(model)
-            if in_train_mode and self._trains:
+            if thorough and self._traced.trains:
                 set_train_mode(model)
                 self.run(model)
         except SlimError as error:
@@ -133,7 +145,22 @@ class Trial:
             first = str(error).splitlines()[0] if str(error) else ""
             what = f"{type(error).__name__}: {first}"
             return Failure(what, user_line.of_error(error), self._entered[0])
-        return self._compare(zeroed, cut)
+        failure = self._compare(zeroed, cut)
+        if failure is None and (thorough or self._rechecks):
+            failure = self._recheck(model.eval(), cuts)
+        return failure
+
+    def _recheck(self, model: nn.Module, cuts: Sequence[Cut]) -> Failure | None:
+        """Traces the cut model; from the first disorder on, every attempt does."""
+        after = Record(Sources(model))
+        with preserved_randomness(), without_fast_path():
+            run_traced(model, self._example, after)
+        consumers = self._traced.record.consumers[: self._traced.consumers_in_eval]
+        path = first_disorder(self._traced.record, consumers, after, cuts)
+        if not path:
+            return None
+        self._rechecks = True
+        return Failure(f"the channels do not arrive at {path} in the predicted order", "", path)
 
     def _compare(self, zeroed: Sequence[Tensor], cut: Sequence[Tensor]) -> Failure | None:
         if len(zeroed) != len(cut):

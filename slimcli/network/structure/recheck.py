@@ -1,0 +1,72 @@
+"""After a cut: does every reader still meet the channels in the order that was predicted?
+
+A cut can fit all shapes and be wrong (different offsets cut from the halves of a channel shuffle),
+and numbers can hide it (weights that start at zero). Labels can't: the cut model is traced again,
+and what arrives at each weight is compared with what was expected.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from slimcli.network.cuts import Cut
+from slimcli.network.structure.planes import Labels
+from slimcli.network.structure.record import Consumer, Record
+
+
+def first_disorder(
+    before: Record, consumers: Sequence[Consumer], after: Record, cuts: Sequence[Cut]
+) -> str:
+    """Path of the first reader whose channels are not the predicted ones; empty if all are.
+
+    Args:
+        before: Record of the whole model.
+        consumers: Its consumers in eval mode.
+        after: Record of the cut model, run in eval mode.
+        cuts: What was cut.
+    """
+    kept, old_label = _translation(before, after, cuts)
+    expected, found = _by_path(consumers), _by_path(after.consumers)
+    for path, pairs in expected.items():
+        wanted = [each[:, kept[each].all(0)] for each in pairs]
+        met = [old_label[each] for each in found.get(path, [])]
+        wanted = [each for each in wanted if each.shape[1] > 1]
+        met = [each for each in met if each.shape[1] > 1]
+        same = len(wanted) == len(met) and all(map(np.array_equal, wanted, met))
+        if not same:
+            return path
+    return ""
+
+
+def _by_path(consumers: Sequence[Consumer]) -> dict[str, list[Labels]]:
+    found: dict[str, list[Labels]] = defaultdict(list)
+    for consumer in consumers:
+        if consumer.path and (consumer.pairs != 0).all():
+            found[consumer.path].append(consumer.pairs)
+    return found
+
+
+def _translation(before: Record, after: Record, cuts: Sequence[Cut]) -> tuple[Labels, Labels]:
+    """Which old labels stay, and the old label of every new one."""
+    kept = np.ones(before.sources.count, dtype=bool)
+    first = {(each.tensor, each.dim): each for each in before.sources.dims}
+    for cut in cuts:
+        for slot in cut.slots:
+            dim = first.get((slot.tensor, slot.dim))
+            if dim is not None:
+                gone = np.ones(dim.size, dtype=bool)
+                gone[[index for entry in slot.sources for index in entry]] = False
+                kept[dim.first : dim.first + dim.size][gone] = False
+    old_label = np.zeros(after.sources.count, dtype=np.int64)
+    for new in after.sources.dims:
+        dim = first.get((new.tensor, new.dim))
+        if dim is None:  # a bias that was made to take up constants
+            continue
+        labels = np.arange(dim.first, dim.first + dim.size)
+        labels = labels[kept[labels]]
+        if len(labels) == new.size:
+            old_label[new.first : new.first + new.size] = labels
+    return kept, old_label

@@ -1,0 +1,76 @@
+"""One traced run of a model, and the table of all rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimcli.network import fuse
+from slimcli.network.example import Example
+from slimcli.network.structure import (
+    rules_conv,
+    rules_matmul,
+    rules_movement,
+    rules_norm,
+    rules_pointwise,
+    rules_spatial,
+)
+from slimcli.network.structure.modes import output_tensors
+from slimcli.network.structure.record import Record
+from slimcli.network.structure.rules_pointwise import map_nodes
+from slimcli.network.structure.trace import Calls, Rule, Tracer, affine_node
+
+RULES: dict[str, Rule] = {
+    **rules_pointwise.RULES,
+    **rules_spatial.RULES,
+    **rules_norm.RULES,
+    **rules_matmul.RULES,
+    **rules_conv.RULES,
+    **rules_movement.RULES,
+}
+
+
+def run_traced(model: nn.Module, example: Example, record: Record) -> dict[str, str]:
+    """Runs the model as it is; returns producer key -> the norm that alone reads it."""
+    calls = Calls()
+    tracer = Tracer(record, calls, RULES)
+    handles = _watch_modules(model, tracer)
+    try:
+        with torch.no_grad(), tracer:
+            output = example.run(model)
+        for tensor in output_tensors(output):
+            calls.used(tensor)
+            record.freeze(tracer.planes_of(tensor), "it is an output of the model")
+    finally:
+        for handle in handles:
+            handle.remove()
+        for source, backup in tracer.backups.values():
+            with torch.no_grad():
+                source.copy_(backup)
+    return calls.norm_after()
+
+
+def _watch_modules(model: nn.Module, tracer: Tracer) -> list[Any]:
+    """Hooks that tell the tracer which module is running."""
+    handles = []
+    stack = tracer.calls.stack
+
+    def enter(path: str) -> Any:
+        return lambda module, inputs: stack.append((path, module))
+
+    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        path = stack.pop()[0]
+        if type(module).__name__ in fuse.PLAIN_NORMS and isinstance(output, Tensor):
+            tracer.calls.normed(inputs[0], path)
+            node = affine_node(tracer.record, path)
+            before = tracer.planes_of(inputs[0])
+            tracer.relabel(output, tuple(map_nodes(tracer.record, p, node) for p in before))
+
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        handles.append(module.register_forward_pre_hook(enter(path), prepend=True))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    return handles
