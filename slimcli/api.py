@@ -231,8 +231,8 @@ def load_deploy(run: Path | str, model: nn.Module | None = None) -> nn.Module:
 
 
 def _model_of_run(folder: Path) -> nn.Module:
-    from slimcli.cli.jobs import job_of
     from slimcli.recipe import load
+    from slimcli.recipe.job import job_of
     from slimcli.solver.planner import fresh_model
 
     job = job_of(load(folder / "recipe.yaml"))

@@ -22,6 +22,8 @@ FORBIDDEN = {
     "report": ("cli", "console", "recipe", "solver", "algorithms"),
     "recipe": ("cli", "console", "artifacts", "report"),
     "solver": ("cli", "console"),
+    "api": ("cli", "console"),
+    "attachment": ("cli", "console", "recipe"),
     "errors": ("cli", "console", "recipe", "solver", "artifacts", "report", "network"),
 }
 ALGORITHM_NAMES = ("resrep", "acnet", "csgd", "c-sgd", "qat")

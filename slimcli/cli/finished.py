@@ -169,8 +169,8 @@ def open_finished(path: Path) -> FinishedRun:
         RecipeError: It is no run folder, or the run is not finished.
     """
     from slimcli.artifacts import run_folder, summary
-    from slimcli.cli.jobs import job_of
     from slimcli.recipe import load
+    from slimcli.recipe.job import job_of
 
     is_artifacts = path.resolve().name == "artifacts"
     folder = run_folder.open_run(path.resolve().parent if is_artifacts else path)

@@ -1,61 +1,19 @@
-"""From a checked recipe to a job of the solver. Imports torch and the user's code."""
+"""What ``slim run`` adds to a recipe: conditions on the result, the run to go on with."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from slimcli.errors import Problem, RecipeError
 
 if TYPE_CHECKING:
     from slimcli.recipe import Recipe
-    from slimcli.solver.job import Job, Requirement
+    from slimcli.solver.job import Requirement
 
 REQUIREMENT = re.compile(r"^\s*([\w./-]+)\s*(>=|<=)\s*([-+.\deE]+)\s*$")
-
-
-def job_of(recipe: Recipe, **changes: Any) -> Job:
-    """The job a recipe describes.
-
-    Args:
-        recipe: A checked recipe.
-        changes: Further fields of the job.
-
-    Raises:
-        HookError: The user's code can't be imported, or a hook has the wrong form.
-    """
-    from slimcli.recipe.compressors import load_compressor
-    from slimcli.recipe.hooks import resolve
-    from slimcli.solver.job import Export, Job, JobHooks, StageJob
-
-    hooks = resolve(recipe)
-    names = [each.name for each in dataclasses.fields(JobHooks)]
-    stages = []
-    for stage in recipe.stages:
-        compressor, checked = load_compressor(recipe, stage)
-        stages.append(
-            StageJob(
-                name=stage.name,
-                algorithm=stage.algorithm_name,
-                compressor=compressor,
-                config=checked.config,  # type: ignore[arg-type]  # checked by load_compressor
-                training=checked.training,
-            )
-        )
-    return Job(
-        task_name=recipe.task_name,
-        stages=tuple(stages),
-        hooks=JobHooks(**{name: getattr(hooks, name) for name in names}),
-        export=Export(onnx=recipe.export.onnx, trt=recipe.export.trt),
-        recipe=recipe.to_yaml,
-        recipe_source=recipe.source_text,
-        init_from=recipe.init_from,
-        code=hooks.files,
-        **changes,
-    )
 
 
 def requirements(words: Sequence[str]) -> tuple[Requirement, ...]:

@@ -45,7 +45,7 @@ def show_plan(
     Raises:
         GoalError: A stage that is certain to fail.
     """
-    from slimcli.cli.jobs import job_of
+    from slimcli.recipe.job import job_of
     from slimcli.solver.forecast import forecast
 
     stages = forecast(job_of(recipe, max_steps=max_steps), trial=trial)

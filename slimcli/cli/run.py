@@ -75,7 +75,7 @@ def _check_name(name: str) -> None:
 def start(recipe: Recipe, **changes: Any) -> None:
     """Run or resume, then print the result: the folder alone with -q, else the table."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read once, when torch is imported
-    from slimcli.cli.jobs import job_of
+    from slimcli.recipe.job import job_of
     from slimcli.solver.stages import run
 
     display = console.RunDisplay()
