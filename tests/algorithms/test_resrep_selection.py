@@ -87,6 +87,10 @@ def test_rounded_widths_are_multiples_and_never_below_the_minimum() -> None:
     assert all(width % 4 == 0 for widths in history for width in widths if width not in (30, 16))
 
 
+def test_rounded_blocks_go_whole_even_if_one_channel_would_do() -> None:
+    assert run_to_the_end([16, 16], Limits(8, 4, round_to=4), 1, 31) == [[8, 16]]
+
+
 def test_the_count_of_updates_is_never_less_than_a_selection_takes() -> None:
     sizes = {"layer0": 16, "layer1": 24, "layer2": 9}
     limits = Limits(groups_size=3, min_channels=2)

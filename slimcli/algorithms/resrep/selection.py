@@ -84,11 +84,10 @@ def choose(
     Returns:
         Group -> channels, in the order they were chosen.
 
-    >>> standings = {"a": Standing(4, {0: 1.0, 1: 0.2, 2: 0.9, 3: 0.4}),
-    ...              "b": Standing(2, {0: 0.5, 1: 0.5})}
+    >>> standings = {"a": Standing(3, {0: 1.0, 1: 0.2, 3: 0.4}), "b": Standing(1, {0: 0.5})}
     >>> choose(standings, Limits(2, 1), 1, 0, lambda widths: sum(widths.values()))
     {'a': [1, 3]}
-    >>> choose(standings, Limits(2, 1), 1, 5, lambda widths: sum(widths.values()))
+    >>> choose(standings, Limits(2, 1), 1, 3, lambda widths: sum(widths.values()))
     {'a': [1]}
     """
     chosen: dict[str, list[int]] = {}
