@@ -384,7 +384,9 @@ def test_different_offsets_cut_from_the_halves_of_a_shuffle_are_noticed_by_the_l
     model, example, structure = network("ChannelShuffle")
     group = structure.group("a.1")
     right, wrong = group.cut([0, 1, 2, 3]), group.cut([4, 5, 6, 7])
-    slots = [w if w.tensor.startswith("b.") else r for r, w in zip(right.slots, wrong.slots)]
+    slots = [
+        w if w.tensor.startswith("b.") else r for r, w in zip(right.slots, wrong.slots, strict=True)
+    ]
     mixed = Cut(right.group, right.before, right.after, tuple(slots))
     traced = trace(model, example)
     consumers = traced.record.consumers[: traced.consumers_in_eval]

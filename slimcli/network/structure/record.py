@@ -82,7 +82,12 @@ class MacTerm:
 
 @dataclass
 class Record:
-    """Everything two traces (eval and train mode) found, in the terms of one set of labels."""
+    """Everything two traces (eval and train mode) found, in the terms of one set of labels.
+
+    Attributes:
+        static_calls: Mixing modules entered before the first operator whose result depends on the
+            order of values (sorting, suppression of boxes); None if there is none.
+    """
 
     sources: Sources
     table: NodeTable = field(default_factory=NodeTable)
@@ -98,6 +103,7 @@ class Record:
     no_duplicates: list[tuple[Labels, str]] = field(default_factory=list)
     layers: dict[str, Labels] = field(default_factory=dict)
     rule_errors: list[str] = field(default_factory=list)
+    static_calls: int | None = None
     order: int = 0
 
     def join(self, left: Tensor, right: Tensor) -> None:

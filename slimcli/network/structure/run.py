@@ -18,6 +18,7 @@ from slimcli.network.structure import (
     rules_spatial,
 )
 from slimcli.network.structure.modes import output_tensors
+from slimcli.network.structure.producing import MIXING
 from slimcli.network.structure.record import Record
 from slimcli.network.structure.rules_pointwise import map_nodes
 from slimcli.network.structure.trace import Calls, Rule, Tracer, affine_node
@@ -58,7 +59,11 @@ def _watch_modules(model: nn.Module, tracer: Tracer) -> list[Any]:
     stack = tracer.calls.stack
 
     def enter(path: str) -> Any:
-        return lambda module, inputs: stack.append((path, module))
+        def hook(module: nn.Module, inputs: Any) -> None:
+            stack.append((path, module))
+            tracer.calls.mixing_entered += isinstance(module, MIXING)
+
+        return hook
 
     def leave(module: nn.Module, inputs: Any, output: Any) -> None:
         path = stack.pop()[0]

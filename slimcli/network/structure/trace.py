@@ -96,6 +96,7 @@ class Calls:
     norms: dict[int, str] = field(default_factory=dict)
     keys: dict[int, str] = field(default_factory=dict)
     norm_inputs: dict[str, set[str]] = field(default_factory=dict)
+    mixing_entered: int = 0
 
     def top(self) -> tuple[str, nn.Module | None]:
         """Path and module of the innermost running module."""
@@ -131,6 +132,11 @@ class Calls:
         return {
             key: norm for key, norm in pairs.items() if norm and self.norm_inputs[norm] == {key}
         }
+
+
+_ORDER_DEPENDENT = frozenset(
+    ("nonzero", "masked_select", "topk", "sort", "argsort", "unique2", "torchvision::nms")
+)
 
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -176,6 +182,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         labelled = [tensor for tensor in inputs if self.planes_of(tensor)]
         if in_place and inputs:
             self._back_up(inputs[0])
+        if name in _ORDER_DEPENDENT and self.record.static_calls is None:
+            self.record.static_calls = self.calls.mixing_entered
         output = func(*args, **kwargs)
         if not labelled:
             self._note_views(inputs, output)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from slimcli.network.structure.modes import (
     set_train_mode,
     without_fast_path,
 )
+from slimcli.network.structure.producing import MIXING
 from slimcli.network.structure.recheck import first_disorder
 from slimcli.network.structure.record import Record
 from slimcli.network.structure.run import run_traced
@@ -56,18 +57,45 @@ class Failure:
         return f"a trial cut failed: {self.what}" + (f" at {self.line}" if self.line else "")
 
 
-class _Entry:
-    """A forward pre-hook that notes its module's path; copies note it in the same place."""
+@dataclass
+class _Log:
+    """What hooks note during a run; copies of a model write to the same one.
 
-    def __init__(self, entered: list[str], path: str) -> None:
-        self._entered = entered
+    Attributes:
+        entered: Path of the module entered last.
+        calls: Mixing modules that have run.
+        limit: Outputs are kept of this many of them at most.
+        whole: Paths of layers that aren't cut: their outputs are kept.
+    """
+
+    entered: str = ""
+    calls: int = 0
+    limit: int = 0
+    whole: frozenset[str] = frozenset()
+    outputs: list[Tensor] = field(default_factory=list)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Log:
+        return self
+
+
+class _Entry:
+    """A forward pre-hook that notes its module's path."""
+
+    def __init__(self, log: _Log, path: str) -> None:
+        self._log = log
         self._path = path
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
-        self._entered[0] = self._path
+        self._log.entered = self._path
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Entry:
-        return self
+
+class _Exit(_Entry):
+    """A forward hook that keeps the outputs of layers that are not cut."""
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any = None) -> None:
+        self._log.calls += 1
+        if self._log.calls <= self._log.limit and self._path in self._log.whole:
+            self._log.outputs.append(output)
 
 
 class Trial:
@@ -86,7 +114,7 @@ class Trial:
         self._rechecks = False
         self._example = example
         self._dtype = torch.float32
-        self._entered = [""]
+        self._log = _Log(limit=traced.record.static_calls or 0)
         reference = copy.deepcopy(model).eval()
         for parameter in reference.parameters():
             parameter.grad = None
@@ -110,13 +138,21 @@ class Trial:
         """Remembers which module was entered last; copies of the model keep doing so."""
         for path, module in model.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):
-                module.register_forward_pre_hook(_Entry(self._entered, path), prepend=True)
+                module.register_forward_pre_hook(_Entry(self._log, path), prepend=True)
+            if isinstance(module, MIXING):
+                module.register_forward_hook(_Exit(self._log, path))
 
     def run(self, model: nn.Module) -> list[Tensor]:
-        """The model's output tensors, same random numbers every time."""
+        """The model's output tensors, same random numbers every time.
+
+        Where sorting or suppression makes the output jump (detectors), the outputs of the uncut
+        layers before that instead.
+        """
+        self._log.calls, self._log.outputs = 0, []
         with torch.no_grad(), preserved_randomness(), without_fast_path():
             torch.manual_seed(0)
-            return list(output_tensors(self._example.run(model)))
+            outputs = list(output_tensors(self._example.run(model)))
+        return self._log.outputs if self._log.limit else outputs
 
     def attempt(self, groups: Sequence[Group], *, thorough: bool = False) -> Failure | None:
         """Cuts about half of the channels of all these groups together.
@@ -126,6 +162,11 @@ class Trial:
             thorough: Also compare the order of channels, and run the cut model in train mode.
         """
         model = copy.deepcopy(self._reference)
+        cut_names = {slot.tensor for group in groups for slot in group.producers + group.followers}
+        layers = {name.removeprefix("tensor:") for name in self._traced.record.layers}
+        self._log.whole = frozenset(
+            path for path in layers if not any(n.startswith(f"{path}.") for n in cut_names)
+        )
         cuts = []
         for group in groups:
             order = torch.randperm(group.size, generator=self._random).tolist()
@@ -144,7 +185,7 @@ class Trial:
         except Exception as error:  # the user's code on other sizes: anything can come
             first = str(error).splitlines()[0] if str(error) else ""
             what = f"{type(error).__name__}: {first}"
-            return Failure(what, user_line.of_error(error), self._entered[0])
+            return Failure(what, user_line.of_error(error), self._log.entered)
         failure = self._compare(zeroed, cut)
         if failure is None and (thorough or self._rechecks):
             failure = self._recheck(model.eval(), cuts)
