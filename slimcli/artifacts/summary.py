@@ -22,7 +22,8 @@ FIELDS: dict[str, str] = {
     "stages": "one entry a stage: name, algorithm, epochs, best {metric, value, epoch}, goal",
     "baseline": "metrics, macs, params of the model the first compressing stage started from",
     "final": "metrics, macs, params of the best model that meets the goal; file_bytes by artifact",
-    "goal": "name, target (largest allowed value) and reached of the last stage's goal, or null",
+    "goal": "of the stage the run ended with: name, target (largest allowed value), reached "
+    "(true or false), value (of the result; null without one); or null",
     "verification": "one entry a seam: from, to, max_abs, max_rel, limit, ok",
     "layers": "one entry a layer: name, type, channels_before, channels_after, frozen_reason",
     "seconds": "wall-clock time of the run, resumed parts included",

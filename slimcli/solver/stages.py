@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +115,9 @@ def _all_stages(current: Run, stored: dict[str, Any] | None) -> None:
             if current.fabric.world_size > 1:
                 current.fabric.barrier()  # a process that ends early would take the first with it
             raise
-        compressor, model = stage.best_model()
         _note_stage(current, stage)
+        _note_goal(current, stage)
+        compressor, model = stage.best_model()
         if stage.is_last:
             _finish(current, stage, compressor, model)
         else:
@@ -142,6 +144,22 @@ def _note_stage(current: Run, stage: Stage) -> None:
     }
     stages = [each for each in current.record["stages"] if each["name"] != stage.job.name]
     current.record["stages"] = [*stages, entry]
+
+
+def _note_goal(current: Run, stage: Stage, numbers: Mapping[str, float] | None = None) -> None:
+    """Whether the goal was reached, and by which number; without a result the number is null."""
+    goal = stage.plan.goal
+    if goal is None:
+        current.record["goal"] = None
+        return
+    value = (numbers or {}).get(goal.name)
+    is_met = stage.trainer.best.value is not None and (value is None or value <= goal.target)
+    current.record["goal"] = {
+        "name": goal.name,
+        "target": goal.target,
+        "reached": is_met,
+        "value": value,
+    }
 
 
 def _hand_over(current: Run, stage: Stage, compressor: Compressor, model: nn.Module) -> None:
@@ -196,7 +214,7 @@ def _finish(current: Run, stage: Stage, compressor: Compressor, model: nn.Module
 
 
 def _note_result(current: Run, stage: Stage, finished: Finished) -> None:
-    record, goal = current.record, stage.plan.goal
+    record = current.record
     record["final"] = {
         "metrics": finished.metrics.get("deploy", finished.metrics.get("trained", {})),
         "metrics_by_form": finished.metrics,
@@ -206,9 +224,7 @@ def _note_result(current: Run, stage: Stage, finished: Finished) -> None:
     }
     record["verification"] = finished.seams
     record["notes"] = list(finished.notes)
-    if goal is not None:
-        reached = {"macs": finished.macs, "params": finished.params}.get(goal.name)
-        record["goal"] = {"name": goal.name, "target": goal.target, "reached": reached}
+    _note_goal(current, stage, {"macs": finished.macs, "params": finished.params})
     modules = dict(finished.plain.named_modules())
     for row in record["layers"]:
         row["channels_after"] = _channels(modules.get(row["name"]), row["channels_before"])

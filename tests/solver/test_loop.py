@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from slimcli.artifacts import checkpoint
-from slimcli.compressor import Plan, Refusal
+from slimcli.compressor import Goal, Plan, Refusal
 from slimcli.errors import GoalError, HookError, RecipeError, RunError
 from slimcli.solver.randomness import derive, epoch_order
 from slimcli.solver.stages import run
@@ -111,6 +111,11 @@ def test_a_smaller_metric_is_better_where_metric_mode_says_so(tmp_path: Path) ->
 
 def test_a_model_that_never_meets_the_goal_ends_with_exit_code_4(tmp_path: Path) -> None:
     class Never(toys.Counting):
+        def plan(self, model: nn.Module, example: Any, schedule: Any) -> Plan:
+            plan = super().plan(model, example, schedule)
+            plan.goal = Goal("macs", 7.0)
+            return plan
+
         def may_save(self, model: nn.Module, progress: Any) -> bool:
             return False
 
@@ -118,6 +123,9 @@ def test_a_model_that_never_meets_the_goal_ends_with_exit_code_4(tmp_path: Path)
         run(toys.job(tmp_path, Never))
     summary = json.loads((tmp_path / "toy" / "latest" / "summary.json").read_text())
     assert (summary["status"], summary["exit_code"]) == ("goal_missed", 4)
+    assert summary["goal"] == {"name": "macs", "target": 7.0, "reached": False, "value": None}
+    assert summary["goal"]["reached"] is False
+    assert [stage["best"]["value"] for stage in summary["stages"]] == [None]
     assert last(tmp_path)["position"]["epoch"] == 3
 
 
