@@ -1,0 +1,165 @@
+"""Random networks of all constructs: zeroed equals cut, whatever the graph."""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from slimcli.network import surgery
+from slimcli.network.example import Example
+from slimcli.network.structure import analyze, zero_channels
+from slimcli.network.structure.trial import unequal
+
+EXACT = 1e-10
+"""Relative to the largest output, float64: rounding was seen up to 1e-13."""
+NETWORKS = int(os.environ.get("SLIM_RANDOM_NETWORKS", "25"))
+"""In the suite; the full count is 500 (about eight minutes)."""
+
+
+class RandomNet(nn.Module):
+    """A stack of random steps on a list of feature maps of one size."""
+
+    def __init__(self, seed: int, steps: int) -> None:
+        super().__init__()
+        self.choose = random.Random(seed)
+        self.layers = nn.ModuleDict()
+        self.program: list[tuple[str, list[int], str]] = []
+        self.widths = [8]
+        self.add("stem", nn.Conv2d(3, 8, 3, padding=1))
+        for number in range(steps):
+            getattr(self, "plan_" + self.choose.choice(KINDS))(f"s{number}")
+        self.add("head", nn.Linear(self.widths[-1], 4))
+
+    def add(self, name: str, layer: nn.Module) -> None:
+        self.layers[name] = layer
+
+    def plan(self, kind: str, sources: list[int], name: str, width: int) -> None:
+        self.program.append((kind, sources, name))
+        self.widths.append(width)
+
+    def pick(self) -> int:
+        return self.choose.randrange(len(self.widths))
+
+    def plan_conv(self, name: str) -> None:
+        source, width = self.pick(), self.choose.choice([4, 6, 8, 12])
+        size, bias = self.choose.choice([1, 3]), self.choose.random() < 0.5
+        layer = nn.Conv2d(self.widths[source], width, size, padding=size // 2, bias=bias)
+        norm = nn.BatchNorm2d(width) if self.choose.random() < 0.7 else nn.Identity()
+        act = self.choose.choice([nn.ReLU(), nn.Hardswish(), nn.Sigmoid(), nn.GELU()])
+        self.add(name, nn.Sequential(layer, norm, act))
+        self.plan("layer", [source], name, width)
+
+    def plan_depthwise(self, name: str) -> None:
+        source = self.pick()
+        width = self.widths[source]
+        layer = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
+        self.add(name, nn.Sequential(layer, nn.BatchNorm2d(width), nn.ReLU()))
+        self.plan("layer", [source], name, width)
+
+    def plan_grouped(self, name: str) -> None:
+        source = self.pick()
+        width = self.widths[source]
+        self.add(name, nn.Conv2d(width, 2 * width, 3, padding=1, groups=2))
+        self.plan("layer", [source], name, 2 * width)
+
+    def plan_add(self, name: str) -> None:
+        left = self.pick()
+        same = [i for i, width in enumerate(self.widths) if width == self.widths[left]]
+        self.plan("add", [left, self.choose.choice(same)], name, self.widths[left])
+
+    def plan_mul(self, name: str) -> None:
+        left = self.pick()
+        same = [i for i, width in enumerate(self.widths) if width == self.widths[left]]
+        self.plan("mul", [left, self.choose.choice(same)], name, self.widths[left])
+
+    def plan_cat(self, name: str) -> None:
+        left, right = self.pick(), self.pick()
+        self.plan("cat", [left, right], name, self.widths[left] + self.widths[right])
+
+    def plan_halves(self, name: str) -> None:
+        source = self.pick()
+        self.plan("halves", [source], name, self.widths[source] // 2)
+
+    def plan_shuffle(self, name: str) -> None:
+        source = self.pick()
+        self.plan("shuffle", [source], name, self.widths[source])
+
+    def plan_gate(self, name: str) -> None:
+        source = self.pick()
+        width = self.widths[source]
+        self.add(name, nn.Sequential(nn.Linear(width, 4), nn.ReLU(), nn.Linear(4, width)))
+        self.plan("gate", [source], name, width)
+
+    def plan_norm(self, name: str) -> None:
+        source = self.pick()
+        self.add(name, nn.GroupNorm(2, self.widths[source]))
+        self.plan("layer", [source], name, self.widths[source])
+
+    def plan_pool(self, name: str) -> None:
+        source = self.pick()
+        self.add(name, self.choose.choice([nn.AvgPool2d, nn.MaxPool2d])(3, 1, 1))
+        self.plan("layer", [source], name, self.widths[source])
+
+    def step(self, kind: str, inputs: list[Tensor], name: str) -> Tensor:
+        x = inputs[0]
+        if kind == "layer":
+            return self.layers[name](x)
+        if kind in ("add", "mul"):
+            return x + inputs[1] if kind == "add" else x * inputs[1]
+        if kind == "cat":
+            return torch.cat(inputs, 1)
+        if kind == "halves":
+            left, right = x.chunk(2, 1)
+            return F.relu(left) + right
+        if kind == "shuffle":
+            n, c, h, w = x.shape
+            return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        return x * torch.sigmoid(self.layers[name](x.mean((2, 3))))[:, :, None, None]
+
+    def forward(self, x: Tensor) -> Any:
+        maps = [self.layers["stem"](x)]
+        for kind, sources, name in self.program:
+            maps.append(self.step(kind, [maps[source] for source in sources], name))
+        return self.layers["head"](maps[-1].mean((2, 3)))
+
+
+KINDS = [name[len("plan_") :] for name in vars(RandomNet) if name.startswith("plan_")]
+
+
+@settings(
+    max_examples=NETWORKS,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+@given(seed=st.integers(0, 10**6), steps=st.integers(2, 9))
+def test_any_network_is_cut_exactly_or_left_alone(seed: int, steps: int) -> None:
+    torch.manual_seed(seed)
+    model = RandomNet(seed, steps).double().eval()
+    unequal(model, torch.Generator().manual_seed(seed))
+    batch = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    example = Example(batch, lambda net, data: net(data))
+    structure = analyze(model, example)
+    assert structure.notes == ()
+    choose = torch.Generator().manual_seed(seed)
+    cuts = []
+    for group in structure.groups:
+        if group.is_prunable:
+            order = torch.randperm(group.size, generator=choose).tolist()
+            keep = int(torch.randint(1, group.size, (), generator=choose))
+            zero_channels(model, group, order[keep:])
+            cuts.append(group.cut(order[:keep]))
+    with torch.no_grad():
+        zeroed = model(batch)
+        cut = copy.deepcopy(model)
+        surgery.apply(cut, cuts, example=example)
+        error = float((cut(batch) - zeroed).abs().max() / zeroed.abs().max().clamp_min(1e-30))
+    assert error <= EXACT
