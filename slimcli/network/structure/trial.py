@@ -181,15 +181,22 @@ class Trial:
                 set_train_mode(model)
                 self.run(model)
         except SlimError as error:
+            cause = error.__cause__  # where a hook raised, slim tells it in its own words
+            if cause is not None and user_line.of_error(cause):
+                return self._raised(cause)
             return Failure(error.problems[0].what)
         except Exception as error:  # the user's code on other sizes: anything can come
-            first = str(error).splitlines()[0] if str(error) else ""
-            what = f"{type(error).__name__}: {first}"
-            return Failure(what, user_line.of_error(error), self._log.entered)
+            return self._raised(error)
         failure = self._compare(zeroed, cut)
         if failure is None and (thorough or self._rechecks):
             failure = self._recheck(model.eval(), cuts)
         return failure
+
+    def _raised(self, error: BaseException) -> Failure:
+        """What the user's code said, where, and in which module it was."""
+        first = str(error).splitlines()[0] if str(error) else ""
+        what = f"{type(error).__name__}: {first}"
+        return Failure(what, user_line.of_error(error), self._log.entered)
 
     def _recheck(self, model: nn.Module, cuts: Sequence[Cut]) -> Failure | None:
         """Traces the cut model; from the first disorder on, every attempt does."""
