@@ -6,6 +6,7 @@ object, loaded when it is called. A command whose module does not exist is not l
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import importlib.util
@@ -27,6 +28,7 @@ SECTIONS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
         (
             ("init", "a recipe and hooks that run as they are"),
             ("check", "find mistakes in a recipe, with line and column"),
+            ("inspect", "which channels belong together, and what can be cut"),
             ("plan", "what would be done, and whether it can work; writes nothing"),
             ("run", "train, compress, verify, export"),
             ("resume", "go on with a stopped run"),
@@ -39,7 +41,6 @@ SECTIONS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
             ("export", "ONNX and TensorRT from a finished run, verified"),
             ("lint", "check an ONNX file against the rules of TensorRT"),
             ("bench", "measure latency and throughput"),
-            ("inspect", "what is inside a run folder or an artifact"),
             ("report", "the report of a run"),
             ("diff", "settings, results and channels of two runs side by side"),
         ),
@@ -103,9 +104,13 @@ class SlimGroup(click.Group):
         """Imports the module of one command and adds the global flags to it."""
         if cmd_name not in self.list_commands(ctx):
             return None
-        command: click.Command = importlib.import_module(f"slimcli.cli.{cmd_name}").command
+        command: click.Command = copy.copy(
+            importlib.import_module(f"slimcli.cli.{cmd_name}").command
+        )
         taken = {spelling for each in command.params for spelling in each.opts}
-        command.params += _global_options(taken)
+        command.params = [*command.params, *_global_options(taken)]
+        assert command.callback is not None
+        command.callback = console.results_only()(command.callback)
         if console.settings().json:
             own = [each.name for each in command.params if "--json" in each.opts]
             ctx.default_map = {cmd_name: {name: True for name in own if name}}

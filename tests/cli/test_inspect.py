@@ -1,0 +1,190 @@
+"""``slim inspect``: the table of coupled groups, and that nothing else happens."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slimcli.cli import main
+from tests.solver import project
+
+NETWORK = """
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1)
+        self.inner = nn.Conv2d(8, 6, 3, padding=1)
+        self.outer = nn.Conv2d(6, 8, 1)
+        self.tail = nn.Conv2d(8, 10, 1)
+        self.fc = nn.Linear(10, 3)
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        x = torch.relu(x + self.outer(torch.relu(self.inner(x))))
+        x = torch.sigmoid(self.tail(x))
+        return self.fc(x.mean((2, 3)))
+"""
+ONE_LAYER = """
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(36, 3)
+    def forward(self, x):
+        return self.fc(x.flatten(1))
+"""
+FIXED_SIZE = """
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.fc = nn.Linear(64, 3)
+    def forward(self, x):
+        x = torch.relu(self.conv(x))
+        return self.fc(x.view(len(x), 64))
+"""
+RECIPE = project.RECIPE.replace("algorithm: finetune", "algorithm: resrep").replace(
+    "lr: 0.1,",
+    "lr: 0.1, auto_find_module_strategy: all_bn, min_channels: 2, warmup_epoch: 0, "
+    "prune_rate: 0.2,",
+)
+PIXELS = 36
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
+    return tmp_path
+
+
+def with_network(here: Path, network: str, recipe: str = project.RECIPE) -> Path:
+    before, _, rest = project.HOOKS.partition("class Net")
+    after = rest[rest.index("def build_model") :]
+    return project.write(here, hooks=f"{before}{network}\n{after}", recipe=recipe)
+
+
+def slim(*words: str) -> int:
+    """The exit code of a command run in this process."""
+    with pytest.raises(SystemExit) as caught:
+        main.main(list(words))
+    return int(caught.value.code or 0)
+
+
+def inspected(*words: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    assert slim("inspect", "recipe.yaml", *words, "--json") == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_coupled_layers_are_one_group(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with_network(here, NETWORK)
+    groups = {each["name"]: each for each in inspected(capsys=capsys)["groups"]}
+    assert list(groups) == ["stem", "inner", "tail", "fc"]
+    assert groups["stem"]["producers"] == ["stem", "outer"]
+    assert groups["stem"]["consumers"] == ["inner", "tail"]
+    assert groups["stem"]["strategies"] == ["all_bn", "all_conv"]
+    assert groups["inner"]["strategies"] == ["linear_bn", "all_bn", "linear_conv", "all_conv"]
+
+
+def test_a_channel_costs_what_making_and_reading_it_costs(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_network(here, NETWORK)
+    groups = {each["name"]: each for each in inspected(capsys=capsys)["groups"]}
+    made, read = 8 * 9 * PIXELS, 8 * PIXELS  # by a 3x3 conv over 8 channels; by a 1x1 conv to 8
+    assert groups["inner"]["macs_per_channel"] == made + read
+
+
+def test_a_channel_that_becomes_a_constant_names_who_takes_it_up(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_network(here, NETWORK)
+    groups = {each["name"]: each for each in inspected(capsys=capsys)["groups"]}
+    assert groups["tail"]["constants"] == ["fc"]  # sigmoid(0) is 0.5
+    assert groups["inner"]["constants"] == []
+
+
+def test_an_output_is_frozen_and_selected_by_nobody(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_network(here, NETWORK)
+    (output,) = [each for each in inspected(capsys=capsys)["groups"] if each["name"] == "fc"]
+    assert output["is_prunable"] is False
+    assert output["frozen_reason"] == "it is an output of the model"
+    assert output["strategies"] == []
+    assert output["is_zero_removal_exact"] is False
+
+
+def test_a_frozen_group_names_the_line_of_the_user(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_network(here, FIXED_SIZE)
+    assert slim("inspect", "recipe.yaml") == 0
+    line = (
+        (here / "hooks.py")
+        .read_text()
+        .splitlines()
+        .index("        return self.fc(x.view(len(x), 64))")
+    )
+    out = capsys.readouterr().out
+    assert f"hooks.py:{line + 1}" in out
+    assert "nothing can be pruned in this model" in out
+
+
+def test_a_model_without_anything_to_prune_is_no_error(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_network(here, ONE_LAYER)
+    assert slim("inspect", "recipe.yaml") == 0
+    out = capsys.readouterr().out
+    assert "nothing can be pruned in this model" in out
+    assert "it is an output of the model" in out
+
+
+def test_the_fields_of_the_document_are_fixed(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_network(here, NETWORK)
+    document = inspected(capsys=capsys)
+    assert list(document) == ["version", "macs", "params", "groups", "layers", "notes"]
+    assert document["version"] == 1
+    assert list(document["groups"][0]) == [
+        *("name", "channels", "producers", "followers", "consumers", "macs_per_channel"),
+        *("is_prunable", "frozen_reason", "strategies", "is_zero_removal_exact"),
+        *("is_duplicate_merging_exact", "duplicate_reason", "constants"),
+    ]
+    assert list(document["layers"][0]) == [
+        *("name", "type", "channels", "macs", "group", "frozen_reason"),
+        *("channels_minimum", "macs_minimum"),
+    ]
+    assert sum(each["macs"] for each in document["layers"]) == document["macs"]
+
+
+def test_nothing_is_written(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with_network(here, NETWORK)
+    before = {each for each in here.rglob("*") if "__pycache__" not in each.parts}
+    inspected(capsys=capsys)
+    assert {each for each in here.rglob("*") if "__pycache__" not in each.parts} == before
+
+
+def test_the_picture_knows_the_fewest_channels_of_the_plan(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_network(here, NETWORK, RECIPE)
+    document = inspected("--picture", "layers.svg", capsys=capsys)
+    layers = {each["name"]: each for each in document["layers"]}
+    assert layers["inner"]["channels_minimum"] == 2
+    assert layers["inner"]["macs_minimum"] == 2 * 2 * 9 * PIXELS
+    assert layers["fc"]["channels_minimum"] == 3
+    assert ElementTree.parse(here / "layers.svg").getroot().tag.endswith("svg")
+    assert slim("inspect", "recipe.yaml", "--picture", "layers.png") == 0
+    assert (here / "layers.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_of_another_kind_is_refused(here: Path) -> None:
+    with_network(here, NETWORK)
+    assert slim("inspect", "recipe.yaml", "--picture", "layers.gif") == 2
+    assert not (here / "layers.gif").exists()
