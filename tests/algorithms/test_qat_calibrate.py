@@ -60,6 +60,27 @@ def test_mse_finds_the_best_range_that_a_search_on_the_samples_finds():
     assert squared_error(x, found) < squared_error(x, np.abs(x).max()) * 0.95
 
 
+def test_mse_cuts_off_an_outlier_that_is_one_in_forty_million():
+    counts, edges = np.histogram(np.abs(samples()), BINS, (0, 60.0))
+    counts = counts * 1000.0
+    counts[-1] += 1
+    centres = (edges[1:] + edges[:-1]) / 2
+
+    def error(amax):
+        scale = amax / 127
+        return np.dot(counts, (centres - np.minimum(np.round(centres / scale), 127) * scale) ** 2)
+
+    found = mse_amax(counts, edges[1])
+    assert found < 20
+    assert error(found) <= 1.01 * min(error(amax) for amax in np.linspace(4.0, 60.0, 500))
+
+
+def test_entropy_is_not_outvoted_by_the_zeros_behind_a_relu():
+    x = np.maximum(samples(), 0)
+    some = amax_of("entropy", x)
+    assert amax_of("entropy", np.append(x, np.zeros(1_000_000, np.float32))) == some
+
+
 def divergence_reference(counts, edge, levels=128):
     """Bin by bin and level by level, as the method is usually told."""
     wanted = counts[:edge].copy()

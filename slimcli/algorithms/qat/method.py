@@ -8,7 +8,7 @@ an exporter ONNX QuantizeLinear and DequantizeLinear.
 
 Learned scales: "Learned Step Size Quantization", arXiv 1902.08153. Differs from the paper: a scale
 starts from calibration, not from the mean magnitude; the gradient mask is that of the rounded code;
-a scale never falls below a hundredth of where it started, which keeps it positive.
+a scale stays between a quarter and twice of where it started.
 
 Differs from torchslim: scale is ``amax / 127``, weights use [-127, 127], linear and transposed
 layers are quantized too, a residual sum gets its skip quantized and not its convolution, and ranges
@@ -54,8 +54,8 @@ from slimcli.network.quantize.insert import insert, remove
 from slimcli.network.quantize.layers import TRANSPOSED
 from slimcli.network.quantize.place import Placement, place
 
-SMALLEST_SHARE = 0.01
-"""A learned scale stays above this share of the calibrated one, hence positive."""
+SCALE_SHARES = (0.25, 2.0)
+"""Bounds of a learned scale, in calibrated scales: positive, and not so wide that codes vanish."""
 
 
 class QATCompressor(Compressor):
@@ -198,12 +198,17 @@ class QATCompressor(Compressor):
             raise RunError(*_all_not_finite(moving))
 
     def after_step(self, model: nn.Module, progress: Progress, skipped: bool) -> None:
-        """Keeps learned scales positive."""
+        """Keeps learned scales near what calibration found, hence positive.
+
+        Without bounds a large gradient early in training was seen to widen a range 4,000 times:
+        all codes are zero then, and so is the gradient that could undo it.
+        """
         if self.config.scale != "lsq":
             return
         with torch.no_grad():
             for each in quantizers(model).values():
-                torch.maximum(each.scale, scale_of(each.amax) * SMALLEST_SHARE, out=each.scale)
+                calibrated, (low, high) = scale_of(each.amax), SCALE_SHARES
+                each.scale.clamp_(calibrated * low, calibrated * high)
 
     def status(self, model: nn.Module) -> dict[str, float]:
         """How many quantizers there are, and how many of them no longer move."""
