@@ -1,7 +1,8 @@
 """The only file that writes to the terminal: results to stdout, the conversation to stderr.
 
 Commands call the functions below; nothing here knows a model or torch. ``--json`` and ``-q`` leave
-only the result on stdout; messages stay on stderr. Colour never carries meaning alone.
+only the result on stdout; messages stay on stderr, and so does what the user's code prints.
+Colour never carries meaning alone.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from datetime import datetime
 from statistics import median
@@ -48,6 +50,7 @@ class Settings:
 FILE_WIDTH = 200  # columns of a table in a file or a pipe: module paths should not be folded
 
 _settings = Settings()
+_results: TextIO | None = None  # stdout, while ``sys.stdout`` is where other code may print
 
 
 def configure(**changes: bool) -> Settings:
@@ -87,22 +90,45 @@ def terminal(stream: TextIO | None = None) -> Console:
     )
 
 
+@contextmanager
+def results_only() -> Iterator[None]:
+    """Inside, only the functions here reach stdout: a ``print`` of anybody else goes to stderr.
+
+    A hook that prints would otherwise end up in ``RUN=$(slim run recipe.yaml -q)``. Nothing happens
+    inside another one.
+    """
+    global _results
+    if _results is not None:
+        yield
+        return
+    _results = sys.stdout
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _results = None
+
+
+def _stdout() -> TextIO:
+    return _results or sys.stdout
+
+
 def result(text: str) -> None:
     """One line or block of the result, to stdout."""
     if is_main_process():
-        print(text, flush=True)
+        print(text, flush=True, file=_stdout())
 
 
 def document(value: Any) -> None:
     """The result as one JSON document, to stdout."""
     if is_main_process():
-        print(json.dumps(value, indent=2, ensure_ascii=False), flush=True)
+        print(json.dumps(value, indent=2, ensure_ascii=False), flush=True, file=_stdout())
 
 
 def json_line(value: dict[str, Any]) -> None:
     """One event as one line of JSON, to stdout."""
     if is_main_process():
-        print(json.dumps(value, ensure_ascii=False), flush=True)
+        print(json.dumps(value, ensure_ascii=False), flush=True, file=_stdout())
 
 
 def say(text: str, style: str = "") -> None:
@@ -145,7 +171,7 @@ def table(
     for row in listed:
         drawn.add_row(*(str(cell) for cell in row))
     if is_main_process() and (to_stdout or not _settings.quiet):
-        terminal(sys.stdout if to_stdout else sys.stderr).print(drawn)
+        terminal(_stdout() if to_stdout else sys.stderr).print(drawn)
 
 
 def error(problem: SlimError) -> None:

@@ -143,3 +143,16 @@ def test_every_test_asserts_something() -> None:
             if not any(mark in source for mark in marks):
                 silent.append(f"{path.name}:{node.lineno} {node.name}")
     assert silent == []
+
+
+def test_only_the_console_writes_results() -> None:
+    """Commands run while ``sys.stdout`` is stderr, so that a hook's print is no result."""
+    wrong = [
+        f"{path.name}:{node.lineno}"
+        for path in sorted((PACKAGE / "cli").glob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in ("click.echo", "print")
+        and not any(word.arg in ("err", "file") for word in node.keywords)
+    ]
+    assert wrong == []

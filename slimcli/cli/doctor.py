@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from typing import TYPE_CHECKING
 
 import click
+
+from slimcli import console
 
 if TYPE_CHECKING:
     from slimcli.doctor import Check
@@ -32,13 +33,13 @@ def command(as_json: bool, issue: bool, strict: bool, need: tuple[str, ...]) -> 
 
     rows = doctor.examine()
     if as_json:
-        click.echo(json.dumps(doctor.as_json(rows), indent=2))
+        console.document(doctor.as_json(rows))
     elif issue:
-        click.echo(markdown(rows, doctor.as_json(rows)["packages"]))
+        console.result(markdown(rows, doctor.as_json(rows)["packages"]))
     else:
         for row in rows:
-            click.echo(line(row))
-        click.echo(verdict(rows))
+            console.result(line(row))
+        console.result(verdict(rows))
     lacking = [row for row in rows if row.name in need and row.state in ("none", "FAIL")]
     if (strict and any(row.state == "FAIL" for row in rows)) or ((strict or need) and lacking):
         sys.exit(5)

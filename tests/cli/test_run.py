@@ -265,3 +265,18 @@ def test_resume_auto_starts_a_run_or_goes_on_with_the_unfinished_one(here: Path)
     assert not (here / "checkpoints" / "toy" / "b").exists()
     assert slim("run", "recipe.yaml", "-q", "--resume", "auto", "--name", "b") == 0
     assert (here / "checkpoints" / "toy" / "b").is_dir()
+
+
+@pytest.mark.parametrize("flag", ["-q", "--json"])
+def test_what_a_hook_prints_is_no_result(
+    here: Path, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    printing = project.HOOKS.replace(
+        "    return model(data[0])", "    print('mine')\n    return model(data[0])"
+    )
+    (here / "hooks.py").write_text("print('at import')\n" + printing)
+    assert slim("run", "recipe.yaml", flag, "epoch=1", "num_workers=1") == 0
+    out, err = capsys.readouterr()
+    assert "mine" not in out
+    assert "at import" not in out
+    assert {"mine", "at import"} <= set(err.splitlines())
