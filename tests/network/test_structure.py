@@ -184,8 +184,11 @@ def test_a_cut_model_trains_one_step(name: str) -> None:
     surgery.apply(model, [group.cut([0, 1]) for group in prunable(structure)])
     loss = sum(tensor.sum() for tensor in output_tensors(example.run(model.train())))
     loss.backward()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer.step()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    after = list(model.parameters())
+    assert all(parameter.grad is not None for parameter in after)
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def test_nothing_of_the_model_is_changed_by_the_analysis() -> None:

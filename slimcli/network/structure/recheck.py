@@ -35,8 +35,9 @@ def first_disorder(
         met = [old_label[each] for each in found.get(path, [])]
         wanted = [each for each in wanted if each.shape[1] > 1]
         met = [each for each in met if each.shape[1] > 1]
-        same = len(wanted) == len(met) and all(map(np.array_equal, wanted, met))
-        if not same:
+        if len(wanted) != len(met):
+            continue  # an axis of one entry carries no labels: only the numbers can tell
+        if not all(map(np.array_equal, wanted, met)):
             return path
     return ""
 
