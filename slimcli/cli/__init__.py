@@ -149,11 +149,12 @@ class SlimGroup(click.Group):
             return super().main(args, prog_name, complete_var, standalone_mode, **extra)
         # Before torch is loaded: threads that spin while they wait slow a busy machine tenfold.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        console.configure(json=False, quiet=False, verbose=False, color=True, traceback=False)
         try:
             outcome = super().main(args, prog_name or "slim", complete_var, False, **extra)
         except Exception as error:
             sys.exit(report(error))
+        finally:
+            console.configure(json=False, quiet=False, verbose=False, color=True, traceback=False)
         sys.exit(outcome if isinstance(outcome, int) else 0)
 
 

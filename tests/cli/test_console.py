@@ -15,6 +15,7 @@ import pytest
 from slimcli import console
 from slimcli.artifacts.event_lines import line_of
 from slimcli.artifacts.events import EVENTS
+from slimcli.cli import main
 from slimcli.errors import Problem, RecipeError
 from tests.solver import project
 
@@ -154,3 +155,10 @@ def test_a_terminal_gets_a_bar_and_no_color_takes_every_escape_away(tmp_path: Pa
     plain = on_a_terminal(tmp_path, NO_COLOR="1")
     assert "\x1b" not in plain
     assert "epoch 2/2" in plain
+
+
+def test_flags_of_a_command_do_not_outlive_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main.main(["check", "nowhere.yaml", "-q", "--json", "--no-color"])
+    assert console.settings() == console.Settings()
+    assert '"exit_code": 2' in capsys.readouterr().out
