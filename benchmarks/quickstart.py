@@ -56,6 +56,7 @@ def run(seed: int, overrides: list[str]) -> dict[str, Any]:
         "params": summary["final"]["params"] / summary["baseline"]["params"],
         "widest_seam": {key: widest[key] for key in ("from", "to", "max_abs", "limit", "ok")},
         "cpu_seconds": after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime,
+        "summary": {name: summary[name] for name in ("baseline", "final", "verification")},
     }
 
 
@@ -123,7 +124,12 @@ def main() -> int:
         print(json.dumps(runs[-1]), flush=True)
     wrong = failures(runs)
     if not options.overrides:
-        result = {"runs": runs, "points_lost": points_lost(runs), "failures": wrong}
+        result = {
+            "images": IMAGES,
+            "runs": runs,
+            "points_lost": points_lost(runs),
+            "failures": wrong,
+        }
         (HERE / "quickstart.json").write_text(json.dumps(result, indent=2) + "\n")
         (HERE / "quickstart.md").write_text(page(runs, wrong))
     print(page(runs, wrong))

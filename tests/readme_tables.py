@@ -1,6 +1,6 @@
 """The generated parts of the README, and a command that puts them in place.
 
-    python -m tests.readme_tables        rewrites README.md
+python -m tests.readme_tables        rewrites README.md
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def quickstart() -> str:
     measured: dict[str, Any] = json.loads(QUICKSTART.read_text(encoding="utf-8"))
     summary = measured["runs"][0]["summary"]
     before, after = summary["baseline"], summary["final"]
-    images = measured["validation_images"]
+    images = measured["images"]
     rows = [
         (
             name,
@@ -68,7 +68,7 @@ def quickstart() -> str:
             f"{each['macs'] / 1e6:.2f} M ({each['macs'] / before['macs'] * 100:.1f} %)",
             f"{each['params'] / 1e3:.1f} k",
         )
-        for name, each in (("as trained", before), ("after ResRep", after))
+        for name, each in (("as trained", before), ("after ResRep, seed 0", after))
     ]
     head = ("", f"accuracy, {images} images", "errors", "MACs", "parameters")
     seams = [
@@ -78,8 +78,8 @@ def quickstart() -> str:
     onnx_kib = after["file_bytes"]["model.onnx"] / 1024
     text = f"`model.onnx` has {onnx_kib:.0f} KiB. Largest differences: {'; '.join(seams)}."
     seeds = len(measured["runs"])
-    mean = sum(run["accuracy_change_points"] for run in measured["runs"]) / seeds
-    text += f" Over {seeds} seeds the accuracy changes by {mean:+.2f} points in the mean"
+    lost = measured["points_lost"]
+    text += f" Over {seeds} seeds the accuracy changes by {-lost:+.2f} points in the mean"
     return table(head, rows) + f"\n\n{text} (`benchmarks/quickstart.md`)."
 
 
@@ -89,9 +89,7 @@ def parts() -> dict[str, str]:
         "algorithms": algorithms(),
         "exit-codes": exit_codes(),
         "summary": table(("field", "meaning"), [(f"`{k}`", v) for k, v in FIELDS.items()]),
-        "training-keys": table(
-            ("key", "default", ""), key_rows(dict(TrainingConfig.model_fields))
-        ),
+        "training-keys": table(("key", "default", ""), key_rows(dict(TrainingConfig.model_fields))),
         "algorithm-keys": algorithm_keys(),
     }
 

@@ -61,7 +61,10 @@ def trained():
     """A float network, its hooks, the training and the validation data."""
     digits = hooks()
     torch.manual_seed(0)
-    train_set, validation = (each.tensors for each in digits.dataset_generator())
+    train_set, validation = (
+        tuple(torch.stack(column) for column in zip(*each, strict=True))
+        for each in digits.dataset_generator()
+    )
     skipped = QATCompressor(QATConfig(skip=("*",)))
     model = train(digits.build_model(), skipped, digits, train_set, 10, 0.05)
     return digits, model, train_set, validation
