@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -75,15 +76,18 @@ def count_params(model: nn.Module) -> int:
 
 
 def samples_in(batch: Any) -> int:
-    """How many samples a batch holds: the leading size of its first tensor.
+    """How many samples a batch holds: the leading size of its first tensor or array.
 
-    A batch is a tensor or a tuple, list or dict of inputs; an input that is itself a list (images
-    of different sizes) has one entry a sample.
+    A batch is a tensor or a tuple, list or dict of inputs. A list inside it is a number of inputs
+    where a tensor or dict beside it says how many samples there are (two views and a label), and
+    one entry a sample where there is none (images of different sizes and their targets).
 
     Raises:
         ValueError: There is no tensor in it.
 
     >>> samples_in((torch.zeros(8, 3, 4, 4), torch.zeros(8)))
+    8
+    >>> samples_in(((torch.zeros(8, 3), torch.zeros(8, 3)), torch.zeros(8)))
     8
     >>> samples_in(([torch.zeros(3, 5, 5), torch.zeros(3, 7, 7)], [{}, {}]))
     2
@@ -92,10 +96,12 @@ def samples_in(batch: Any) -> int:
     if not isinstance(values, (list, tuple)):
         values = [values]
     for value in values:
-        if isinstance(value, Tensor) and value.dim() > 0:
-            return value.shape[0]
-        if isinstance(value, (list, tuple)) and value and not isinstance(value[0], (int, float)):
-            return len(value)
+        if isinstance(value, (Tensor, np.ndarray)) and value.ndim > 0:
+            return int(value.shape[0])
+    for value in values:
         if isinstance(value, Mapping) and value:
             return samples_in(value)
+    for value in values:
+        if isinstance(value, (list, tuple)) and value and not isinstance(value[0], (int, float)):
+            return len(value)
     raise ValueError("no tensor in the batch says how many samples it has")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -80,6 +81,8 @@ def test_shared_parameters_count_once():
         ({"image": torch.zeros(5, 2), "label": torch.zeros(5)}, 5),
         (([torch.zeros(3, 4, 4)] * 2, [{"boxes": torch.zeros(1, 4)}] * 2), 2),
         (({"ids": torch.zeros(7, 3)}, torch.zeros(7)), 7),
+        (((torch.zeros(9, 3), torch.zeros(9, 3)), torch.zeros(9)), 9),
+        ((np.zeros((4, 3)), np.zeros(4)), 4),
     ],
 )
 def test_the_number_of_samples_is_read_from_the_batch(batch, samples):
