@@ -29,6 +29,7 @@ from slimcli.errors import GoalError, Problem
 from slimcli.network import surgery
 from slimcli.network.cuts import Cut
 from slimcli.network.example import Example
+from slimcli.solver import planner
 from slimcli.solver.config import TrainingConfig
 from slimcli.solver.job import JobHooks
 from slimcli.solver.schedule import group_defaults, plan_schedule
@@ -75,7 +76,7 @@ class Attachment:
                     for each in self.plan.refusals
                 )
             )
-        self.model = compressor.prepare(model, example, self.plan)
+        self.model = planner.prepared(compressor, model, example, self.plan)
         self.step = 0
 
     def progress(self) -> Progress:

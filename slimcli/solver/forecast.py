@@ -168,7 +168,7 @@ def _short(stage: StageJob) -> StageJob:
 def _trial(subject: Subject, around: Surroundings) -> dict[str, str]:
     """A few real steps on a copy, then deploy and compare."""
     compressor, example = subject.compressor, subject.example
-    subject.model = compressor.prepare(subject.model, example, subject.plan)
+    subject.model = planner.prepared(compressor, subject.model, example, subject.plan)
     subject.model.to(around.fabric.device)
     compressor.calibrate(subject.model, _examples(around, example))
     shown: dict[str, str] = {}

@@ -14,7 +14,7 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from slimcli.artifacts.checkpoint import stored_weights
-from slimcli.compressor import Plan, Schedule
+from slimcli.compressor import Compressor, Plan, Schedule
 from slimcli.errors import GoalError, HookError, Problem, RecipeError, SlimError
 from slimcli.network.example import Example
 from slimcli.solver.datasets import Data
@@ -24,6 +24,7 @@ from slimcli.solver.randomness import seed_all, untouched_rng
 from slimcli.solver.schedule import plan_schedule
 from slimcli.solver.step import checked_loss, move_batch
 
+UNINITIALIZED = (nn.UninitializedParameter, nn.UninitializedBuffer)
 SINGLE_SAMPLE_WITH_NORM = "Expected more than 1 value per channel"
 
 
@@ -47,7 +48,29 @@ def fresh_model(hooks: JobHooks, seed: int) -> nn.Module:
                 fix=f"return {model.__name__}()" if is_class else "",
             )
         )
+    _refuse_lazy(model, hooks)
     return model
+
+
+def _refuse_lazy(model: nn.Module, hooks: JobHooks) -> None:
+    """A lazy module has no shapes yet, and what gives it some is a call only the user knows.
+
+    Raises:
+        HookError: The model was not called before it was returned.
+    """
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    lazy = [name for name, tensor in tensors if isinstance(tensor, UNINITIALIZED)]
+    if lazy:
+        raise HookError(
+            Problem(
+                "E-HOOK-MODEL",
+                "`model` returned a model with lazy modules that have no shapes yet",
+                hooks.where("model"),
+                expected="every parameter in its shape",
+                received=", ".join(lazy[:5]) + (" ..." if lazy[5:] else ""),
+                fix="call the model once before you return it: model(torch.zeros(2, ...))",
+            )
+        )
 
 
 def teacher_model(hooks: JobHooks, seed: int, fabric: Fabric) -> nn.Module | None:
@@ -170,6 +193,17 @@ def _single_sample(batch_size: int) -> RecipeError:
             fix="config.batch_size=2, or a model without BatchNorm",
         )
     )
+
+
+def prepared(compressor: Compressor, model: nn.Module, example: Example, plan: Plan) -> nn.Module:
+    """The model to train on, with the algorithm's modules in it.
+
+    A compiled model does not look at hooks again: code compiled for the model as it was would go on
+    to run without the hooks that the algorithm put there. So what was compiled is forgotten.
+    """
+    model = compressor.prepare(model, example, plan)
+    torch.compiler.reset()
+    return model
 
 
 def refuse(stage: StageJob, plan: Plan) -> None:

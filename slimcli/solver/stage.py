@@ -56,7 +56,8 @@ class Stage:
         self._announce(is_new=stored is None)
         self._take_layers()
         self._take_baseline(model)
-        model = compressor.prepare(model, self.example, self.plan).to(run.fabric.device)
+        model = planner.prepared(compressor, model, self.example, self.plan)
+        model = model.to(run.fabric.device)
         # What a checkpoint is loaded into: with cuts, the model in training has other shapes.
         self._template = copy.deepcopy((compressor, model))
         if stored is None:
