@@ -182,7 +182,7 @@ def page(document):
         "",
         f"Goal: at most {LIMIT} times the plain step: **{verdict}**.",
         "",
-        "`frozen` is the default. modelopt has one weight scale a channel, as `frozen, channel`, and",
+        "`frozen` is the default. modelopt has one weight scale a channel (`frozen, channel`) and",
         "no quantizers on residual skips; torch.ao folds batch norms while it trains.",
         "",
     ]
