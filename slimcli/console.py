@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import time
 from collections import deque
@@ -111,6 +112,15 @@ def results_only() -> Iterator[None]:
 
 def _stdout() -> TextIO:
     return _results or sys.stdout
+
+
+def command(*words: object) -> str:
+    """A command of slim to paste into a shell.
+
+    >>> command("run", "my recipes/a.yaml")
+    "slim run 'my recipes/a.yaml'"
+    """
+    return shlex.join(("slim", *map(str, words)))
 
 
 def result(text: str) -> None:

@@ -84,9 +84,9 @@ def _tell(loaded: Recipe, rows: list[dict[str, str]], with_hooks: bool) -> None:
     for row in rows:
         console.say(f"  {row['name']:<24} {row['where']:<24} {row['call']}")
     if with_hooks:
-        console.say(f"{len(rows)} of {len(rows)} hooks ok. Next: slim plan {loaded.path}")
-    else:
-        console.say(f"Next: slim check {loaded.path} --hooks")
+        console.say(f"{len(rows)} of {len(rows)} hooks ok")
+    after = ("plan", loaded.path) if with_hooks else ("check", loaded.path, "--hooks")
+    console.say(f"Next: {console.command(*after)}")
 
 
 def _hook_rows(loaded: Recipe) -> list[dict[str, str]]:

@@ -180,7 +180,7 @@ def open_finished(path: Path) -> FinishedRun:
         raise RecipeError(
             Problem(
                 "E-RUN-UNFINISHED", "the run is not finished", str(folder.path),
-                "finished", content["status"], f"slim resume {folder.path}",
+                "finished", content["status"], console.command('resume', folder.path),
             )
         )  # fmt: skip
     return _opened(folder, content, job_of(load(folder.recipe)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,7 +74,8 @@ def command(folder: Path, algo: str, task: str, full: bool, force: bool) -> None
         raise RecipeError(Problem("E-INIT-WRITE", what)) from None
     console.result(str(recipe))
     console.say(f"{hooks}  lines to change are marked # EDIT")
-    console.say(f"Next: {'' if folder == Path('.') else f'cd {folder} && '}slim run recipe.yaml")
+    enter = "" if folder == Path(".") else f"cd {shlex.quote(str(folder))} && "
+    console.say(f"Next: {enter}slim run recipe.yaml")
 
 
 def _algorithm(name: str) -> AlgorithmInfo:

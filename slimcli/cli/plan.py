@@ -68,9 +68,9 @@ def show_plan(
     if problems:
         raise GoalError(*problems)
     if trial:
-        console.say(f"Nothing was written. Start it: slim run {recipe.path}")
+        console.say(f"Nothing was written. Start it: {console.command('run', recipe.path)}")
     else:
-        console.say(f"Next: slim run {recipe.path}")
+        console.say(f"Next: {console.command('run', recipe.path)}")
 
 
 def _as_json(stage: StageForecast) -> dict[str, Any]:

@@ -65,7 +65,8 @@ def command(
         from slimcli.artifacts import summary
 
         console.say(f"{folder.path} is finished: nothing to resume")
-        console.say(f"to train longer: slim resume {run} epoch=N --allow-recipe-change")
+        longer = console.command("resume", run, "epoch=N", "--allow-recipe-change")
+        console.say(f"to train longer: {longer}")
         if console.settings().quiet:
             console.result(str(folder.path))
         elif not console.settings().json:

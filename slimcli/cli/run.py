@@ -129,4 +129,4 @@ def show_result(folder: Path, summary: dict[str, Any]) -> None:
     for file, size in final["file_bytes"].items():
         console.result(f"       {folder / 'artifacts' / file}  {size / 1e6:.2f} MB")
     console.result(f"run    {folder}")
-    console.say(f"Next: slim eval {folder}")
+    console.say(f"Next: {console.command('eval', folder)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -95,7 +96,7 @@ def _interrupted(current: Run | None, number: int, is_saved: bool) -> SlimError:
     error = as_error(
         number,
         f"{name}: saved {last}" if is_saved else f"{name}: stopped; the last checkpoint is {last}",
-        f"slim resume {current.folder.path}",
+        f"slim resume {shlex.quote(str(current.folder.path))}",
     )
     _end(current, "interrupted", error.exit_code)
     return error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 from pathlib import Path
 
@@ -280,3 +281,15 @@ def test_what_a_hook_prints_is_no_result(
     assert "mine" not in out
     assert "at import" not in out
     assert {"mine", "at import"} <= set(err.splitlines())
+
+
+@pytest.mark.parametrize("words", [("check",), ("plan",), ("run", "epoch=0", "--name", "a b")])
+def test_the_next_command_can_be_pasted_though_a_path_has_spaces(
+    here: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    project.write(spaced := here / "my recipes")
+    assert slim(words[0], str(spaced / "recipe.yaml"), *words[1:]) == 0
+    following = capsys.readouterr().err.splitlines()[-1].removeprefix("Next: ")
+    slim_word, _, path, *_ = shlex.split(following)
+    assert slim_word == "slim"
+    assert Path(path).exists()

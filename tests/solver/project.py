@@ -60,6 +60,7 @@ export: {onnx: false}
 
 def write(folder: Path, hooks: str = HOOKS, recipe: str = RECIPE) -> Path:
     """The recipe's path; the hooks lie beside it."""
+    folder.mkdir(exist_ok=True)
     (folder / "hooks.py").write_text(hooks)
     (folder / "recipe.yaml").write_text(recipe)
     return folder / "recipe.yaml"
