@@ -210,3 +210,25 @@ def test_finetune_is_the_plain_loop_step_by_step() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert run.losses == losses
+
+
+NOTHING = {"skip": ["*"], "prune_module_names": []}
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        (name, key)
+        for name, info in ALGORITHMS.items()
+        for key in NOTHING
+        if key in info.config.model_fields
+    ],
+)
+def test_with_nothing_selected_training_is_the_plain_loop_step_by_step(name: str, key: str) -> None:
+    info = info_of(name)
+    config = {**info.example, key: NOTHING[key]}
+    run = begin(info, config, build("residual"), SHAPE, EPOCHS)
+    plain = started("finetune", "residual")
+    train(run, 1)
+    train(plain, 1)
+    assert run.losses == plain.losses
