@@ -229,14 +229,14 @@ def fold_pairs(model: nn.Module, pairs: Iterable[Pair | tuple[str, str]]) -> Non
         try:
             if reason:
                 raise ValueError(reason)
-            folded.append((conv, norm_path, fuse_conv_norm(conv, norm), remainder(norm)))
+            folded.append((conv, norm, fuse_conv_norm(conv, norm), remainder(norm)))
         except ValueError as error:
             raise _refused(conv_path, norm_path, str(error)) from error
-    for conv, norm_path, (weight, bias), rest in folded:
+    for conv, norm, (weight, bias), rest in folded:
         needs_gradient = bool(conv.weight.requires_grad)
         conv.weight = nn.Parameter(weight, requires_grad=needs_gradient)
         conv.bias = nn.Parameter(bias, requires_grad=needs_gradient)
-        model.set_submodule(norm_path, rest)
+        _replace(model, norm, rest)
 
 
 def why_not_foldable(conv: nn.Module, norm: nn.Module) -> str:
@@ -270,22 +270,32 @@ def remainder(norm: nn.Module) -> nn.Module:
 
 
 def _check_unshared(model: nn.Module, paths: Sequence[tuple[str, str]]) -> None:
-    """Each conv, norm and weight must occur once: folding one use would change the other."""
-    seen: dict[int, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        seen.setdefault(id(module), []).append(path)
+    """Each weight must belong to one conv, each module to one pair.
+
+    One module under several paths is one layer: how often it runs is for the caller to know.
+    """
+    holders: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            seen.setdefault(id(parameter), []).append(f"{path}.{name}")
+            holders.setdefault(id(parameter), []).append(f"{path}.{name}")
+    seen: dict[str, set[int]] = {"conv": set(), "norm": set()}
     for conv_path, norm_path in paths:
         conv, norm = model.get_submodule(conv_path), model.get_submodule(norm_path)
-        for held in (conv, norm, *conv.parameters(recurse=False)):
-            if len(seen[id(held)]) > 1:
-                raise _refused(conv_path, norm_path, f"{' and '.join(seen[id(held)])} are one")
-    for which, position in (("conv", 0), ("norm", 1)):
-        names = [pair[position] for pair in paths]
-        twice = [name for name in names if names.count(name) > 1]
-        if twice:
-            raise _refused(*paths[names.index(twice[0])], f"this {which} is in two pairs")
+        for held in conv.parameters(recurse=False):
+            if len(holders[id(held)]) > 1:
+                reason = f"{' and '.join(holders[id(held)])} are one"
+                raise _refused(conv_path, norm_path, reason)
+        for which, module in (("conv", conv), ("norm", norm)):
+            if id(module) in seen[which]:
+                raise _refused(conv_path, norm_path, f"this {which} is in two pairs")
+            seen[which].add(id(module))
+
+
+def _replace(model: nn.Module, module: nn.Module, rest: nn.Module) -> None:
+    """Puts ``rest`` in the place of a module, under every path that has it."""
+    named = list(model.named_modules(remove_duplicate=False))
+    for path in [path for path, each in named if each is module]:
+        model.set_submodule(path, rest)
 
 
 def _refused(conv: str, norm: str, reason: str) -> RunError:

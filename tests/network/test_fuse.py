@@ -7,12 +7,13 @@ import itertools
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from slimcli.errors import RunError
 from slimcli.network import fuse
 from slimcli.network.example import Example
 from slimcli.network.handover import insert_norms
+from slimcli.network.structure import analyze
 
 EXACT = 1e-12
 """Float64, a few hundred products summed in another order."""
@@ -134,11 +135,31 @@ def test_what_cannot_be_folded_is_refused(conv, norm, message):
     assert model[1] is norm
 
 
-def test_a_shared_layer_is_refused():
+def test_a_layer_that_runs_twice_is_no_pair():
     conv, norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
     for model in (nn.Sequential(conv, norm, conv), nn.Sequential(conv, norm, nn.ReLU(), norm)):
-        with pytest.raises(RunError, match="are one"):
-            fuse.fold_pairs(model, [("0", "1")])
+        example = Example(torch.randn(2, 4, 5, 5), lambda module, batch: module(batch))
+        assert analyze(model, example).conv_batch_norms == ()
+
+
+def test_a_layer_under_two_names_that_runs_once_is_folded_under_both():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+            self.body = nn.Sequential(self.conv, self.norm)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x)
+
+    model = Named().double().eval()
+    model.norm.running_mean.normal_()
+    images = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    before = model(images)
+    fuse.fold_pairs(model, [("conv", "norm")])
+    assert type(model.norm) is nn.Identity
+    assert model.body[1] is model.norm
+    assert torch.allclose(model(images), before, rtol=0, atol=1e-12)
 
 
 def test_a_tied_weight_is_refused():
