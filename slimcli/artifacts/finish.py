@@ -7,7 +7,7 @@ draws nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from slimcli.artifacts import deploy, verify
 from slimcli.compressor import Compressor
-from slimcli.errors import Problem, VerificationError
+from slimcli.errors import Problem, SlimError, VerificationError
 from slimcli.network import count
 from slimcli.network.example import Example
 
@@ -155,18 +155,47 @@ def _onnx(request: FinishRequest, finished: Finished, plain: nn.Module) -> None:
 
     request.folder.mkdir(exist_ok=True)
     path = request.folder / "model.onnx"
-    report = onnx.export(plain, request.example, path, metadata=dict(request.metadata))
+    metadata = dict(request.metadata)
+    report = onnx.export(plain, request.example, path, metadata=metadata)
+    if not report.is_batch_dynamic and request.batches:
+        # Batches of validation are what it will be given.
+        example = Example(request.batches[0], request.predict)
+        report = onnx.export(plain, example, path, metadata=metadata)
     if not report.is_batch_dynamic:
         finished.notes.append(f"model.onnx has a fixed batch size: {report.batch_reason}")
     _note_file(request, finished, path)
     exported = onnx.OnnxModel(path)
+    everything = request.batches
+    if not report.is_batch_dynamic:
+        request = replace(request, batches=_fitting(request, exported))
     try:
         _check(request, finished, ("deploy", "onnx"), plain, exported)
     except VerificationError as error:
         failed = path.with_name(f"{path.name}.failed")  # nobody must take it for the result
         path.replace(failed)
         raise error.at(str(failed)) from error
-    finished.metrics["onnx"] = request.evaluate(exported)
+    if len(request.batches) == len(everything):
+        finished.metrics["onnx"] = request.evaluate(exported)
+    else:
+        finished.notes.append("model.onnx was not evaluated: its batch size is not that of all")
+
+
+def _fitting(request: FinishRequest, exported: Any) -> list[Any]:
+    """The batches that a file with a fixed batch size can be given; all others are of other size.
+
+    Raises:
+        RunError: It can't be run on the first one, which it was made with.
+    """
+    found = []
+    for number, batch in enumerate(request.batches):
+        try:
+            request.predict(exported, batch)
+        except SlimError:
+            if number == 0:
+                raise
+        else:
+            found.append(batch)
+    return found
 
 
 def _note_file(request: FinishRequest, finished: Finished, path: Path) -> None:

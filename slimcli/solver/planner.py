@@ -165,7 +165,7 @@ def check_one_batch(
     """
     training = stage.training
     with untouched_rng():
-        trial = copy.deepcopy(model).train()
+        trial = _copied(model, hooks).train()
         seed_all(training.seed, "one batch")
         batch = next(iter(data.train.batches(0)))
         moved = evaluator.move(batch.data)
@@ -181,6 +181,28 @@ def check_one_batch(
     if training.save_keyword not in metrics:
         raise missing_keyword(hooks, training.save_keyword, metrics)
     return metrics
+
+
+def _copied(model: nn.Module, hooks: JobHooks) -> nn.Module:
+    """A copy, as every analysis and every artifact begins with.
+
+    Raises:
+        HookError: The model can't be copied.
+    """
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise HookError(
+            Problem(
+                "E-HOOK-MODEL",
+                "`model` returned a model that can't be copied",
+                hooks.where("model"),
+                expected="copy.deepcopy(model) to work",
+                received=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+                fix="torch.nn.utils.parametrizations.weight_norm (or spectral_norm) in place of "
+                "torch.nn.utils.weight_norm; no tensors with a history as attributes",
+            )
+        ) from error
 
 
 def _single_sample(batch_size: int) -> RecipeError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,13 +42,19 @@ def make_optimizer(
     """The user's optimizer, or SGD.
 
     Raises:
-        HookError: ``optimizer_generator`` returned something else.
+        HookError: ``optimizer_generator`` returned something else, or an optimizer that can step
+            only with a closure.
     """
     if hooks.optimizer_generator is None:
         return torch.optim.SGD(groups, lr=config["lr"])
     optimizer = hooks.optimizer_generator(config, groups)
     if not isinstance(optimizer, Optimizer):
         raise _not_a("optimizer_generator", "a torch Optimizer", optimizer, hooks)
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        # LBFGS evaluates the loss several times a step: no place for gradient rules in between.
+        expected = "an optimizer whose step() needs no closure"
+        raise _not_a("optimizer_generator", expected, optimizer, hooks)
     return optimizer
 
 

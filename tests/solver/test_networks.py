@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import slimcli
 from slimcli.artifacts import checkpoint
 from slimcli.errors import HookError
+from slimcli.solver.job import Export
 from slimcli.solver.stages import run
 from tests.solver import toys
 
@@ -75,3 +77,52 @@ def test_a_compiled_model_trains_with_its_compactors_as_the_plain_one_does(tmp_p
     # The same operators run, so that not even rounding may differ.
     for name, value in expected.items():
         assert torch.allclose(found[name].float(), value.float(), atol=1e-6), name
+
+
+def test_layers_registered_twice_are_folded_and_loaded_again(tmp_path: Path) -> None:
+    class Twice(toys.Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Sequential(self.conv1, self.bn1)
+
+    done = run(toys.with_hooks(toys.job(tmp_path, epoch=1), build_model=Twice))
+    assert all(each["ok"] for each in done.summary["verification"])
+    loaded = slimcli.load_deploy(done.folder, model=Twice())
+    assert type(loaded.bn1) is type(loaded.stem[1]) is nn.Identity
+
+
+def test_a_model_that_cannot_be_copied_is_told_before_anything_starts(tmp_path: Path) -> None:
+    class Remembering(toys.Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scaled = self.fc.weight * 2  # a tensor with a history, as nn.utils.weight_norm's
+
+    with pytest.raises(HookError, match="can't be copied") as caught:
+        run(toys.with_hooks(toys.job(tmp_path), build_model=Remembering))
+    assert "parametrizations.weight_norm" in str(caught.value)
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused(tmp_path: Path) -> None:
+    def lbfgs(config: Any, params: Any) -> torch.optim.Optimizer:
+        return torch.optim.LBFGS([each for group in params for each in group["params"]])
+
+    with pytest.raises(HookError, match="needs no closure"):
+        run(toys.with_hooks(toys.job(tmp_path), optimizer_generator=lbfgs))
+
+
+def test_a_file_of_fixed_batch_size_is_made_for_batches_of_validation(tmp_path: Path) -> None:
+    """As detectors: a list of images, whose length is part of the file."""
+
+    class OfLists(toys.Net):
+        def forward(self, x: list[Tensor]) -> Tensor:
+            return super().forward(torch.stack(x))
+
+    def predict(model: nn.Module, data: Any) -> Tensor:
+        return model(list(data[0]))
+
+    one = toys.job(tmp_path, epoch=1, test_batch_size=6)
+    hooks = {"build_model": OfLists, "predict_function": predict}
+    done = run(replace(toys.with_hooks(one, **hooks), export=Export(onnx=True)))
+    seams = {(each["from"], each["to"]): each["ok"] for each in done.summary["verification"]}
+    assert seams[("deploy", "onnx")]
+    assert any("fixed batch size" in note for note in done.summary["notes"])
