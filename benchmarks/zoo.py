@@ -198,7 +198,8 @@ def page() -> str:
         "",
         "Made by `python benchmarks/zoo.py`; every figure below is in `zoo.jsonl`.",
         "",
-        f"- {len(rows)} networks with random weights, {len(good)} analysed without an error.",
+        f"- {len(rows)} of the {len(names())} networks in the list measured so far, with random "
+        f"weights; {len(good)} analysed without an error.",
         f"- {len(cut)} have something to cut; half of every group, chosen at random, was cut: "
         f"{len(exact)} equal the zeroed network.",
         f"- {len(compared)} compared with torch-pruning, counting the groups where its own cut "
