@@ -31,16 +31,16 @@ def _number(value: Any) -> str:
     return "nan" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def large(count: float) -> str:
+def large(count: float, unit: str = "") -> str:
     """Counts as a person says them.
 
-    >>> large(126_600_000), large(850_000), large(912)
-    ('126.6 M', '850.0 k', '912')
+    >>> large(126_600_000, "MACs"), large(850_000), large(999_990, "B"), large(912, "MACs")
+    ('126.6 MMACs', '850.0 k', '1.0 MB', '912 MACs')
     """
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= limit:
-            return f"{count / limit:.1f} {unit}"
-    return f"{count:.0f}"
+    for limit, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= limit * 0.99995:  # 999,960 is 1.0 M, not 1000.0 k
+            return f"{count / limit:.1f} {prefix}{unit}"
+    return f"{count:.0f} {unit}".rstrip()
 
 
 def seconds(value: float) -> str:
@@ -72,7 +72,7 @@ def _stage_start(event: Event) -> str:
 
 
 def _prepared(event: Event) -> str:
-    parts = [f"model {large(event['params'])} params · {large(event['macs'])}MACs"]
+    parts = [f"model {large(event['params'])} params · {large(event['macs'], 'MACs')}"]
     if event["targets"]:
         parts.append(f"{len(event['targets'])} targets")
     if event.get("goal"):
@@ -117,7 +117,7 @@ _WRITERS = {
     "prepared": _prepared,
     "notice": lambda event: f"{event['level']}: {event['text']}",
     "baseline": lambda event: (
-        f"baseline {numbers(event['metrics'])} · {large(event['macs'])}MACs "
+        f"baseline {numbers(event['metrics'])} · {large(event['macs'], 'MACs')} "
         f"· {large(event['params'])} params"
     ),
     "cut": _cut,
@@ -127,6 +127,6 @@ _WRITERS = {
     ),
     "interrupted": lambda event: f"{event['signal']}: saved {event['path']}",
     "verified": _verified,
-    "artifact": lambda event: f"{event['path']} {event['bytes'] / 1e6:.2f} MB",
+    "artifact": lambda event: f"{event['path']} {large(event['bytes'], 'B')}",
     "run_end": _run_end,
 }

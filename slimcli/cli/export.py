@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from slimcli import console
+from slimcli.artifacts.event_lines import large
 from slimcli.errors import MissingError, Problem, RecipeError, VerificationError
 
 if TYPE_CHECKING:
@@ -111,6 +112,10 @@ def command(run: Path | None, want_onnx: bool, want_trt: bool, opset: int, **opt
         finally:
             _update_summary(opened, exported)
     _show(where, exported)
+    forms = [form for form, name in finished.FORMS.items() if name in exported.files]
+    if forms and where.name == "artifacts":
+        compared = ",".join(("deploy", *forms))
+        console.say(f"Next: {console.command('eval', where.parent, '--compare', compared)}")
 
 
 def _engine_options(options: dict[str, Any]) -> EngineOptions:
@@ -309,7 +314,7 @@ def _show(where: Path, exported: Exported) -> None:
         )
         return
     for file, size in zip(files, exported.files.values(), strict=True):
-        console.result(file if console.settings().quiet else f"{file}  {size / 1e6:.2f} MB")
+        console.result(file if console.settings().quiet else f"{file}  {large(size, 'B')}")
     for each in exported.seams:
         difference = "not a number" if each["max_abs"] is None else f"{each['max_abs']:.1e}"
         console.say(

@@ -71,7 +71,7 @@ def _tell(found: Inspection) -> None:
     prunable = [each for each in found.groups if each.is_prunable]
     frozen = [each for each in found.groups if not each.is_prunable]
     console.result(
-        f"model    {large(found.params)} params · {large(found.macs)}MACs a sample · "
+        f"model    {large(found.params)} params · {large(found.macs, 'MACs')} a sample · "
         f"{len(found.layers)} layers in {len(found.groups)} groups of channels"
     )
     if prunable:
@@ -87,7 +87,7 @@ def _tell(found: Inspection) -> None:
     for each in frozen:
         console.result(
             f"  frozen   {each.name} ({each.channels} channels, "
-            f"{large(each.macs_per_channel)}MACs each): {each.frozen_reason}"
+            f"{large(each.macs_per_channel, 'MACs')} each): {each.frozen_reason}"
         )
     outside = [each for each in found.layers if not each.group and each.frozen_reason]
     for layer in outside:

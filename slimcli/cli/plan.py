@@ -106,7 +106,7 @@ def _tell(stage: StageForecast, layers: bool) -> None:
         f"{stage.schedule.steps_per_epoch} steps"
         + (f", lr {rates[0]:.4g} to {rates[-1]:.4g}" if rates else "")
     )
-    say(f"model      {large(plan.params)} params · {large(plan.macs)}MACs a sample")
+    say(f"model      {large(plan.params)} params · {large(plan.macs, 'MACs')} a sample")
     if plan.layers:
         _tell_layers(stage, layers)
     _tell_goal(plan)
@@ -135,7 +135,7 @@ def _tell_goal(plan: Plan) -> None:
         console.result(f"goal       {plan.goal.name} <= {large(plan.goal.target)}{share}")
     if plan.reachable_macs is not None:
         share = f" ({plan.reachable_macs / plan.macs:.1%})" if plan.macs else ""
-        console.result(f"reachable  {large(plan.reachable_macs)}MACs{share}")
+        console.result(f"reachable  {large(plan.reachable_macs, 'MACs')}{share}")
 
 
 def _tell_layers(stage: StageForecast, layers: bool) -> None:

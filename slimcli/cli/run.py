@@ -123,10 +123,10 @@ def show_result(folder: Path, summary: dict[str, Any]) -> None:
     rows = [("before", before)] if before else []
     for label, each in (*rows, ("after", final)):
         console.result(
-            f"{label:<7}{numbers(each['metrics'])} · {large(each['macs'])}MACs "
+            f"{label:<7}{numbers(each['metrics'])} · {large(each['macs'], 'MACs')} "
             f"· {large(each['params'])} params"
         )
     for file, size in final["file_bytes"].items():
-        console.result(f"       {folder / 'artifacts' / file}  {size / 1e6:.2f} MB")
+        console.result(f"       {folder / 'artifacts' / file}  {large(size, 'B')}")
     console.result(f"run    {folder}")
     console.say(f"Next: {console.command('eval', folder)}")
