@@ -92,6 +92,7 @@ class Trainer:
         self.training = around.stage.training
         self.position = Position()
         self.best = Best()
+        self.has_nan_metric = False
         self.averages = Averages()
         self._build_optimizer()
         self._last_save = time.monotonic()
@@ -272,6 +273,7 @@ class Trainer:
         )
         self.averages = Averages()
         if math.isnan(value):
+            self.has_nan_metric |= may_save
             text = f"{keyword} is nan in epoch {self.position.epoch}: it can't be the best model"
             around.events.emit("notice", text=text, level="warning")
         is_best = may_save and is_better(value, self.best.value, self.training.metric_mode)

@@ -228,16 +228,31 @@ class Stage:
 
         Raises:
             GoalError: No checkpoint meets the goal.
+            RunError: The metric that chooses was nan.
         """
         trainer = self.trainer
         if trainer.best.value is None:
-            raise self._goal_missed()
+            raise self._metric_is_nan() if trainer.has_nan_metric else self._goal_missed()
         path = self.run.folder.best(self.job.name, self.is_last)
         if self.run.fabric.world_size > 1:
             self.run.fabric.barrier()
         compressor, model = copy.deepcopy(self._template)
         load_model_state(model, compressor, checkpoint.load(path))
         return compressor, model.to(self.run.fabric.device).eval()
+
+    def _metric_is_nan(self) -> RunError:
+        keyword = self.job.training.save_keyword
+        return RunError(
+            Problem(
+                "E-METRIC-NAN",
+                f"no best model of stage {self.job.name} can be chosen: {keyword} was nan",
+                self.run.job.hooks.where("evaluate_function"),
+                expected="a number from evaluate_function",
+                received="nan",
+                fix="return a number for every validation batch, or choose by another metric: "
+                f"config.save_keyword; trained weights: {self.run.folder.last}",
+            )
+        )
 
     def _goal_missed(self) -> GoalError:
         goal, trainer = self.plan.goal, self.trainer

@@ -129,6 +129,17 @@ def test_a_model_that_never_meets_the_goal_ends_with_exit_code_4(tmp_path: Path)
     assert last(tmp_path)["position"]["epoch"] == 3
 
 
+def test_a_metric_that_is_always_nan_is_told_as_that_and_not_as_a_missed_goal(
+    tmp_path: Path,
+) -> None:
+    def empty(prediction: torch.Tensor, data: Any) -> dict[str, float]:
+        return {"acc": math.nan}
+
+    with pytest.raises(RunError, match="no best model of stage 1-toy can be chosen: acc was nan"):
+        run(toys.with_hooks(toys.job(tmp_path), evaluate_function=empty))
+    assert last(tmp_path)["position"]["epoch"] == 3
+
+
 def test_a_refused_plan_stops_before_the_first_step(tmp_path: Path) -> None:
     class Refusing(toys.Counting):
         def plan(self, model: nn.Module, example: Any, schedule: Any) -> Plan:
