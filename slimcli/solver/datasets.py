@@ -24,6 +24,8 @@ from slimcli.solver.randomness import seed_all
 
 EXAMPLE_SAMPLES = 8  # enough for BatchNorm in training mode, cheap enough to trace many times
 
+LENGTH_FIX = "give it a `__len__`: the schedule is planned from the number of steps"
+
 
 @dataclass(frozen=True)
 class Data:
@@ -57,7 +59,11 @@ def generate_datasets(hooks: JobHooks, seed: int) -> tuple[Any, ...]:
         if isinstance(returned, tuple | list):
             received += f" of {len(returned)}"
         raise _wrong(
-            hooks, "must return two or three datasets", "(train, validation[, test])", received
+            hooks,
+            "must return two or three datasets",
+            "(train, validation[, test])",
+            received,
+            fix="return train_set, validation_set",
         )
     for name, each in zip(("training", "validation", "test"), returned, strict=False):
         _check_dataset(hooks, name, each)
@@ -66,7 +72,13 @@ def generate_datasets(hooks: JobHooks, seed: int) -> tuple[Any, ...]:
 
 def _check_dataset(hooks: JobHooks, name: str, dataset: Any) -> None:
     if not hasattr(dataset, "__len__") and isinstance(dataset, IterableDataset | DataLoader):
-        raise _wrong(hooks, f"the {name} set has no length", "a `__len__`", type(dataset).__name__)
+        raise _wrong(
+            hooks,
+            f"the {name} set has no length",
+            "a `__len__`",
+            type(dataset).__name__,
+            fix=LENGTH_FIX,
+        )
     is_loader = hasattr(dataset, "__iter__") and hasattr(dataset, "__len__")
     if not is_loader and not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise _wrong(
@@ -74,22 +86,37 @@ def _check_dataset(hooks: JobHooks, name: str, dataset: Any) -> None:
             f"the {name} set is neither a dataset nor a loader",
             "`__len__` and `__getitem__`, or a DataLoader",
             type(dataset).__name__,
+            fix="return a torch Dataset or a DataLoader; a list of samples is one too",
         )
     try:
         length = len(dataset)
     except TypeError as error:  # a DataLoader over an iterable dataset without a length
-        raise _wrong(hooks, f"the {name} set has no length", "a `__len__`", str(error)) from error
+        raise _wrong(
+            hooks, f"the {name} set has no length", "a `__len__`", str(error), fix=LENGTH_FIX
+        ) from error
     if length == 0:
         raise _wrong(
-            hooks, f"the {name} set is empty", "at least one sample", "none", "E-DATA-EMPTY"
+            hooks,
+            f"the {name} set is empty",
+            "at least one sample",
+            "none",
+            fix="look at the path, the split or the filter it is made with",
+            code="E-DATA-EMPTY",
         )
 
 
 def _wrong(
-    hooks: JobHooks, what: str, expected: str, received: str, code: str = "E-HOOK-DATASETS"
+    hooks: JobHooks,
+    what: str,
+    expected: str,
+    received: str,
+    *,
+    fix: str,
+    code: str = "E-HOOK-DATASETS",
 ) -> HookError:
     where = hooks.where("dataset_generator")
-    return HookError(Problem(code, f"hook `dataset_generator`: {what}", where, expected, received))
+    what = f"hook `dataset_generator`: {what}"
+    return HookError(Problem(code, what, where, expected, received, fix))
 
 
 def build_data(
@@ -141,6 +168,7 @@ def build_data(
             "the training set is too small for one step",
             f"a sample for each of {sharding.world} processes",
             f"{len(datasets[0])}",
+            fix="more samples, a smaller config.batch_size or fewer config.num_processes",
         )
     if isinstance(train, DatasetSource) and (count := train.left_out()):
         notices.append(

@@ -84,6 +84,7 @@ def _wrong_metrics(hooks: JobHooks, expected: str, received: str) -> HookError:
             hooks.where("evaluate_function"),
             expected,
             received,
+            fix='return {"acc": hits.float().mean().item()}, or an object with update and compute',
         )
     )
 

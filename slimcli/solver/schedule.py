@@ -88,6 +88,7 @@ def _not_a(hook: str, expected: str, received: Any, hooks: JobHooks) -> HookErro
             hooks.where(hook),
             expected,
             f"{type(received).__name__}",
+            fix="return what it makes",
         )
     )
 

@@ -210,13 +210,16 @@ def checked_loss(loss: Any, hooks: JobHooks) -> Tensor:
     Raises:
         HookError: ``calculate_loss_function`` returned something else.
     """
-    received = ""
+    received = fix = ""
     if not isinstance(loss, Tensor):
         received = f"a {type(loss).__name__}"
+        fix = "return one tensor; of several losses, their sum"
     elif loss.numel() != 1:
         received = f"a tensor of shape {tuple(loss.shape)}"
+        fix = "return its mean()"
     elif not loss.requires_grad:
         received = "a tensor that no parameter leads to"
+        fix = "no detach(), item() or no_grad() on the way; is every parameter frozen?"
     if received:
         raise HookError(
             Problem(
@@ -225,6 +228,7 @@ def checked_loss(loss: Any, hooks: JobHooks) -> Tensor:
                 hooks.where("calculate_loss_function"),
                 expected="one scalar tensor with a gradient",
                 received=received,
+                fix=fix,
             )
         )
     assert isinstance(loss, Tensor)

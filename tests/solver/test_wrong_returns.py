@@ -1,0 +1,50 @@
+"""Hooks that return the wrong thing: exit 3, and the message has all its parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.utils.data import DataLoader, IterableDataset
+
+from slimcli.errors import HookError
+from slimcli.solver.stages import run
+from tests.solver import toys
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(toys.images(40, 1))
+
+
+WRONG = {
+    "one data set": ("dataset_generator", lambda: toys.images(40, 1)),
+    "no data": ("dataset_generator", lambda: (toys.images(0, 1), toys.images(20, 2))),
+    "a generator": ("dataset_generator", lambda: (iter([1]), toys.images(20, 2))),
+    "a stream": ("dataset_generator", lambda: (Stream(), toys.images(20, 2))),
+    "a loader of a stream": (
+        "dataset_generator",
+        lambda: (DataLoader(Stream()), toys.images(20, 2)),
+    ),
+    "no metrics": ("evaluate_function", lambda prediction, data: None),
+    "metrics a sample": ("evaluate_function", lambda prediction, data: {"acc": prediction}),
+    "no loss": ("calculate_loss_function", lambda prediction, data: None),
+    "losses": ("calculate_loss_function", lambda prediction, data: {"a": prediction.sum()}),
+    "a loss a sample": ("calculate_loss_function", lambda prediction, data: prediction.sum(1)),
+    "no optimizer": ("optimizer_generator", lambda config, params: None),
+    "no scheduler": ("scheduler_generator", lambda config, optimizer: 3),
+    "a number": ("calculate_loss_function", lambda prediction, data: prediction.sum().detach()),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_expected_received_and_fix_are_said(name: str, tmp_path: Path) -> None:
+    hook, function = WRONG[name]
+    with pytest.raises(HookError) as caught:
+        run(toys.with_hooks(toys.job(tmp_path), **{hook: function}))
+    (problem,) = caught.value.problems
+    assert f"hook `{hook}`" in problem.what
+    assert problem.expected
+    assert problem.received
+    assert problem.fix
