@@ -83,7 +83,8 @@ def _prepared(event: Event) -> str:
 
 def _epoch_end(event: Event) -> str:
     parts = [
-        f"epoch {event['epoch']}/{event['epochs']} train {numbers(event['train'])}",
+        f"epoch {event['epoch']}/{event['epochs']}"
+        + (f" train {numbers(event['train'])}" if event["train"] else ""),
         f"val {numbers(event['val'])}",
     ]
     if event.get("status"):

@@ -75,9 +75,12 @@ def _check_name(name: str) -> None:
 def start(recipe: Recipe, **changes: Any) -> None:
     """Run or resume, then print the result: the folder alone with -q, else the table."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read once, when torch is imported
+    from slimcli.recipe.find import shadowing
     from slimcli.recipe.job import job_of
     from slimcli.solver.stages import run
 
+    for warning in shadowing(dict.fromkeys((recipe.folder, *recipe.code))):
+        console.warn(warning)
     display = console.RunDisplay()
     try:
         outcome = run(job_of(recipe, listeners=(display,), on_signal=_on_signal, **changes))

@@ -293,3 +293,20 @@ def test_the_next_command_can_be_pasted_though_a_path_has_spaces(
     slim_word, _, path, *_ = shlex.split(following)
     assert slim_word == "slim"
     assert Path(path).exists()
+
+
+def test_a_file_that_hides_the_standard_library_is_named(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "random.py").write_text(project.HOOKS)
+    (here / "recipe.yaml").write_text(project.RECIPE.replace("hooks.py", "random.py"))
+    assert slim("run", "recipe.yaml", "-q", "epoch=0") == 0
+    assert "random.py hides the standard library's module random" in capsys.readouterr().err
+
+
+def test_an_epoch_without_training_says_nothing_of_it(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert slim("run", "recipe.yaml", "epoch=0") == 0
+    (line,) = [each for each in capsys.readouterr().err.splitlines() if "epoch 0/0" in each]
+    assert "train" not in line
