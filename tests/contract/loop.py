@@ -64,10 +64,13 @@ def begin(
     model: nn.Module,
     shape: tuple[int, ...],
     epochs: int,
+    device: str = "cpu",
 ) -> Run:
     """Plan and prepare; nothing is trained yet."""
     compressor = info.load()(info.config(**config))
-    batches = [images(seed, shape) for seed in range(STEPS_PER_EPOCH)]
+    model = model.to(device)
+    drawn = [images(seed, shape) for seed in range(STEPS_PER_EPOCH)]
+    batches = [(pictures.to(device), labels.to(device)) for pictures, labels in drawn]
     example = Example(batch=batches[0], predict=predict)
     schedule = schedule_of(epochs, 0.05)
     plan = compressor.plan(model, example, schedule)
