@@ -100,8 +100,10 @@ def _cut(event: Event) -> str:
 
 def _verified(event: Event) -> str:
     verdict = "agree" if event["ok"] else "DIFFER"
+    largest = event["max_abs"]  # None: no number can be given, as where shapes differ
+    difference = "not a number" if largest is None else f"{largest:.1e}"
     return (
-        f"{event['from']} and {event['to']} {verdict}: max difference {event['max_abs']:.1e} "
+        f"{event['from']} and {event['to']} {verdict}: max difference {difference} "
         f"(limit {event['limit']:.1e})"
     )
 

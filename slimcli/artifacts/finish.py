@@ -187,9 +187,10 @@ def _fitting(request: FinishRequest, exported: Any) -> list[Any]:
         RunError: It can't be run on the first one, which it was made with.
     """
     found = []
+    run = verify.runner(exported, request.predict)
     for number, batch in enumerate(request.batches):
         try:
-            request.predict(exported, batch)
+            run(batch)
         except SlimError:
             if number == 0:
                 raise

@@ -25,6 +25,7 @@ from slimcli.solver.schedule import plan_schedule
 from slimcli.solver.step import checked_loss, move_batch
 
 UNINITIALIZED = (nn.UninitializedParameter, nn.UninitializedBuffer)
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 SINGLE_SAMPLE_WITH_NORM = "Expected more than 1 value per channel"
 
 
@@ -49,6 +50,7 @@ def fresh_model(hooks: JobHooks, seed: int) -> nn.Module:
             )
         )
     _refuse_lazy(model, hooks)
+    _refuse_half(model, hooks)
     return model
 
 
@@ -69,6 +71,28 @@ def _refuse_lazy(model: nn.Module, hooks: JobHooks) -> None:
                 expected="every parameter in its shape",
                 received=", ".join(lazy[:5]) + (" ..." if lazy[5:] else ""),
                 fix="call the model once before you return it: model(torch.zeros(2, ...))",
+            )
+        )
+
+
+def _refuse_half(model: nn.Module, hooks: JobHooks) -> None:
+    """Weights of 8 or 11 bits: no small step changes them, and no limit of ours can be kept.
+
+    Raises:
+        HookError: Some parameters are float16 or bfloat16.
+    """
+    half = {name: p.dtype for name, p in model.named_parameters() if p.dtype in HALF_PRECISION}
+    if half:
+        name, dtype = next(iter(half.items()))
+        raise HookError(
+            Problem(
+                "E-HOOK-MODEL",
+                "`model` returned a model with weights in half precision",
+                hooks.where("model"),
+                expected="float32 weights",
+                received=f"{str(dtype).removeprefix('torch.')} in {name} and {len(half) - 1} more",
+                fix="return model.float(); config.precision: bf16-mixed or 16-mixed computes in "
+                "half precision and keeps the weights in float32",
             )
         )
 

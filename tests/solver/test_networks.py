@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import slimcli
 from slimcli.artifacts import checkpoint
+from slimcli.artifacts.event_lines import line_of
 from slimcli.errors import HookError
 from slimcli.solver.job import Export
 from slimcli.solver.stages import run
@@ -114,11 +115,13 @@ def test_a_file_of_fixed_batch_size_is_made_for_batches_of_validation(tmp_path: 
     """As detectors: a list of images, whose length is part of the file."""
 
     class OfLists(toys.Net):
-        def forward(self, x: list[Tensor]) -> Tensor:
+        def forward(self, x: list[Tensor], targets: Any = None) -> Tensor:
             return super().forward(torch.stack(x))
 
     def predict(model: nn.Module, data: Any) -> Tensor:
-        return model(list(data[0]))
+        # In train mode a detector is given the targets, too.
+        images = list(data[0])
+        return model(images, data[1]) if model.training else model(images)
 
     one = toys.job(tmp_path, epoch=1, test_batch_size=6)
     hooks = {"build_model": OfLists, "predict_function": predict}
@@ -126,3 +129,38 @@ def test_a_file_of_fixed_batch_size_is_made_for_batches_of_validation(tmp_path: 
     seams = {(each["from"], each["to"]): each["ok"] for each in done.summary["verification"]}
     assert seams[("deploy", "onnx")]
     assert any("fixed batch size" in note for note in done.summary["notes"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_in_half_precision_are_refused_before_training(tmp_path: Path, dtype: Any) -> None:
+    with pytest.raises(HookError, match="half precision") as caught:
+        run(toys.with_hooks(toys.job(tmp_path), build_model=lambda: toys.Net().to(dtype)))
+    assert "bf16-mixed" in str(caught.value)
+
+
+def test_norms_behind_convs_of_one_tied_weight_stay(tmp_path: Path) -> None:
+    class Tied(toys.Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.again, self.norm = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+            self.third, self.last = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+            self.third.weight = self.again.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
+            x = self.last(self.third(torch.relu(self.norm(self.again(x)))))
+            return self.fc(x.mean((2, 3)))
+
+    done = run(toys.with_hooks(toys.job(tmp_path, epoch=1), build_model=Tied))
+    assert all(each["ok"] for each in done.summary["verification"])
+    loaded = slimcli.load_deploy(done.folder, model=Tied())
+    assert loaded.third.weight is loaded.again.weight
+    kinds = [type(each).__name__ for each in (loaded.bn2, loaded.norm, loaded.last)]
+    assert kinds == ["Identity", "BatchNorm2d", "BatchNorm2d"]
+
+
+def test_a_seam_without_a_number_is_told_in_words() -> None:
+    """Detections that can't be compared have no difference; printing them ended in a traceback."""
+    event = {"event": "verified", "from": "trained", "to": "deploy", "max_abs": None}
+    line = line_of({**event, "max_rel": None, "limit": 1e-4, "ok": False})
+    assert line == "trained and deploy DIFFER: max difference not a number (limit 1.0e-04)"

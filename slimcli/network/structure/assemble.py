@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -205,9 +206,16 @@ def _layers(
 
 def _pairs(model: nn.Module, norm_after: dict[str, str]) -> tuple[ConvBatchNorm, ...]:
     found = []
+    uses = Counter(
+        id(parameter)
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
+    )
     for conv, norm in norm_after.items():
         if conv.startswith("tensor:") or not is_site_norm(model, norm):
             continue
+        if any(uses[id(each)] > 1 for each in model.get_submodule(conv).parameters(recurse=False)):
+            continue  # a tied weight: the norm behind one of its convs is not that of the other
         if not fuse.why_not_foldable(model.get_submodule(conv), model.get_submodule(norm)):
             found.append(ConvBatchNorm(conv, norm))
     return tuple(found)
