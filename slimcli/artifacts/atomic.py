@@ -82,7 +82,9 @@ def _flush_folder(folder: Path) -> None:
 def _cannot_write(path: Path, error: OSError) -> RunError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     reason = "no space left on the disk" if full else (error.strerror or str(error))
-    fix = "free some space, then `slim resume` the run" if full else "check the folder"
+    fix = "may the folder be written?"
+    if full:
+        fix = "free some space, then slim resume RUN (slim run RECIPE where nothing was saved)"
     return RunError(
         Problem("E-DISK-FULL" if full else "E-WRITE", f"can't write {path}: {reason}", fix=fix)
     )

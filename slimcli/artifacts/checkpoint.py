@@ -21,6 +21,8 @@ from slimcli.artifacts import atomic
 from slimcli.errors import Problem, RunError
 
 VERSION = 1
+START_AGAIN = "a run that can't go on is started again: slim run RUN/recipe.yaml"
+STATE_DICT = "weights are stored with torch.save(model.state_dict(), path)"
 
 
 def normalise(value: Any, path: str = "checkpoint") -> Any:
@@ -113,10 +115,7 @@ def stored_weights(path: Path) -> dict[str, Any]:
         weights: dict[str, Any] = load(path / "checkpoints" / "best.pt")["model"]
         return weights
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        loaded: dict[str, Any] = load_file(path)
-        return loaded
+        return _read_safetensors(path)
     content = _read(path)
     for name in ("model", "state_dict"):
         if isinstance(content.get(name), dict):
@@ -139,6 +138,7 @@ def load(path: Path) -> dict[str, Any]:
                 str(path),
                 expected=f"version {VERSION}",
                 received=str(content.get("version")),
+                fix=START_AGAIN,
             )
         )
     return content
@@ -148,12 +148,37 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise RunError(
-            Problem("E-CHECKPOINT-MISSING", "there is no checkpoint", str(path))
+        raise _missing(path) from error
+    except pickle.UnpicklingError as error:
+        # torch's text tells how to run the code in the file; that is not what we want to advise.
+        raise _unreadable(
+            path, "it holds more than tensors and plain values, or is no file of torch", STATE_DICT
         ) from error
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RunError(
-            Problem("E-CHECKPOINT-DAMAGED", f"the checkpoint can't be read: {reason}", str(path))
-        ) from error
+    except Exception as error:  # torn bytes make the unpickler raise whatever they spell
+        raise _unreadable(path, "the file is not whole", START_AGAIN) from error
+    if not isinstance(content, dict):
+        raise _unreadable(path, f"it holds a {type(content).__name__}", STATE_DICT)
     return content
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        loaded: dict[str, Any] = load_file(path)
+    except FileNotFoundError as error:
+        raise _missing(path) from error
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, f"no safetensors file: {error}", "write it again") from error
+    return loaded
+
+
+def _missing(path: Path) -> RunError:
+    what = "there is no checkpoint"
+    return RunError(Problem("E-CHECKPOINT-MISSING", what, str(path), fix=START_AGAIN))
+
+
+def _unreadable(path: Path, reason: str, fix: str) -> RunError:
+    what = f"the checkpoint can't be read: {reason}"
+    return RunError(Problem("E-CHECKPOINT-DAMAGED", what, str(path), fix=fix))

@@ -25,6 +25,8 @@ SECTIONS = (
 )
 """What a description must have."""
 
+COPY_AGAIN = "copy it again; the trained model is still in checkpoints/best.pt of the run"
+
 
 def apply(
     fresh_model: nn.Module, description: Mapping[str, Any], tensors: Mapping[str, Tensor]
@@ -223,4 +225,4 @@ def _other_model(where: str, expected: str, received: str) -> RunError:
 
 def unreadable(place: Path, reason: str) -> RunError:
     """The error of a file that is not what was written."""
-    return RunError(Problem("E-DEPLOY-DAMAGED", f"{place} can't be used: {reason}"))
+    return RunError(Problem("E-DEPLOY-DAMAGED", f"{place} can't be used: {reason}", fix=COPY_AGAIN))

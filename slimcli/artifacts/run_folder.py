@@ -82,7 +82,10 @@ def create(save_dir: Path, task_name: str, name: str = "") -> RunFolder:
         point_latest(path)
     except OSError as error:
         problem = Problem(
-            "E-RUN-FOLDER", f"can't make the run folder: {error.strerror}", str(parent)
+            "E-RUN-FOLDER",
+            f"can't make the run folder: {error.strerror}",
+            str(parent),
+            fix="name a folder that can be written: config.save_dir=FOLDER",
         )
         raise RunError(problem) from error
     return RunFolder(path)
@@ -130,6 +133,14 @@ def open_run(path: Path) -> RunFolder:
     return RunFolder(resolved)
 
 
+def discard(folder: RunFolder) -> None:
+    """Take away a run folder that nothing was done in, and the link to it."""
+    latest = folder.path.parent / "latest"
+    if latest.is_symlink() and latest.resolve() == folder.path.resolve():
+        latest.unlink()
+    shutil.rmtree(folder.path, ignore_errors=True)
+
+
 def write_origin(folder: RunFolder, recipe: str, source: str, code: Sequence[Path]) -> None:
     """Recipe, command line and code, so that the folder explains itself."""
     atomic.write_text(folder.path / "recipe.yaml", recipe)
@@ -141,7 +152,7 @@ def write_origin(folder: RunFolder, recipe: str, source: str, code: Sequence[Pat
     entries = []
     for file in filter(Path.is_file, code):
         copied = _first_free_file(folder.path / "code", file.name)
-        shutil.copyfile(file, copied)
+        atomic.write_bytes(copied, file.read_bytes())
         entries.append({"path": str(file.resolve()), "copy": copied.name, "sha256": digest(file)})
     atomic.write_text(folder.manifest, json.dumps(entries, indent=2) + "\n")
     _write_git(folder, code)
@@ -172,7 +183,7 @@ def digest(file: Path) -> str:
 
 def changed_code(folder: RunFolder, code: Sequence[Path]) -> list[str]:
     """Hook files that are not what they were when the run started, as ``path (what)``."""
-    stored = {entry["path"]: entry["sha256"] for entry in json.loads(folder.manifest.read_text())}
+    stored = _stored_code(folder)
     current = {str(file.resolve()): digest(file) for file in filter(Path.is_file, code)}
     changed = [
         f"{path} (changed)" for path, value in current.items() if stored.get(path, value) != value
@@ -180,6 +191,14 @@ def changed_code(folder: RunFolder, code: Sequence[Path]) -> list[str]:
     changed += [f"{path} (new)" for path in current if path not in stored]
     changed += [f"{path} (gone)" for path in stored if path not in current]
     return changed
+
+
+def _stored_code(folder: RunFolder) -> dict[str, str]:
+    """Path and hash of every hook file the run started with; nothing where that is not known."""
+    try:
+        return {each["path"]: each["sha256"] for each in json.loads(folder.manifest.read_text())}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _write_git(folder: RunFolder, code: Sequence[Path]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,15 @@ def read(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise RunError(Problem("E-SUMMARY-MISSING", "the run has no summary", str(path))) from error
+        what, fix = "the run has no summary", f"slim resume {shlex.quote(str(path.parent))}"
+        raise RunError(Problem("E-SUMMARY-MISSING", what, str(path), fix=fix)) from error
     except ValueError as error:
         raise RunError(
-            Problem("E-SUMMARY-DAMAGED", f"the summary can't be read: {error}", str(path))
+            Problem(
+                "E-SUMMARY-DAMAGED",
+                f"the summary can't be read: {error}",
+                str(path),
+                fix="delete the file, then resume the run: it is written again",
+            )
         ) from error
     return content

@@ -63,7 +63,7 @@ def command(target: Path, compare: tuple[str, ...], run_path: Path | None) -> in
         models = {target.name: finished.load_file(target)}
     else:
         run = finished.open_finished(run_path or target)
-        models = {form: run.model_of(form) for form in compare or ("deploy",)}
+        models = {form: run.model_of(form) for form in compare or (run.result_form(),)}
     metrics = {name: run.evaluate(model) for name, model in models.items()}
     seams = _seams(run, models)
     if console.settings().json:

@@ -96,9 +96,14 @@ class FinishedRun:
         load_model_state(model, compressor, best)
         return compressor, model.eval()
 
+    def result_form(self) -> str:
+        """The form the run made: ``deploy``, or ``trained`` with ``save_deploy_format: false``."""
+        return "deploy" if self.stage.training.save_deploy_format else "trained"
+
     def deployed(self) -> nn.Module:
         """The deploy form: from the deploy files, or, where the file is the form, as exported."""
-        if self.stage.compressor.deploys_to == "module":
+        has_files = self.stage.training.save_deploy_format
+        if has_files and self.stage.compressor.deploys_to == "module":
             from slimcli.artifacts import deploy
 
             plain = deploy.load_deploy(self.folder.path, self.fresh_model())

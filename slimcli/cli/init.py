@@ -71,7 +71,8 @@ def command(folder: Path, algo: str, task: str, full: bool, force: bool) -> None
         recipe.write_text(recipe_text(name, info, TASKS[task], full), encoding="utf-8")
     except OSError as error:
         what = f"cannot write {error.filename}: {error.strerror}"
-        raise RecipeError(Problem("E-INIT-WRITE", what)) from None
+        fix = "name a folder that can be written: slim init FOLDER"
+        raise RecipeError(Problem("E-INIT-WRITE", what, fix=fix)) from None
     console.result(str(recipe))
     console.say(f"{hooks}  lines to change are marked # EDIT")
     enter = "" if folder == Path(".") else f"cd {shlex.quote(str(folder))} && "

@@ -17,6 +17,7 @@ import slimcli
 from slimcli.artifacts import atomic, deploy, run_folder, summary
 from slimcli.artifacts.events import EventLog
 from slimcli.artifacts.run_folder import RunFolder
+from slimcli.errors import SlimError
 from slimcli.solver.data import Sharding
 from slimcli.solver.datasets import Data, build_data, generate_datasets
 from slimcli.solver.devices import describe, make_fabric
@@ -126,10 +127,7 @@ def begin(job: Job, signals: Signals, stored: dict[str, Any] | None) -> Run:
     folder = _folder(job, fabric)
     is_main = fabric.is_global_zero
     if job.resume is None and is_main:
-        run_folder.write_origin(folder, job.recipe(folder.path), job.recipe_source, job.code)
-        atomic.write_text(
-            folder.path / "env.json", json.dumps(environment(fabric), indent=2) + "\n"
-        )
+        _write_origin(job, folder, environment(fabric))
     length = stored["events_bytes"] if stored else 0
     events = EventLog(folder.path if is_main else None, job.listeners, length)
     record = stored["record"] if stored else _record(job)
@@ -146,6 +144,16 @@ def begin(job: Job, signals: Signals, stored: dict[str, Any] | None) -> Run:
         resumed=stored is not None,
     )
     return run
+
+
+def _write_origin(job: Job, folder: RunFolder, machine: dict[str, Any]) -> None:
+    """Where the run comes from; a folder that can't even hold that is taken away again."""
+    try:
+        run_folder.write_origin(folder, job.recipe(folder.path), job.recipe_source, job.code)
+        atomic.write_text(folder.path / "env.json", json.dumps(machine, indent=2) + "\n")
+    except (SlimError, OSError):
+        run_folder.discard(folder)
+        raise
 
 
 def _folder(job: Job, fabric: Fabric) -> RunFolder:

@@ -13,7 +13,7 @@ from torch import nn
 from slimcli.artifacts import checkpoint, deploy, run_folder
 from slimcli.artifacts.finish import Finished, FinishRequest, finish_run
 from slimcli.compressor import Compressor
-from slimcli.errors import GoalError, Problem, RecipeError, SlimError, VerificationError
+from slimcli.errors import GoalError, Problem, RecipeError, RunError, SlimError, VerificationError
 from slimcli.solver.data import batch_size_of
 from slimcli.solver.devices import determinism
 from slimcli.solver.evaluation import Evaluator, first_batches
@@ -25,6 +25,8 @@ from slimcli.solver.run import Run, begin
 from slimcli.solver.stage import Stage
 
 VERIFICATION_BATCHES = 4
+STORED = ("stage", "record", "events_bytes", "position", "model", "optimizer", "rng")
+"""What every checkpoint of a run holds, among other things."""
 
 
 def run(job: Job) -> RunResult:
@@ -36,7 +38,7 @@ def run(job: Job) -> RunResult:
     Raises:
         SlimError: Anything else, with its exit code; summary.json says the same.
     """
-    stored = checkpoint.load(run_folder.open_run(job.resume).last) if job.resume else None
+    stored = _stored(job.resume) if job.resume else None
     with Signals(job.on_signal) as signals, determinism(job.stages[0].training):
         current: Run | None = None
         try:
@@ -56,6 +58,29 @@ def run(job: Job) -> RunResult:
         _end(current, "finished", 0)
     assert current is not None
     return RunResult(current.folder.path, current.record)
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    """The checkpoint a run goes on from.
+
+    Raises:
+        RunError: There is none, or it is none of a run.
+    """
+    last = run_folder.open_run(path).last
+    content = checkpoint.load(last)
+    missing = [key for key in STORED if key not in content]
+    if missing:
+        raise RunError(
+            Problem(
+                "E-CHECKPOINT-DAMAGED",
+                "this is no checkpoint of a run",
+                str(last),
+                expected="everything a run goes on from",
+                received=f"nothing under {', '.join(missing[:3])}",
+                fix=checkpoint.START_AGAIN,
+            )
+        )
+    return content
 
 
 def _status_of(error: SlimError) -> str:
@@ -269,8 +294,3 @@ def _check_requirements(current: Run) -> None:
             missed.append(Problem("E-REQUIRE-MISSED", what, str(requirement), received=received))
     if missed:
         raise GoalError(*missed)
-
-
-def resumable(path: Path) -> dict[str, Any]:
-    """The checkpoint a run goes on from, for messages."""
-    return checkpoint.load(run_folder.open_run(path).last)

@@ -80,6 +80,37 @@ def test_a_pickle_with_code_in_it_is_not_run(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "last.pt")
 
 
+@pytest.mark.parametrize("content", [[1], {"model": torch.nn.Linear(1, 1)}, b"torn", b""])
+def test_an_unreadable_checkpoint_is_told_in_our_words_with_a_fix(
+    tmp_path: Path, content: Any
+) -> None:
+    path = tmp_path / "last.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(RunError) as caught:
+        checkpoint.load(path)
+    text = str(caught.value)
+    assert caught.value.problems[0].fix
+    assert "weights_only" not in text  # torch's advice to run the code in the file
+    assert "\x1b" not in text
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not safetensors"])
+def test_weights_that_are_no_safetensors_are_told(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "weights.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(RunError, match=r"there is no checkpoint|no safetensors file"):
+        checkpoint.stored_weights(path)
+
+
+def test_a_folder_nothing_was_done_in_goes_with_its_link(tmp_path: Path) -> None:
+    first, second = (run_folder.create(tmp_path, "task", name) for name in "ab")
+    run_folder.discard(first)
+    assert (tmp_path / "task" / "latest").resolve() == second.path.resolve()
+    run_folder.discard(second)
+    assert list((tmp_path / "task").iterdir()) == []
+
+
 def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path) -> None:
     torch.save({"version": 99}, tmp_path / "last.pt")
     with pytest.raises(RunError, match="another format"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shlex
 import signal
 from pathlib import Path
@@ -310,3 +312,58 @@ def test_an_epoch_without_training_says_nothing_of_it(
     assert slim("run", "recipe.yaml", "epoch=0") == 0
     (line,) = [each for each in capsys.readouterr().err.splitlines() if "epoch 0/0" in each]
     assert "train" not in line
+
+
+def test_a_run_that_cannot_even_store_its_recipe_leaves_no_folder(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert slim("run", "recipe.yaml") == 1
+    assert "no space left on the disk" in capsys.readouterr().err
+    assert list((here / "checkpoints" / "toy").iterdir()) == []
+
+
+def stopped(here: Path) -> Path:
+    """A run that looks interrupted."""
+    assert slim("run", "recipe.yaml", "-q", "--name", "a", "epoch=1") == 0
+    folder = here / "checkpoints" / "toy" / "a"
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps({**summary, "status": "interrupted"}))
+    return folder
+
+
+def test_resuming_from_something_else_than_a_checkpoint_says_so(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = stopped(here)
+    torch.save({"version": 1, "stage": 0}, folder / "checkpoints" / "last.pt")
+    assert slim("resume", str(folder)) == 1
+    assert "this is no checkpoint of a run" in capsys.readouterr().err
+    (folder / "checkpoints" / "last.pt").unlink()
+    assert slim("resume", str(folder)) == 1
+    assert "fix: a run that can't go on is started again: slim run" in capsys.readouterr().err
+
+
+def test_without_a_record_of_the_code_resuming_asks(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = stopped(here)
+    (folder / "code" / "files.json").unlink()
+    assert slim("resume", str(folder)) == 2
+    assert "--allow-code-change" in capsys.readouterr().err
+    assert slim("resume", str(folder), "--allow-code-change", "-q") == 0
+
+
+def test_a_run_without_deploy_files_is_evaluated_as_trained_and_exported(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("-q", "--name", "a", "epoch=1", "save_deploy_format=false")
+    assert slim("run", "recipe.yaml", *words) == 0
+    capsys.readouterr()
+    assert slim("eval", "checkpoints/toy/a", "--json") == 0
+    assert list(json.loads(capsys.readouterr().out)["metrics"]) == ["trained"]
+    assert slim("export", "checkpoints/toy/a", "--onnx", "-q") == 0
+    assert (here / "checkpoints" / "toy" / "a" / "artifacts" / "model.onnx").is_file()
