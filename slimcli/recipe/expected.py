@@ -104,10 +104,12 @@ def branches(annotation: Any) -> tuple[Any, ...]:
 
 
 def item_annotation(annotation: Any) -> Any:
-    """What the items of a list annotation are; Any if it does not say."""
+    """What the items of a list or the values of a mapping are; Any if it does not say."""
     for each in branches(annotation):
         if is_list(each):
             return next(iter(get_args(each)), Any)
+        if _is_mapping(each):
+            return next(iter(get_args(each)[1:]), Any)
     return Any
 
 

@@ -165,7 +165,9 @@ def _one(key: str, detail: ErrorDetails, schema: type[BaseModel], section: Secti
     steps = _steps(entry.node, detail)
     node = steps[-1] if steps else entry.node
     name = (entry.spelled or f"{section.name}.{key}") + "".join(
-        f"[{step}]" for step in detail["loc"][1:] if isinstance(step, int)
+        f"[{step}]"
+        for step in detail["loc"][1:]
+        if isinstance(step, int) or step in entry.node.entries
     )
     if detail["type"] in ("value_error", "assertion_error"):
         what = f"{name}: {detail['msg'].removeprefix('Value error, ')}"
