@@ -276,6 +276,63 @@ def test_a_share_of_macs_out_of_reach_is_refused_with_what_is_possible() -> None
     assert again.refusals == []
 
 
+def widths(plan: Plan) -> dict[str, int]:
+    return {layer.name: layer.channels_minimum for layer in plan.layers}
+
+
+def test_layers_that_a_pattern_fits_lose_exactly_their_own_fraction() -> None:
+    ratios = {"inner*": 0.75, "self.stem": 0.25}
+    _, plan = planned(build("residual"), schedule(), prune_ratios=ratios)
+    assert widths(plan) == {"stem": 9, "outer": 9, "inner": 2, "fc": 4}
+    assert "inner_norm: 0.75 removes 6 of 8 filters, keeps 2" in plan.notes
+
+
+def test_the_planner_looks_for_the_fraction_of_the_other_layers_only() -> None:
+    ratios = {"inner*": 0.0}
+    _, plan = planned(build("residual"), schedule(), prune_rate=0.4, prune_ratios=ratios)
+    assert widths(plan)["inner"] == 8
+    assert widths(plan)["stem"] < 12
+    assert plan.goal.target <= 0.6 * plan.macs
+    keys = {"prune_rate": 0.9, "min_channels": 6, "prune_ratios": ratios}
+    _, plan = planned(build("residual"), schedule(), **keys)
+    assert "prune_ratios" in plan.refusals[0].fix
+
+
+def test_widths_are_rounded_up_to_a_multiple() -> None:
+    ratios = {"inner*": 0.9}
+    _, plan = planned(build("residual"), schedule(), round_to=5, prune_ratios=ratios)
+    assert widths(plan) == {"stem": 10, "outer": 10, "inner": 5, "fc": 4}
+
+
+def test_a_merged_network_has_the_widths_of_its_patterns() -> None:
+    model = build("residual")
+    compressor, model = ready(model, prune_ratios={"inner*": 0.75}, skip=("stem",))
+    tie_by_hand(compressor, model)
+    before = model.eval()(images())
+    merge(compressor, model)
+    assert (model.stem.out_channels, model.inner.out_channels) == (12, 2)
+    assert (model(images()) - before).abs().max() <= EXACT * before.abs().max()
+
+
+def test_skip_leaves_layers_alone_and_must_fit_something() -> None:
+    _, plan = planned(build("residual"), schedule(), skip=("stem",))
+    assert plan.targets == ["inner_norm"]
+    reasons = {layer.name: layer.frozen_reason for layer in plan.layers}
+    assert reasons["stem"] == "left alone by skip"
+    with pytest.raises(RecipeError, match="no layer that would be pruned is called steam"):
+        planned(build("residual"), schedule(), skip=("steam",))
+    _, plan = planned(build("residual"), schedule(), skip=("*",))
+    assert (plan.targets, plan.refusals) == ([], [])
+
+
+@pytest.mark.parametrize("keys", [{"prune_module_names": ("fc",)}, {"prune_ratios": {"fc": 0.5}}])
+def test_an_output_of_the_model_is_never_cut(keys: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="it is an output of the model"):
+        planned(build("residual"), schedule(), **keys)
+    _, plan = planned(build("residual"), schedule(), prune_ratios={"*": 0.5})
+    assert widths(plan)["fc"] == 4
+
+
 def test_a_pull_that_is_too_weak_is_refused_with_one_that_works() -> None:
     _, plan = planned(build("residual"), schedule(), centri_strength=3e-3)
     refusal = plan.refusals[0]

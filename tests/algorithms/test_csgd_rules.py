@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from slimcli.algorithms.csgd.budget import Dynamics, delayed, remaining, strength_for
 from slimcli.algorithms.csgd.clustering import (
     cluster,
-    clusters_kept,
     compact,
     duplicates,
     labels_of,
@@ -200,16 +199,6 @@ def test_a_count_out_of_range_is_refused() -> None:
 def test_only_equal_filters_are_duplicates() -> None:
     features = np.array([[1.0, 2.0], [1.0, 2.0], [1.0, 2.0 + 1e-15 * 4], [0.0, 0.0], [-0.0, 0.0]])
     assert duplicates(features) == ((0, 1), (2,), (3, 4))
-
-
-@pytest.mark.parametrize(
-    ("channels", "fraction", "minimum", "kept"),
-    [(64, 0.25, 1, 48), (100, 0.29, 1, 71), (3, 0.99, 1, 1), (16, 0.9, 8, 8), (4, 0.9, 8, 4)],
-)
-def test_the_fraction_is_what_is_removed(
-    channels: int, fraction: float, minimum: int, kept: int
-) -> None:
-    assert clusters_kept(channels, fraction, minimum) == kept
 
 
 def test_labels_name_the_cluster_of_each_channel() -> None:

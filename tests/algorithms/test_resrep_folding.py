@@ -231,6 +231,25 @@ def test_skip_leaves_layers_alone_and_must_fit_something() -> None:
         prepared("residual", skip=("steam*",))
 
 
+def test_layers_that_a_pattern_fits_lose_at_most_their_own_fraction() -> None:
+    compressor, _ = prepared("residual", prune_ratios={"a*": 0.4, "self.stem*": 0.0})
+    assert compressor.analysis.limits.least == {"stem.1": 6, "a.1": 3}
+    plan = compressor.plan(build("residual"), example(), SCHEDULE)
+    layers = {layer.name: (layer.channels, layer.channels_minimum) for layer in plan.layers}
+    assert (layers["a.0"], layers["stem.0"], layers["b.0"]) == ((5, 3), (6, 6), (6, 6))
+    assert layers["c.0"] == (7, 1)
+    assert "a.1: prune_ratios removes at most 2 of 5 channels, keeps 3 or more" in plan.notes
+
+
+@pytest.mark.parametrize("name", ["prune_module_names", "prune_ratios"])
+def test_an_output_of_the_model_is_never_cut(name: str) -> None:
+    from slimcli.errors import RecipeError
+
+    value = {"fc": 0.5} if name == "prune_ratios" else ("fc",)
+    with pytest.raises(RecipeError, match="it is an output of the model"):
+        prepared("residual", **{name: value})
+
+
 @pytest.mark.parametrize("keys", [{"prune_module_names": ()}, {"skip": ("*",)}])
 def test_with_nothing_selected_the_model_stays_as_it_is(keys: dict) -> None:
     compressor, model = prepared("residual", **keys)

@@ -7,7 +7,13 @@ import pytest
 from slimcli.algorithms.resrep import budget
 from slimcli.algorithms.resrep.config import ResRepConfig
 from slimcli.algorithms.resrep.pacing import Pace, find_pace
-from slimcli.algorithms.resrep.selection import Limits, Standing, choose, updates_needed
+from slimcli.algorithms.resrep.selection import (
+    Limits,
+    Standing,
+    choose,
+    minimum_widths,
+    updates_needed,
+)
 from slimcli.compressor import Refusal, Schedule
 
 # The budget is the closed form of the very steps that are simulated; 5 % is what was asked for.
@@ -38,6 +44,12 @@ def run_to_the_end(sizes: list[int], limits: Limits, blocks: int, target: float)
             for channel in channels:
                 del left[name][channel]
         history.append([len(each) for each in left.values()])
+
+
+def test_a_group_with_a_limit_of_its_own_keeps_what_the_limit_says() -> None:
+    limits = Limits(groups_size=4, min_channels=2, least={"layer0": 9, "layer1": 1})
+    assert run_to_the_end([16, 10, 5], limits, 2, 0)[-1] == [9, 2, 2]
+    assert minimum_widths({"layer0": 16, "layer1": 10}, limits) == {"layer0": 9, "layer1": 2}
 
 
 def test_the_authors_stall_case_reaches_its_target() -> None:

@@ -106,16 +106,6 @@ def duplicates(features: NDArray[np.float64]) -> Clusters:
     return tuple(sorted(tuple(each) for each in members.values()))
 
 
-def clusters_kept(channels: int, fraction_removed: float, minimum: int) -> int:
-    """How many channels stay: ``fraction_removed`` of them go, rounded down.
-
-    >>> clusters_kept(64, 0.25, 1), clusters_kept(10, 0.99, 4), clusters_kept(3, 0.5, 8)
-    (48, 4, 3)
-    """
-    removed = int(fraction_removed * channels + 1e-9)  # 0.29 * 100 is 28.999999999999996
-    return max(channels - removed, min(minimum, channels), 1)
-
-
 def labels_of(clusters: Sequence[Sequence[int]]) -> list[int]:
     """Cluster number of each channel.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -48,6 +48,20 @@ class CSGDConfig(AlgorithmConfig):
     )
     prune_module_names: tuple[str, ...] | None = Field(
         None, description="convs to prune; default: found by the strategy; [] prunes nothing"
+    )
+
+    skip: tuple[str, ...] = Field(
+        (), description="patterns of layers or groups to leave alone (`layer4.*`); `*` is all"
+    )
+    prune_ratios: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(
+        {},
+        description="pattern of layers -> the fraction of their channels that is removed, exactly, "
+        "instead of cluster_percent ({layer4.*: 0.75}); min_channels and round_to still hold",
+    )
+    round_to: int | None = Field(
+        None,
+        ge=1,
+        description="widths of pruned layers are multiples of this many channels, rounded up",
     )
 
     @model_validator(mode="after")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from slimcli.algorithms.csgd import clustering
-from slimcli.algorithms.csgd.clustering import Clusters, clusters_kept
+from slimcli.algorithms.csgd.amounts import fixed_ratios, lowest_widths, removal_notes, widths_of
+from slimcli.algorithms.csgd.clustering import Clusters
 from slimcli.algorithms.csgd.collapse import Collapse, Start, find_collapse
 from slimcli.algorithms.csgd.config import CSGDConfig
 from slimcli.algorithms.csgd.ties import Tie, distance, distance_in
@@ -20,6 +20,7 @@ from slimcli.network.cuts import Slot
 from slimcli.network.example import Example
 from slimcli.network.fuse import norm_as_scale
 from slimcli.network.structure import Group, Structure, analyze
+from slimcli.network.widths import skipped
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ def make_plan(config: CSGDConfig, model: nn.Module, example: Example, schedule: 
     structure = analyze(model, example)
     groups, reasons = find_groups(config, model, structure)
     sizes = {group.name: group.size for group in groups}
-    lowest = {name: min(config.min_channels, size) for name, size in sizes.items()}
+    fixed = fixed_ratios(config, structure, groups, reasons)
+    lowest = lowest_widths(config, sizes, fixed)
     plan = Plan(
         targets=list(sizes),
         macs=structure.macs,
@@ -60,7 +62,7 @@ def make_plan(config: CSGDConfig, model: nn.Module, example: Example, schedule: 
         clusters = {name: clustering.duplicates(each) for name, each in features.items()}
         plan.notes.append("epoch: 0 merges only filters that are equal already")
     else:
-        widths = _widths(config, structure, sizes, plan)
+        widths = widths_of(config, structure, sizes, fixed, plan)
         clusters = {
             name: clustering.cluster(
                 features[name], widths[name], config.cluster_method, schedule.seed
@@ -71,7 +73,7 @@ def make_plan(config: CSGDConfig, model: nn.Module, example: Example, schedule: 
     plan.layers = _layers(structure, kept, reasons)
     if kept:
         plan.goal = Goal("macs", float(structure.macs_with(kept)))
-        plan.notes += _removal_notes(sizes, kept)
+        plan.notes += removal_notes(sizes, kept)
     collapse = _collapse(config, model, schedule, plan, groups, clusters)
     plan.private = Analysis(structure, tuple(groups), clusters, collapse)
     return plan
@@ -86,10 +88,13 @@ def find_groups(
         return [], {}
     chosen = structure.select(config.auto_find_module_strategy, names)
     frozen = {name for name, each in model.named_parameters() if not each.requires_grad}
+    alone = skipped(config.skip, chosen)
     groups, reasons = [], {}
     for group in chosen:
         untrained = sorted(frozen & {slot.tensor for slot in (*group.producers, *group.followers)})
-        if group.frozen_reason:
+        if group.name in alone:
+            reasons[group.name] = "left alone by skip"
+        elif group.frozen_reason:
             reasons[group.name] = group.frozen_reason
         elif not group.exact_duplicate:
             reasons[group.name] = group.duplicate_reason or "merging duplicates would not be exact"
@@ -151,55 +156,6 @@ def _scale_behind(model: nn.Module, norm: str, rows: int) -> Tensor | None:
     return scale if len(scale) == rows else None
 
 
-def _widths(
-    config: CSGDConfig, structure: Structure, sizes: Mapping[str, int], plan: Plan
-) -> dict[str, int]:
-    """Channels each group keeps; refuses a prune_rate that is out of reach."""
-    minimum = config.min_channels
-    if config.cluster_percent is not None:
-        return {
-            name: clusters_kept(size, config.cluster_percent, minimum)
-            for name, size in sizes.items()
-        }
-    assert config.prune_rate is not None
-    target = (1 - config.prune_rate) * structure.macs
-    fractions = sorted({removed / size for size in sizes.values() for removed in range(1, size)})
-    low, high = 0, len(fractions) - 1
-    while low < high:  # the first fraction that is enough
-        middle = (low + high) // 2
-        widths = {
-            name: clusters_kept(size, fractions[middle], minimum) for name, size in sizes.items()
-        }
-        low, high = (middle + 1, high) if structure.macs_with(widths) > target else (low, middle)
-    widths = {name: clusters_kept(size, fractions[low], minimum) for name, size in sizes.items()}
-    reached = structure.macs_with(widths)
-    if reached > target:
-        possible = math.floor((1 - reached / structure.macs) * 1000) / 1000
-        plan.refusals.append(
-            Refusal(
-                f"prune_rate {config.prune_rate} is out of reach: with every selected layer at its "
-                f"smallest, {reached:,} of {structure.macs:,} MACs are left",
-                "prune_rate",
-                f"prune_rate: {possible}, or auto_find_module_strategy: all_conv",
-            )
-        )
-    plan.settings["cluster_percent"] = round(fractions[low], 4)
-    return widths
-
-
-def _removal_notes(sizes: Mapping[str, int], kept: Mapping[str, int]) -> list[str]:
-    """One sentence a layer, so that nobody misreads what the fraction means.
-
-    >>> _removal_notes({"conv1": 64}, {"conv1": 48})
-    ['conv1: 0.25 removes 16 of 64 filters, keeps 48']
-    """
-    return [
-        f"{name}: {round((size - kept[name]) / size, 3):g} removes {size - kept[name]} of {size} "
-        f"filters, keeps {kept[name]}"
-        for name, size in sizes.items()
-    ]
-
-
 def _layers(
     structure: Structure, kept: Mapping[str, int], reasons: Mapping[str, str]
 ) -> list[LayerPlan]:
@@ -219,7 +175,8 @@ def _layers(
 
 def _explain_nothing(config: CSGDConfig, plan: Plan, reasons: Mapping[str, str]) -> None:
     """Nothing is clustered: wanted by the recipe, or a reason to stop."""
-    if config.prune_module_names == () or config.cluster_percent == 0:
+    is_switched_off = config.prune_module_names == () or "*" in config.skip
+    if is_switched_off or config.cluster_percent == 0:
         plan.warnings.append("no layer is selected: this trains without compressing")
         return
     told = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:5])

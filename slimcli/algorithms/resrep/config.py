@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -52,6 +52,11 @@ class ResRepConfig(AlgorithmConfig):
     )
     skip: tuple[str, ...] = Field(
         (), description="patterns of layers or groups to leave alone (`layer4.*`); `*` is all"
+    )
+    prune_ratios: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(
+        {},
+        description="pattern of layers -> the largest fraction of their channels that may be "
+        "removed ({layer4.*: 0.75}); other layers have no such limit",
     )
     round_to: int | None = Field(
         None,

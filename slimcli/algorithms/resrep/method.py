@@ -47,7 +47,7 @@ from slimcli.algorithms.resrep.forgetting import (
     shrink_unmasked,
 )
 from slimcli.algorithms.resrep.pacing import base_strength
-from slimcli.algorithms.resrep.planning import Analysis, limits_of, make_plan, masked_strength
+from slimcli.algorithms.resrep.planning import Analysis, make_plan, masked_strength
 from slimcli.algorithms.resrep.projection import project
 from slimcli.algorithms.resrep.selection import choose
 from slimcli.compressor import (
@@ -157,7 +157,7 @@ class ResRepCompressor(Compressor):
             return
         standings = {each.target.name: each.standing(model) for each in self.bundles}
         macs, blocks = self.analysis.structure.macs_with, self.keys.prune_groups
-        chosen = choose(standings, limits_of(self.keys), blocks, target, macs)
+        chosen = choose(standings, self.analysis.limits, blocks, target, macs)
         for each in self.bundles:
             channels = chosen.get(each.target.name, [])
             norms = standings[each.target.name].norms

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -16,6 +16,7 @@ from slimcli.algorithms.resrep.targets import Target, find_targets
 from slimcli.compressor import Goal, LayerPlan, Plan, Refusal, Schedule
 from slimcli.network.example import Example
 from slimcli.network.structure import Structure, analyze
+from slimcli.network.widths import kept, ratios_of, reasons_by_name
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,14 @@ class Analysis:
         targets: The groups that get compactors, in network order.
         pace: When masks come; None if nothing is to be masked.
         target_macs: MACs to reach.
+        limits: What the selector respects.
     """
 
     structure: Structure
     targets: tuple[Target, ...]
     pace: Pace | None
     target_macs: float
+    limits: Limits
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -40,9 +43,22 @@ class Analysis:
         return {target.name: target.group.size for target in self.targets}
 
 
-def limits_of(config: ResRepConfig) -> Limits:
-    """The limits of the selector."""
-    return Limits(config.groups_size, config.min_channels, config.round_to or 1)
+def limits_of(
+    config: ResRepConfig,
+    structure: Structure,
+    targets: Sequence[Target],
+    reasons: Mapping[str, str],
+) -> Limits:
+    """The limits of the selector.
+
+    Raises:
+        RecipeError: A pattern of ``prune_ratios`` fits no target, or two contradict each other.
+    """
+    groups = {target.name: target.group for target in targets}
+    rest = [group for group in structure.groups if group.name not in groups]
+    ratios = ratios_of(config.prune_ratios, list(groups.values()), reasons_by_name(rest, reasons))
+    least = {name: kept(groups[name].size, fraction) for name, fraction in ratios.items()}
+    return Limits(config.groups_size, config.min_channels, config.round_to or 1, least)
 
 
 def make_plan(config: ResRepConfig, model: nn.Module, example: Example, schedule: Schedule) -> Plan:
@@ -56,7 +72,8 @@ def make_plan(config: ResRepConfig, model: nn.Module, example: Example, schedule
         config.skip,
     )
     sizes = {target.name: target.group.size for target in targets}
-    lowest = minimum_widths(sizes, limits_of(config))
+    limits = limits_of(config, structure, targets, reasons)
+    lowest = minimum_widths(sizes, limits)
     plan = Plan(
         targets=list(sizes),
         layers=_layers(structure, sizes, lowest, reasons),
@@ -65,6 +82,11 @@ def make_plan(config: ResRepConfig, model: nn.Module, example: Example, schedule
         reachable_macs=structure.macs_with(lowest),
         warnings=list(schedule.warnings),
     )
+    plan.notes += [
+        f"{name}: prune_ratios removes at most {sizes[name] - lowest[name]} of {sizes[name]} "
+        f"channels, keeps {lowest[name]} or more"
+        for name in limits.least
+    ]
     target_macs = (1 - config.prune_rate) * structure.macs if targets else float(structure.macs)
     pace = None
     if any(place.norm for target in targets for place in target.places) and (
@@ -76,12 +98,12 @@ def make_plan(config: ResRepConfig, model: nn.Module, example: Example, schedule
         )
     if targets:
         plan.goal = Goal("macs", target_macs)
-        pace = _pace(config, schedule, plan, sizes, structure)
+        pace = _pace(config, schedule, plan, (sizes, limits), structure)
     elif _is_switched_off(config) or config.prune_rate == 0:
         plan.warnings.append("no layer is selected: this trains without compressing")
     else:
         plan.refusals.append(_nothing_to_prune(config, structure, reasons))
-    plan.private = Analysis(structure, tuple(targets), pace, target_macs)
+    plan.private = Analysis(structure, tuple(targets), pace, target_macs, limits)
     return plan
 
 
@@ -94,17 +116,17 @@ def _pace(
     config: ResRepConfig,
     schedule: Schedule,
     plan: Plan,
-    sizes: Mapping[str, int],
+    bounds: tuple[Mapping[str, int], Limits],
     structure: Structure,
 ) -> Pace | None:
     """Finds the pace and writes budget and refusals into the plan."""
     if config.prune_rate == 0:
         return None
     target_macs = (1 - config.prune_rate) * structure.macs
-    limits = limits_of(config)
+    sizes, limits = bounds
     updates = updates_needed(sizes, limits, config.prune_groups, target_macs, structure.macs_with)
     if updates is None:
-        plan.refusals.append(_out_of_reach(config, sizes, structure))
+        plan.refusals.append(_out_of_reach(config, sizes, limits, structure))
         return None
     found = find_pace(config, schedule, updates)
     if isinstance(found, Refusal):
@@ -193,12 +215,14 @@ def _nothing_to_prune(
     return Refusal(what, "prune_rate", "prune_rate: 0")
 
 
-def _out_of_reach(config: ResRepConfig, sizes: Mapping[str, int], structure: Structure) -> Refusal:
+def _out_of_reach(
+    config: ResRepConfig, sizes: Mapping[str, int], limits: Limits, structure: Structure
+) -> Refusal:
     """The target lies below what the limits allow; the values that would work."""
 
     def removable(min_channels: int) -> float:
-        limits = Limits(config.groups_size, min_channels, config.round_to or 1)
-        return 1 - structure.macs_with(minimum_widths(sizes, limits)) / structure.macs
+        lowest = minimum_widths(sizes, replace(limits, min_channels=min_channels))
+        return 1 - structure.macs_with(lowest) / structure.macs
 
     most = removable(config.min_channels)
     what = (
@@ -219,4 +243,6 @@ def _out_of_reach(config: ResRepConfig, sizes: Mapping[str, int], structure: Str
     if config.auto_find_module_strategy.startswith("linear"):
         wider = config.auto_find_module_strategy.replace("linear", "all")
         fix += f", or auto_find_module_strategy: {wider}"
+    if limits.least:
+        fix += ", or larger fractions in prune_ratios"
     return Refusal(what, "prune_rate", fix)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Macs = Callable[[Mapping[str, int]], int]
 """MACs of the deployed model at kept channels per group."""
@@ -25,21 +25,26 @@ class Limits:
         groups_size: Channels in a block, at most.
         min_channels: Channels every group keeps.
         round_to: Widths of pruned groups are multiples of this.
+        least: Group -> channels it keeps in any case, where that is more than ``min_channels``.
     """
 
     groups_size: int = 8
     min_channels: int = 8
     round_to: int = 1
+    least: Mapping[str, int] = field(default_factory=dict)
 
-    def minimum(self, size: int) -> int:
+    def minimum(self, size: int, name: str = "") -> int:
         """The fewest channels a group of this size can end with.
 
         >>> Limits(min_channels=6, round_to=4).minimum(64), Limits(min_channels=6).minimum(4)
         (8, 4)
+        >>> Limits(min_channels=6, round_to=4, least={"a": 31}).minimum(64, "a")
+        32
         """
-        return min(size, -(-self.min_channels // self.round_to) * self.round_to)
+        least = max(self.min_channels, self.least.get(name, 0))
+        return min(size, -(-least // self.round_to) * self.round_to)
 
-    def next_width(self, width: int, size: int) -> int:
+    def next_width(self, width: int, size: int, name: str = "") -> int:
         """Width after one more block; the same width if no block can go.
 
         >>> limits = Limits(groups_size=8, min_channels=3)
@@ -50,7 +55,7 @@ class Limits:
         """
         wanted = max(width - self.groups_size, 0)
         wanted = -(-wanted // self.round_to) * self.round_to
-        return min(width, max(wanted, self.minimum(size)))
+        return min(width, max(wanted, self.minimum(size, name)))
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ def _smallest_block(
     best: tuple[float, str, Sequence[int]] | None = None
     for name, standing in standings.items():
         gone = len(ranked[name]) - widths[name]
-        width = limits.next_width(widths[name], standing.size)
+        width = limits.next_width(widths[name], standing.size, name)
         channels = ranked[name][gone : gone + widths[name] - width]
         if not channels:
             continue
@@ -139,7 +144,7 @@ def minimum_widths(sizes: Mapping[str, int], limits: Limits) -> dict[str, int]:
     >>> minimum_widths({"a": 64, "b": 6}, Limits(min_channels=8))
     {'a': 8, 'b': 6}
     """
-    return {name: limits.minimum(size) for name, size in sizes.items()}
+    return {name: limits.minimum(size, name) for name, size in sizes.items()}
 
 
 def updates_needed(
@@ -171,7 +176,7 @@ def updates_needed(
     path: list[tuple[str, int]] = []
     for name in sorted(sizes, key=lambda each: savings[each]):
         width = sizes[name]
-        while (narrower := limits.next_width(width, sizes[name])) < width:
+        while (narrower := limits.next_width(width, sizes[name], name)) < width:
             path.append((name, narrower))
             width = narrower
 

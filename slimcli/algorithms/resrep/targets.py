@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from slimcli.algorithms.resrep.compactor import NAME
-from slimcli.errors import Problem, RecipeError
 from slimcli.network.structure import Group, Structure
+from slimcli.network.widths import skipped
 
 Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -79,45 +78,15 @@ def find_targets(
         RecipeError: A name cannot be pruned, or a skip pattern fits nothing.
     """
     selected = structure.select(strategy, names)
-    fitting = dict.fromkeys(skip, 0)
+    alone = skipped(skip, selected)
     targets, reasons = [], {}
     for group in selected:
-        skipped = False
-        for pattern in skip:
-            if any(fnmatch.fnmatchcase(name, _without_self(pattern)) for name in _names(group)):
-                fitting[pattern] += 1
-                skipped = True
-        reason = "left alone by skip" if skipped else why_not(model, structure, group)
+        reason = "left alone by skip" if group.name in alone else why_not(model, structure, group)
         if reason:
             reasons[group.name] = reason
         else:
             targets.append(_target(model, group))
-    unused = [pattern for pattern, count in fitting.items() if not count and pattern != "*"]
-    if unused:
-        raise RecipeError(*(_fits_nothing(pattern, selected) for pattern in unused))
     return targets, reasons
-
-
-def _without_self(name: str) -> str:
-    return name.removeprefix("self.")
-
-
-def _names(group: Group) -> list[str]:
-    paths = [path for site in group.sites for path in (site.conv, site.norm) if path]
-    return [group.name, *paths]
-
-
-def _fits_nothing(pattern: str, groups: Sequence[Group]) -> Problem:
-    known = ", ".join(group.name for group in groups[:8])
-    return Problem(
-        "E-RECIPE-SKIP",
-        f"config.skip: no layer that would be pruned is called {pattern}",
-        expected=f"names or patterns such as {known}"
-        if known
-        else "a network with prunable layers",
-        received=pattern,
-        fix="slim plan RECIPE lists the layers",
-    )
 
 
 def why_not(model: nn.Module, structure: Structure, group: Group) -> str:
