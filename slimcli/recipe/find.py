@@ -105,7 +105,7 @@ def check_target(target: str, folders: Sequence[Path]) -> NotFound | None:
 
 def _no_file(file: str, folders: Sequence[Path]) -> NotFound:
     """The files that are there instead."""
-    there = {shown(path) for folder in folders for path in folder.glob("*.py")}
+    there = {path.name for folder in folders for path in folder.glob("*.py")}
     close = suggest(file, there)
     looked = ", ".join(shown(folder) for folder in folders)
     fix = f"did you mean {close}?" if close else f"looked in {looked}"

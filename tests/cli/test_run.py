@@ -367,3 +367,14 @@ def test_a_run_without_deploy_files_is_evaluated_as_trained_and_exported(
     assert list(json.loads(capsys.readouterr().out)["metrics"]) == ["trained"]
     assert slim("export", "checkpoints/toy/a", "--onnx", "-q") == 0
     assert (here / "checkpoints" / "toy" / "a" / "artifacts" / "model.onnx").is_file()
+
+
+def test_a_mistyped_hook_file_is_found_beside_the_recipe_from_anywhere(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "recipe.yaml").write_text(project.RECIPE.replace("hooks.py", "hook.py"))
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    (elsewhere / "zoo.py").touch()
+    monkeypatch.chdir(elsewhere)
+    assert slim("check", "../recipe.yaml") == 2
+    assert "did you mean hooks.py?" in capsys.readouterr().err
