@@ -60,6 +60,7 @@ CHANGES: dict[str, dict[str, tuple[Any, dict[str, Any]]]] = {
         "auto_find_module_strategy": ("linear_bn", {}),
         "skip": (["block1.*"], {}),
         "round_to": (2, {"groups_size": 4}),
+        "prune_ratios": ({"block1.*": 0.1}, {}),
     },
 }
 
