@@ -133,7 +133,6 @@ def begin(job: Job, signals: Signals, stored: dict[str, Any] | None) -> Run:
     record = stored["record"] if stored else _record(job)
     record["seconds_before"] = record["seconds"]
     record["environment"] = environment(fabric)
-    record["changes"] = list(job.changes)
     run = Run(job, fabric, datasets, folder, events, signals, record)
     events.emit(
         "run_start",

@@ -378,15 +378,3 @@ def test_a_mistyped_hook_file_is_found_beside_the_recipe_from_anywhere(
     monkeypatch.chdir(elsewhere)
     assert slim("check", "../recipe.yaml") == 2
     assert "did you mean hooks.py?" in capsys.readouterr().err
-
-
-def test_the_summary_says_what_differs_from_the_defaults(here: Path) -> None:
-    assert slim("run", "recipe.yaml", "-q", "config.seed=3", "--name", "a") == 0
-    changes = json.loads((here / "checkpoints/toy/a/summary.json").read_text())["changes"]
-    values = {each["key"]: (each["default"], each["value"]) for each in changes}
-    assert values["config.seed"] == (0, 3)
-    assert values["export.onnx"] == (True, False)
-    assert "config.momentum" not in values
-    origins = {each["key"]: each["origin"] for each in changes}
-    assert origins["config.seed"].startswith("command line")
-    assert origins["export.onnx"].startswith("recipe.yaml:")
