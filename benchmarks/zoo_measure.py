@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from slimcli.network.structure import Structure, analyze, zero_channels
 from torch import Tensor, nn
 
 from slimcli.network import surgery
 from slimcli.network.example import Example
+from slimcli.network.structure import Structure, analyze, zero_channels
 
 # float64 sums of a deep net, reordered by a cut.
 EXACT_FLOAT64 = 1e-9
