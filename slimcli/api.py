@@ -6,7 +6,7 @@ The keys and callables are those of a recipe; the command line is a thin user of
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -89,6 +89,7 @@ class Solver:
             hooks=self._bound_hooks(),
             export=Export(**others.pop("export", {})),
             recipe=self._recipe,
+            changes=tuple(self._changes()),
             resume=resume,
             **others,
         )
@@ -106,6 +107,19 @@ class Solver:
 
     def _build_model(self) -> Any:
         return _built(self.model)
+
+    def _changes(self) -> Iterator[dict[str, Any]]:
+        """Keys that were given and differ from the algorithm's defaults."""
+        for keys in (self.training, self.config):
+            plain = keys.model_dump(mode="json")
+            for name in sorted(keys.model_fields_set):
+                default = self.info.training_defaults.get(
+                    name, type(keys).model_fields[name].default
+                )
+                if getattr(keys, name) != default:
+                    shown = list(default) if isinstance(default, tuple) else default
+                    found = {"key": f"config.{name}", "default": shown, "value": plain[name]}
+                    yield {**found, "origin": "Python"}
 
     def _recipe(self, folder: Path) -> str:
         import yaml

@@ -28,6 +28,8 @@ FIELDS: dict[str, str] = {
     "verification": "one entry a seam: from, to, max_abs, max_rel, limit, ok",
     "layers": "one entry a layer: name, type, channels_before, channels_after, frozen_reason",
     "seconds": "wall-clock time of the run, resumed parts included",
+    "changes": "what differs from the defaults: key, default, value, origin (file and line, or the "
+    "command line)",
     "environment": "versions, device and thread count of the machine",
     "notes": "sentences the run wants to be read with the result",
 }
@@ -50,6 +52,7 @@ def empty(task_name: str, algorithm: str, seed: int) -> dict[str, Any]:
         "verification": [],
         "layers": [],
         "seconds": 0.0,
+        "changes": [],
         "environment": {},
         "notes": [],
     }

@@ -152,13 +152,13 @@ class SlimGroup(click.Group):
         try:
             outcome = super().main(args, prog_name or "slim", complete_var, False, **extra)
         except Exception as error:
-            sys.exit(report(error))
+            sys.exit(told(error))
         finally:
             console.configure(json=False, quiet=False, verbose=False, color=True, traceback=False)
         sys.exit(outcome if isinstance(outcome, int) else 0)
 
 
-def report(error: Exception) -> int:
+def told(error: Exception) -> int:
     """Prints an error the way its kind deserves and returns the exit code."""
     if isinstance(error, SlimError):
         return _report_slim_error(error)

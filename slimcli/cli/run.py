@@ -131,5 +131,7 @@ def show_result(folder: Path, summary: dict[str, Any]) -> None:
         )
     for file, size in final["file_bytes"].items():
         console.result(f"       {folder / 'artifacts' / file}  {large(size, 'B')}")
+    if (folder / "report.html").is_file():
+        console.result(f"report {folder / 'report.html'}")
     console.result(f"run    {folder}")
     console.say(f"Next: {console.command('eval', folder)}")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from slimcli.recipe import Recipe
+    from slimcli.recipe.model import Change
     from slimcli.solver.job import Job
 
 
@@ -45,7 +47,14 @@ def job_of(recipe: Recipe, **changes: Any) -> Job:
         export=Export(onnx=recipe.export.onnx, trt=recipe.export.trt),
         recipe=recipe.to_yaml,
         recipe_source=recipe.source_text,
+        changes=tuple(_plain(each) for each in recipe.changes),
         init_from=recipe.init_from,
         code=hooks.files,
         **changes,
     )
+
+
+def _plain(change: Change) -> dict[str, Any]:
+    """The change as it stands in files: paths and other objects as text."""
+    found: dict[str, Any] = json.loads(json.dumps(change._asdict(), default=str))
+    return found

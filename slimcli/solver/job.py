@@ -132,6 +132,7 @@ class Job:
         recipe: ``(run folder) -> text``: the complete recipe as YAML, runnable from there.
         init_from: Weights the first stage starts from: a run folder or a file; None: the model's.
         recipe_source: The user's own file, untouched; empty for the Python API.
+        changes: What differs from the defaults: ``key``, ``default``, ``value``, ``origin``.
         code: Source files of the hooks, copied into the run folder.
         listeners: Called with every event, a dictionary.
         on_signal: Told of the first Ctrl-C, from the signal handler.
@@ -148,6 +149,7 @@ class Job:
     recipe: Callable[[Path], str] = lambda folder: ""
     init_from: Path | None = None
     recipe_source: str = ""
+    changes: tuple[dict[str, Any], ...] = ()
     code: tuple[Path, ...] = ()
     listeners: tuple[Callable[[dict[str, Any]], None], ...] = ()
     on_signal: Callable[[str], None] = lambda name: None

@@ -112,11 +112,23 @@ class Run:
         return self.fabric.setup_dataloaders(loader, move_to_device=False)
 
     def write_summary(self, status: str, exit_code: int | None) -> None:
-        """Bring summary.json up to date."""
+        """Bring summary.json up to date; at the end of a run also draw the report."""
         self.record.update(status=status, exit_code=exit_code, seconds=round(self.seconds(), 3))
         if self.is_main:
             shown = {name: self.record[name] for name in summary.FIELDS}
             summary.write(self.folder.summary, shown)
+            if exit_code is not None:
+                self._report()
+
+    def _report(self) -> None:
+        """report.html and card.md; a fault in drawing them must not change how the run ended."""
+        from slimcli.report.write import write_report
+
+        try:
+            write_report(self.folder.path)
+        except Exception as error:
+            text = f"no report: {type(error).__name__}: {error}; try slim report"
+            self.events.emit("notice", level="warning", text=text)
 
 
 def begin(job: Job, signals: Signals, stored: dict[str, Any] | None) -> Run:
@@ -133,6 +145,7 @@ def begin(job: Job, signals: Signals, stored: dict[str, Any] | None) -> Run:
     record = stored["record"] if stored else _record(job)
     record["seconds_before"] = record["seconds"]
     record["environment"] = environment(fabric)
+    record["changes"] = list(job.changes)
     run = Run(job, fabric, datasets, folder, events, signals, record)
     events.emit(
         "run_start",

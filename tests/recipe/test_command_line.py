@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 import slimcli
 from slimcli import errors
-from slimcli.cli import main, report
+from slimcli.cli import main, told
 from slimcli.cli.arguments import complete_overrides
 from slimcli.cli.explain import error_pages, explain, names
 
@@ -189,21 +189,21 @@ def test_check_says_that_keys_of_an_own_class_are_not_checked(folder):
 def test_ctrl_c_exits_130():
     import click
 
-    assert report(click.Abort()) == 130
+    assert told(click.Abort()) == 130
 
 
 def test_a_bug_of_ours_shows_its_traceback_and_asks_for_a_report(capsys):
     with pytest.raises(ZeroDivisionError) as caught:
         raise ZeroDivisionError("ours")
-    assert report(caught.value) == 1
-    told = capsys.readouterr().err
-    assert "ZeroDivisionError: ours" in told
-    assert "slim doctor --issue" in told
+    assert told(caught.value) == 1
+    shown = capsys.readouterr().err
+    assert "ZeroDivisionError: ours" in shown
+    assert "slim doctor --issue" in shown
 
 
 @pytest.mark.parametrize("kind", errors.SlimError.__subclasses__())
 def test_every_kind_of_error_exits_with_its_code(kind, capsys):
-    assert report(kind(errors.Problem("E-X", "wrong"))) == kind.exit_code
+    assert told(kind(errors.Problem("E-X", "wrong"))) == kind.exit_code
     assert f"[exit {kind.exit_code}]" in capsys.readouterr().err
 
 
