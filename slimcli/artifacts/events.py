@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -135,22 +136,38 @@ class EventLog:
             self.length += len(encoded)
 
     def _scalars(self, record: Event) -> None:
-        if self._board is None:
-            from tensorboardX import SummaryWriter
+        """TensorBoard's file, written here and now: a thread could not tell of a full disk."""
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event as BoardEvent
+        from tensorboardX.summary import scalar
 
-            assert self.folder is not None
-            self._board = SummaryWriter(str(self.folder / "tensorboard"))
+        assert self.folder is not None
+        folder = self.folder / "tensorboard"
         x = record["step"] if record["event"] == "step" else record["epoch"]
-        for name, value in flat(record).items():
-            numeric = isinstance(value, int | float) and not isinstance(value, bool)
-            if numeric and name not in ("step", "epoch", "epochs"):
-                self._board.add_scalar(f"{record['stage']}/{record['event']}/{name}", value, x)
+        with _disk(folder):
+            if self._board is None:
+                folder.mkdir(exist_ok=True)
+                self._board = EventsWriter(str(folder / "events"))
+            for name, value in flat(record).items():
+                numeric = isinstance(value, int | float) and not isinstance(value, bool)
+                if numeric and name not in ("step", "epoch", "epochs"):
+                    summary = scalar(f"{record['stage']}/{record['event']}/{name}", value)
+                    event = BoardEvent(wall_time=time.time(), step=x, summary=summary)
+                    self._board.write_event(event)
+            if record["event"] != "step":
+                self._board.flush()
 
     def close(self) -> None:
-        """Close what is open."""
-        if self._board is not None:
-            self._board.close()
-            self._board = None
+        """Close what is open.
+
+        Raises:
+            RunError: The disk is full.
+        """
+        board, self._board = self._board, None
+        if board is not None:
+            assert self.folder is not None
+            with _disk(self.folder / "tensorboard"):
+                board.close()
 
 
 class _disk:
@@ -164,9 +181,9 @@ class _disk:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError):
-            raise RunError(
-                Problem("E-DISK", f"can't write: {error.strerror}", str(self.path))
-            ) from error
+            fix = "free some space, then go on: slim resume RUN"
+            problem = Problem("E-DISK", f"can't write: {error.strerror}", str(self.path), fix=fix)
+            raise RunError(problem) from error
 
 
 def _plain(value: Any) -> Any:

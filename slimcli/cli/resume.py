@@ -109,6 +109,15 @@ def _check_recipe(before: Recipe, after: Recipe, is_allowed: bool) -> None:
     Raises:
         RecipeError: With the difference.
     """
+    old_names, new_names = ([each.algorithm_name for each in r.stages] for r in (before, after))
+    if old_names != new_names:
+        raise RecipeError(
+            Problem(
+                "E-RESUME-RECIPE",
+                f"the run trains {', '.join(old_names)}, now it is {', '.join(new_names)}",
+                fix="start a new run",
+            )
+        )
     changes = after_changes(before, after)
     for name, old, new in changes:
         console.say(f"- {name}: {old}\n+ {name}: {new}")
@@ -119,7 +128,7 @@ def _check_recipe(before: Recipe, after: Recipe, is_allowed: bool) -> None:
         if key in FREE_KEYS or name.startswith("export."):
             continue
         in_stage = any(name.startswith(f"{stage.name}.") for stage in before.stages)
-        is_fixed = not in_stage or key in (*FIXED_KEYS, "algorithm")
+        is_fixed = not in_stage or key in FIXED_KEYS
         (fixed if is_fixed else unsure).append(
             Problem(
                 "E-RESUME-RECIPE",

@@ -13,7 +13,7 @@ from slimcli.artifacts import checkpoint
 from slimcli.compressor import Compressor, Plan
 from slimcli.errors import GoalError, Problem, RunError
 from slimcli.network.example import Example
-from slimcli.solver import planner
+from slimcli.solver import planner, requirements
 from slimcli.solver.devices import make_fabric
 from slimcli.solver.loop import Subject, Surroundings, Trainer
 from slimcli.solver.optimizers import optimizer_state
@@ -49,7 +49,8 @@ class Stage:
         hooks = run.job.hooks
         self.example = planner.example_of(self.job, self.data, hooks, run.fabric)
         self.schedule = planner.schedule_of(self.job, self.data, hooks, run.job.max_steps)
-        planner.check_one_batch(model, self.job, self.data, hooks, self.evaluator)
+        metrics = planner.check_one_batch(model, self.job, self.data, hooks, self.evaluator)
+        requirements.check_names(run.job.requirements, metrics)
         compressor = self.job.compressor(self.job.config)
         self.plan = compressor.plan(model, self.example, self.schedule)
         planner.refuse(self.job, self.plan)

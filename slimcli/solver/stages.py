@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import nn
 from slimcli.artifacts import checkpoint, deploy, run_folder
 from slimcli.artifacts.finish import Finished, FinishRequest, finish_run
 from slimcli.compressor import Compressor
-from slimcli.errors import GoalError, Problem, RecipeError, RunError, SlimError, VerificationError
+from slimcli.errors import GoalError, Problem, RunError, SlimError, VerificationError
+from slimcli.solver import requirements
 from slimcli.solver.data import batch_size_of
 from slimcli.solver.devices import determinism
 from slimcli.solver.evaluation import Evaluator, first_batches
@@ -93,7 +95,8 @@ def _end(current: Run | None, status: str, exit_code: int) -> None:
     """Write down how the run ended; a disk that is full must not hide why."""
     if current is None:
         return
-    try:
+    must_tell = status in ("finished", "interrupted")
+    with nullcontext() if must_tell else suppress(SlimError):
         current.write_summary(status, exit_code)
         current.events.emit(
             "run_end",
@@ -102,10 +105,7 @@ def _end(current: Run | None, status: str, exit_code: int) -> None:
             seconds=round(current.seconds(), 3),
             folder=str(current.folder.path),
         )
-    except SlimError:
-        if status in ("finished", "interrupted"):
-            raise
-    finally:
+    with nullcontext() if must_tell else suppress(SlimError):
         current.events.close()
 
 
@@ -236,7 +236,7 @@ def _finish(current: Run, stage: Stage, compressor: Compressor, model: nn.Module
         current.record["notes"].append(
             "no test set was given: the validation set also chose the checkpoint"
         )
-    _check_requirements(current)
+    requirements.check_result(job.requirements, current.record, current.folder.path)
 
 
 def _note_result(current: Run, stage: Stage, finished: Finished) -> None:
@@ -261,36 +261,3 @@ def _channels(module: nn.Module | None, before: int) -> int:
         if isinstance(value := getattr(module, name, None), int):
             return value
     return before
-
-
-def _check_requirements(current: Run) -> None:
-    """``--require``: conditions on the final numbers.
-
-    Raises:
-        GoalError: One is not kept.
-        RecipeError: One names something that is not there.
-    """
-    final, baseline = current.record["final"], current.record["baseline"]
-    numbers: dict[str, float] = dict(final["metrics"])
-    missed: list[Problem] = []
-    for requirement in current.job.requirements:
-        name = requirement.name
-        if name in ("macs", "params"):
-            numbers[name] = float(final[name])
-            if requirement.value <= 1 and baseline:
-                numbers[name] /= baseline[name]
-        if name not in numbers:
-            raise RecipeError(
-                Problem(
-                    "E-REQUIRE-UNKNOWN",
-                    f"--require {requirement}: there is no {name!r}",
-                    expected=", ".join([*numbers, "macs", "params"]),
-                    received=name,
-                )
-            )
-        if not requirement.holds(numbers[name]):
-            what = f"--require {requirement} is not met"
-            received = f"{numbers[name]:.4g}"
-            missed.append(Problem("E-REQUIRE-MISSED", what, str(requirement), received=received))
-    if missed:
-        raise GoalError(*missed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 from collections import Counter, OrderedDict, namedtuple
 from enum import Enum
@@ -12,6 +13,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from tensorboardX.record_writer import RecordWriter
 
 from slimcli.artifacts import checkpoint, events, run_folder, summary
 from slimcli.artifacts.events import EVENTS, EventLog
@@ -227,3 +229,43 @@ def test_the_newest_recipe_is_in_force(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="not a run folder"):
         run_folder.open_run(tmp_path)
+
+
+def scalars_of(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What a TensorBoard would read, parsed from the file's records."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found: dict[str, list[tuple[int, float]]] = {}
+    (path,) = (folder / "tensorboard").iterdir()
+    data = path.read_bytes()
+    while data:
+        length = int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12 : 12 + length])
+        for value in event.summary.value:
+            found.setdefault(value.tag, []).append((event.step, value.simple_value))
+        data = data[16 + length :]
+    return found
+
+
+def test_tensorboard_gets_the_numbers_under_the_names_of_the_events(tmp_path: Path) -> None:
+    log = EventLog(tmp_path)
+    epoch_end(log, 1, acc=0.5)
+    epoch_end(log, 2, acc=0.75)
+    log.close()
+    (found,) = (v for tag, v in scalars_of(tmp_path).items() if tag.endswith("acc"))
+    assert found == [(1, 0.5), (2, 0.75)]
+
+
+def test_a_disk_that_fills_up_under_tensorboard_is_told_in_our_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RecordWriter, "flush", full)
+    log = EventLog(tmp_path)
+    with pytest.raises(RunError, match="No space left on device"):
+        epoch_end(log, 1, acc=0.5)
+    with pytest.raises(RunError, match="slim resume"):
+        log.close()
+    log.close()

@@ -168,6 +168,31 @@ def test_a_requirement_that_is_missed_is_exit_code_4_and_keeps_the_result(
     assert slim("run", "recipe.yaml", "-q", "--require", "acc<=1", "--require", "macs<=1e9") == 0
 
 
+def test_a_requirement_on_an_unknown_number_is_refused_before_training(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert slim("run", "recipe.yaml", "--name", "a", "--require", "f1>=0.1") == 2
+    assert "expected acc, macs, params, received f1" in capsys.readouterr().err
+    events = (here / "checkpoints" / "toy" / "a" / "events.jsonl").read_text()
+    assert "epoch_end" not in events
+
+
+def test_a_share_of_the_macs_can_be_required_where_nothing_is_compressed(here: Path) -> None:
+    assert slim("run", "recipe.yaml", "-q", "epoch=0", "--require", "macs<=1") == 0
+    assert slim("run", "recipe.yaml", "-q", "epoch=0", "--require", "macs<=0.9") == 4
+
+
+def test_another_algorithm_on_resume_is_one_problem(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = stopped(here)
+    capsys.readouterr()
+    assert slim("resume", str(folder), "algorithm=qat", "--allow-recipe-change") == 2
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert first == "the run trains finetune, now it is qat"
+    assert len(rest) == 2
+
+
 def test_a_requirement_that_is_no_condition_is_exit_code_2(here: Path) -> None:
     assert slim("run", "recipe.yaml", "--require", "acc") == 2
     assert not (here / "checkpoints").exists()
