@@ -161,6 +161,9 @@ def _onnx(request: FinishRequest, finished: Finished, plain: nn.Module) -> None:
         # Batches of validation are what it will be given.
         example = Example(request.batches[0], request.predict)
         report = onnx.export(plain, example, path, metadata=metadata)
+    if report.exporter != "dynamo":
+        finished.notes.append(f"exported with {report.exporter}: {report.exporter_reason}")
+    finished.notes += [f"lint: {each}" for each in report.findings if each.severity == "warning"]
     if not report.is_batch_dynamic:
         finished.notes.append(f"model.onnx has a fixed batch size: {report.batch_reason}")
     _note_file(request, finished, path)

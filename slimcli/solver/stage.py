@@ -108,7 +108,7 @@ class Stage:
         )
         for text in (*self.data.notices, *plan.notes):
             emit("notice", text=text, level="note")
-        for text in (*self.schedule.warnings, *plan.warnings):
+        for text in dict.fromkeys((*self.schedule.warnings, *plan.warnings)):
             emit("notice", text=text, level="warning")
         emit(
             "prepared",

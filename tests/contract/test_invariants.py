@@ -232,3 +232,28 @@ def test_with_nothing_selected_training_is_the_plain_loop_step_by_step(name: str
     train(run, 1)
     train(plain, 1)
     assert run.losses == plain.losses
+
+
+class Float32Only(nn.Module):
+    """Its code fixes the dtype, so that no trial can run in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1)
+        self.conv2 = nn.Conv2d(16, 16, 3, padding=1)
+        self.fc = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.conv1(x.float()))
+        return self.fc(torch.relu(self.conv2(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", ["resrep", "csgd"])
+def test_the_plan_says_when_trial_cuts_could_not_run_in_float64(name: str) -> None:
+    info = info_of(name)
+    example = Example((torch.randn(4, 3, 8, 8), torch.zeros(4)), predict)
+    plan = info.load()(info.config(**info.example)).plan(
+        Float32Only(), example, schedule_of(EPOCHS, 0.05)
+    )
+    assert [note for note in plan.notes if note.startswith("trial cuts ran in float32")]
+    assert plan.targets

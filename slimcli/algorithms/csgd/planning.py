@@ -52,6 +52,7 @@ def make_plan(config: CSGDConfig, model: nn.Module, example: Example, schedule: 
         macs=structure.macs,
         params=sum(parameter.numel() for parameter in model.parameters()),
         reachable_macs=structure.macs_with(lowest),
+        notes=list(structure.notes),
         warnings=list(schedule.warnings),
     )
     features = {group.name: group_features(model, structure, group) for group in groups}

@@ -80,6 +80,7 @@ def make_plan(config: ResRepConfig, model: nn.Module, example: Example, schedule
         macs=structure.macs,
         params=sum(parameter.numel() for parameter in model.parameters()),
         reachable_macs=structure.macs_with(lowest),
+        notes=list(structure.notes),
         warnings=list(schedule.warnings),
     )
     plan.notes += [

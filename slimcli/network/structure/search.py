@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import nn
@@ -109,6 +109,9 @@ def try_cuts(model: nn.Module, example: Example, traced: Traced, samples: int) -
     if not any(group.is_prunable for group in structure.groups):
         return structure
     trial = Trial(model, example, traced)
+    if trial.note:
+        search.traced = replace(traced, notes=(*traced.notes, trial.note))
+        structure, grouping = search.structure()
     for _ in range(MAX_ROUNDS):
         groups = [group for group in structure.groups if group.is_prunable]
         failure = trial.attempt(groups, thorough=True) if groups else None

@@ -112,6 +112,7 @@ class Trial:
         self._random = torch.Generator().manual_seed(seed)
         self._traced = traced
         self._rechecks = False
+        self.note = ""
         self._example = example
         self._dtype = torch.float32
         self._log = _Log(limit=traced.record.static_calls or 0)
@@ -133,6 +134,9 @@ class Trial:
             except Exception as error:  # the user's code fixes a dtype: try again in float32
                 if dtype == torch.float32:
                     raise error
+                self.note = (
+                    f"trial cuts ran in float32, float64 fails: {str(error).splitlines()[0]}"
+                )
 
     def _watch(self, model: nn.Module) -> None:
         """Remembers which module was entered last; copies of the model keep doing so."""
