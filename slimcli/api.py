@@ -283,7 +283,7 @@ def attach(
         near = suggest(algorithm, algorithms())
         fix = f"did you mean {near}?" if near else ", ".join(algorithms())
         raise RecipeError(
-            Problem("E-RECIPE-ALGORITHM", f"no algorithm called {algorithm!r}", fix=fix)
+            Problem("E-RECIPE-UNKNOWN-ALGORITHM", f"no algorithm called {algorithm!r}", fix=fix)
         )
     training, own = checked_keys(info, config)
     return Attachment(model, info.load()(own), training, example, steps_per_epoch)

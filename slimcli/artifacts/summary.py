@@ -73,6 +73,15 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def status(path: Path) -> str:
+    """The status alone; ``unfinished`` where there is no summary that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "unfinished"
+    return str(content.get("status", "unfinished")) if isinstance(content, dict) else "unfinished"
+
+
 def read(path: Path) -> dict[str, Any]:
     """Read a summary.
 

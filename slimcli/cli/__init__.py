@@ -20,7 +20,8 @@ from typing import Any
 import click
 
 from slimcli import __version__, console
-from slimcli.errors import SlimError
+from slimcli.cli import stopping
+from slimcli.errors import Interrupted, SlimError
 
 SECTIONS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     (
@@ -150,8 +151,11 @@ class SlimGroup(click.Group):
         # Before torch is loaded: threads that spin while they wait slow a busy machine tenfold.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         try:
-            outcome = super().main(args, prog_name or "slim", complete_var, False, **extra)
+            with stopping.sigterm_as_ctrl_c():
+                outcome = super().main(args, prog_name or "slim", complete_var, False, **extra)
         except Exception as error:
+            if isinstance(error, Interrupted | click.Abort):
+                stopping.ignore_signals()
             sys.exit(told(error))
         finally:
             console.configure(json=False, quiet=False, verbose=False, color=True, traceback=False)
@@ -163,8 +167,10 @@ def told(error: Exception) -> int:
     if isinstance(error, SlimError):
         return _report_slim_error(error)
     if isinstance(error, click.Abort):
-        click.echo("interrupted  [exit 130]", err=True)
-        return _told_as_json(130, [])
+        code = stopping.exit_code_of(error)
+        if console.is_main_process():
+            click.echo(f"{stopping.STOPPED[code]}  [exit {code}]", err=True)
+        return _told_as_json(code, [])
     if isinstance(error, click.ClickException):
         error.show()
         click.echo(f"[exit {error.exit_code}]", err=True)

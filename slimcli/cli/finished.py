@@ -174,7 +174,7 @@ def open_finished(path: Path) -> FinishedRun:
     Raises:
         RecipeError: It is no run folder, or the run is not finished.
     """
-    from slimcli.artifacts import run_folder, summary
+    from slimcli.artifacts import process, run_folder, summary
     from slimcli.recipe import load
     from slimcli.recipe.job import job_of
 
@@ -185,7 +185,8 @@ def open_finished(path: Path) -> FinishedRun:
         raise RecipeError(
             Problem(
                 "E-RUN-UNFINISHED", "the run is not finished", str(folder.path),
-                "finished", content["status"], console.command('resume', folder.path),
+                "finished", process.state(folder.path, content["status"]),
+                console.command('resume', folder.path),
             )
         )  # fmt: skip
     return _opened(folder, content, job_of(load(folder.recipe)))

@@ -89,16 +89,30 @@ def runs(save_dir: Path) -> list[Row]:
 
 
 def _run(folder: Path) -> Row:
+    from slimcli.artifacts import process
+
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         summary = {}
+    state = process.state(folder, summary.get("status", "unfinished"))
     return {
         "run": str(folder),
-        "state": summary.get("status", "unfinished"),
-        "exit": summary.get("exit_code", ""),
+        "state": state,
+        "exit": "" if summary.get("exit_code") is None else summary["exit_code"],
         "algorithm": summary.get("algorithm", ""),
+        "process": _process(folder) if state in ("running", "died") else "",
     }
+
+
+def _process(folder: Path) -> str:
+    """Whose run it is, and for how long nothing was heard of it."""
+    from slimcli.artifacts import process
+    from slimcli.artifacts.event_lines import seconds
+
+    quiet = process.quiet_seconds(folder)
+    heard = "" if quiet is None else f"last heard of {seconds(quiet)} ago"
+    return ", ".join(filter(None, (str(process.of(folder) or ""), heard)))
 
 
 _TABLES = {"algorithms": algorithms, "recipes": recipes, "hooks": hooks}

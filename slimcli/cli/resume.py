@@ -52,18 +52,18 @@ def command(
       slim resume checkpoints/digits/latest num_workers=4
       slim resume checkpoints/digits/latest epoch=40 --allow-recipe-change
     """
-    from slimcli.artifacts import run_folder
+    from slimcli.artifacts import process, run_folder, summary
     from slimcli.cli.run import show_result, start
     from slimcli.recipe import load
 
     folder = run_folder.open_run(run)
+    if console.is_main_process():
+        process.refuse_running(folder.path, summary.status(folder.summary))
     before = load(folder.recipe)
     after = load(folder.recipe, overrides)
     _check_recipe(before, after, allow_recipe_change)
     _check_code(folder, after, allow_code_change)
     if _is_finished(folder) and not after_changes(before, after):
-        from slimcli.artifacts import summary
-
         console.say(f"{folder.path} is finished: nothing to resume")
         longer = console.command("resume", run, "epoch=N", "--allow-recipe-change")
         console.say(f"to train longer: {longer}")
@@ -166,4 +166,4 @@ def _check_code(folder: RunFolder, recipe: Recipe, is_allowed: bool) -> None:
 def _is_finished(folder: RunFolder) -> bool:
     from slimcli.artifacts import summary
 
-    return folder.summary.is_file() and summary.read(folder.summary)["status"] == "finished"
+    return summary.status(folder.summary) == "finished"

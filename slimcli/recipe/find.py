@@ -104,7 +104,11 @@ def check_target(target: str, folders: Sequence[Path]) -> NotFound | None:
 
 
 def _no_file(file: str, folders: Sequence[Path]) -> NotFound:
-    """The files that are there instead."""
+    """The files that are there instead; a run folder keeps a copy of each."""
+    copies = [folder / "code" / Path(file).name for folder in folders]
+    kept = next((each for each in copies if each.is_file()), None)
+    if kept is not None:
+        return NotFound("E-HOOK-FILE", f"no file {file}", f"put it back; a copy is {shown(kept)}")
     there = {path.name for folder in folders for path in folder.glob("*.py")}
     close = suggest(file, there)
     looked = ", ".join(shown(folder) for folder in folders)

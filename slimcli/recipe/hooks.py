@@ -68,7 +68,7 @@ def resolve(recipe: Recipe) -> Hooks:
     specs |= {"teacher": recipe.teacher} if recipe.teacher else {}
     bound: dict[str, Any] = {}
     locations: dict[str, str] = {}
-    problems: dict[Problem, None] = {}
+    problems: dict[tuple[str, str], Problem] = {}
     frames: tuple[str, ...] = ()
     before = set(sys.modules)
     targets: list[Path] = []
@@ -79,10 +79,11 @@ def resolve(recipe: Recipe) -> Hooks:
             locations[name] = location(found)
             bound[name] = bind(name, found, spec.keywords)
         except SlimError as error:
-            problems |= dict.fromkeys(error.problems)
+            for each in error.problems:  # one file that fails is one problem
+                problems.setdefault((each.code, each.what), each)
             frames = frames or error.user_frames
     if problems:
-        raise HookError(*problems, user_frames=frames)
+        raise HookError(*problems.values(), user_frames=frames)
     build_model = _model_builder("model", bound.pop("model"))
     if "teacher" in bound:
         bound["teacher"] = _model_builder("teacher", bound["teacher"])
@@ -220,10 +221,10 @@ def check_model(model: Any, name: str = "model", where: str = "") -> Any:
 
     if isinstance(model, nn.Module):
         return model
-    if isinstance(model, type) and issubclass(model, nn.Module):
-        what = f"{name} is the class {model.__name__}, not a model"
-        fix = f"write {model.__name__}(...) with its arguments"
-        raise HookError(Problem("E-MODEL-CLASS", what, where, fix=fix))
-    received = "None" if model is None else f"a {type(model).__name__}"
-    fix = "return the model" if model is None else ""
-    raise HookError(Problem("E-MODEL-TYPE", name, where, "a torch.nn.Module", received, fix=fix))
+    received, fix = f"a {type(model).__name__}", "return the model itself"
+    if model is None:
+        received, fix = "None", "return the model"
+    elif isinstance(model, type):
+        received, fix = f"the class {model.__name__}", f"return {model.__name__}(...)"
+    what = f"hook `{name}` returned the wrong thing"
+    raise HookError(Problem("E-HOOK-MODEL", what, where, "a torch.nn.Module", received, fix=fix))

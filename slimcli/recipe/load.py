@@ -128,12 +128,20 @@ class _Assembly:
     def missing_files(self) -> list[Problem]:
         """A problem for each file or function that the recipe names and that is not there."""
         folders = tuple(dict.fromkeys((self.folder, *self.code, Path.cwd())))
-        found = []
+        found: dict[find.NotFound, list[tuple[str, Place]]] = {}
         for key, target, place in self.targets:
             wrong = find.check_target(target, folders)
-            if wrong:
-                found.append(problem(wrong.code, f"{key}: {wrong.what}", place, fix=wrong.fix))
-        return found
+            if wrong:  # a file that is gone is one problem, however many hooks lie in it
+                found.setdefault(wrong, []).append((key, place))
+        return [
+            problem(
+                wrong.code,
+                f"{', '.join(key for key, _ in wanted)}: {wrong.what}",
+                wanted[0][1],
+                fix=wrong.fix,
+            )
+            for wrong, wanted in found.items()
+        ]
 
     def recipe(self) -> Recipe | None:
         """The recipe; None if it cannot be built, then the problems say why."""

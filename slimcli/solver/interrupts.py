@@ -24,11 +24,16 @@ class Signals:
 
     Args:
         notify: Called once, from the handler, when the first signal arrives.
+
+    Attributes:
+        received: Number of the first signal; 0 before.
+        is_ending: How the run ended is being written down; signals change nothing any more.
     """
 
     def __init__(self, notify: Callable[[str], None] = lambda name: None) -> None:
         self.notify = notify
         self.received = 0
+        self.is_ending = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -48,6 +53,8 @@ class Signals:
         self._before.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.is_ending:
+            return
         if self.received:
             raise StopNow(self.received)
         self.received = number

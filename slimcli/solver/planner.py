@@ -6,7 +6,6 @@ Nothing here changes the model it is given or writes a file.
 from __future__ import annotations
 
 import copy
-import inspect
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from slimcli.artifacts.checkpoint import stored_weights
 from slimcli.compressor import Compressor, Plan, Schedule
 from slimcli.errors import GoalError, HookError, Problem, RecipeError, SlimError
 from slimcli.network.example import Example
+from slimcli.recipe.hooks import check_model
 from slimcli.solver.datasets import Data
 from slimcli.solver.evaluation import Evaluator, missing_keyword
 from slimcli.solver.job import Job, JobHooks, StageJob
@@ -36,19 +36,7 @@ def fresh_model(hooks: JobHooks, seed: int) -> nn.Module:
         HookError: It is not a module.
     """
     seed_all(seed, "model")
-    model = hooks.build_model()
-    if not isinstance(model, nn.Module):
-        is_class = inspect.isclass(model)
-        raise HookError(
-            Problem(
-                "E-HOOK-MODEL",
-                "`model` must return a torch.nn.Module",
-                hooks.where("model"),
-                expected="an instance of nn.Module",
-                received=f"the class {model.__name__}" if is_class else type(model).__name__,
-                fix=f"return {model.__name__}()" if is_class else "",
-            )
-        )
+    model: nn.Module = check_model(hooks.build_model(), "model", hooks.where("model"))
     _refuse_lazy(model, hooks)
     _refuse_half(model, hooks)
     return model
@@ -102,17 +90,7 @@ def teacher_model(hooks: JobHooks, seed: int, fabric: Fabric) -> nn.Module | Non
     if hooks.teacher is None:
         return None
     seed_all(seed, "teacher")
-    teacher = hooks.teacher()
-    if not isinstance(teacher, nn.Module):
-        raise HookError(
-            Problem(
-                "E-HOOK-MODEL",
-                "`teacher` must return a torch.nn.Module",
-                hooks.where("teacher"),
-                expected="an instance of nn.Module",
-                received=type(teacher).__name__,
-            )
-        )
+    teacher: nn.Module = check_model(hooks.teacher(), "teacher", hooks.where("teacher"))
     return teacher.to(fabric.device).eval().requires_grad_(False)
 
 

@@ -14,7 +14,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 import slimcli
-from slimcli.artifacts import atomic, deploy, run_folder, summary
+from slimcli.artifacts import atomic, deploy, process, run_folder, summary
 from slimcli.artifacts.events import EventLog
 from slimcli.artifacts.run_folder import RunFolder
 from slimcli.errors import SlimError
@@ -140,6 +140,8 @@ def begin(job: Job, signals: Signals, stored: dict[str, Any] | None) -> Run:
     is_main = fabric.is_global_zero
     if job.resume is None and is_main:
         _write_origin(job, folder, environment(fabric))
+    if is_main:
+        process.note(folder.path)
     length = stored["events_bytes"] if stored else 0
     events = EventLog(folder.path if is_main else None, job.listeners, length)
     record = stored["record"] if stored else _record(job)
@@ -172,7 +174,10 @@ def _write_origin(job: Job, folder: RunFolder, machine: dict[str, Any]) -> None:
 def _folder(job: Job, fabric: Fabric) -> RunFolder:
     """Made by the first process, known to all."""
     if job.resume is not None:
-        return run_folder.open_run(job.resume)
+        resumed = run_folder.open_run(job.resume)
+        if fabric.is_global_zero:
+            process.refuse_running(resumed.path, summary.status(resumed.summary))
+        return resumed
     path = None
     if fabric.is_global_zero:
         save_dir = Path(job.stages[0].training.save_dir)

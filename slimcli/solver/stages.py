@@ -95,6 +95,7 @@ def _end(current: Run | None, status: str, exit_code: int) -> None:
     """Write down how the run ended; a disk that is full must not hide why."""
     if current is None:
         return
+    current.signals.is_ending = True
     must_tell = status in ("finished", "interrupted")
     with nullcontext() if must_tell else suppress(SlimError):
         current.write_summary(status, exit_code)
@@ -115,6 +116,7 @@ def _interrupted(current: Run | None, number: int, is_saved: bool) -> SlimError:
         raise SystemExit(0)  # the first process tells how it ended
     if current is None or not current.folder.last.exists():
         return as_error(number, f"{name}: stopped before the first checkpoint", "")
+    current.signals.is_ending = True
     last = current.folder.last
     if is_saved:
         current.events.emit("interrupted", signal=name, path=str(last))

@@ -14,6 +14,7 @@ import torch
 
 from slimcli.artifacts import checkpoint
 from slimcli.cli import main
+from slimcli.cli.list import runs
 from tests.solver import project
 
 SLOW = """
@@ -252,6 +253,9 @@ def test_a_process_killed_while_saving_leaves_the_checkpoint_before(here: Path) 
     assert done.returncode == -signal.SIGKILL
     folder = here / "checkpoints" / "toy" / "killed"
     assert checkpoint.load(folder / "checkpoints" / "last.pt")["position"]["epoch"] == 1
+    (row,) = runs(here / "checkpoints")
+    assert row["state"] == "died"
+    assert row["process"].startswith("pid ")
     (here / "hooks.py").write_text(project.HOOKS)
     assert slim("resume", str(folder), "-q", "--allow-code-change") == 0
 

@@ -230,9 +230,9 @@ def test_code_folders_are_searched(folder):
 def test_a_model_that_is_a_class_or_nothing_is_refused():
     from torch import nn
 
-    with pytest.raises(HookError, match="class Linear, not a model") as caught:
+    with pytest.raises(HookError, match="received the class Linear") as caught:
         check_model(nn.Linear)
-    assert caught.value.problems[0].code == "E-MODEL-CLASS"
+    assert caught.value.problems[0].code == "E-HOOK-MODEL"
     with pytest.raises(HookError, match="received None"):
         check_model(None)
     linear = nn.Linear(1, 1)
@@ -248,7 +248,7 @@ def test_a_model_hook_may_be_a_class_but_must_not_return_one(folder):
     )
     path = folder.recipe()
     assert isinstance(resolve(load(path, ["model=net.py:Net"])).build_model(), nn.Module)
-    with pytest.raises(HookError, match="class Net, not a model"):
+    with pytest.raises(HookError, match="received the class Net"):
         resolve(load(path, ["model=net.py:build"])).build_model()
 
 
@@ -296,3 +296,23 @@ def test_a_users_class_that_is_no_compressor_is_refused(folder):
     recipe = load(folder.recipe(algorithm="mine.Other"))
     with pytest.raises(HookError, match="not a subclass"):
         load_compressor(recipe, recipe.stages[0])
+
+
+def test_a_hook_file_that_is_gone_is_one_problem_with_all_hooks_that_want_it(folder):
+    path = folder.recipe()
+    (folder.path / "my_hooks.py").unlink()
+    with pytest.raises(RecipeError) as caught:
+        load(path)
+    (problem,) = caught.value.problems
+    assert problem.what.startswith("model, hooks.dataset_generator, hooks.predict_function")
+    assert problem.what.endswith("no file my_hooks.py")
+    folder.write("code/my_hooks.py", "")  # where a run folder keeps its copy
+    with pytest.raises(RecipeError, match=r"a copy is code/my_hooks\.py"):
+        load(path)
+
+
+def test_a_hook_file_that_fails_to_import_is_one_problem(folder):
+    folder.write("my_hooks.py", folder.hooks + "\nimport no_such_package\n")
+    with pytest.raises(HookError) as caught:
+        resolve(load(folder.recipe()))
+    assert [each.code for each in caught.value.problems] == ["E-HOOK-IMPORT"]

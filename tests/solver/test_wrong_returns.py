@@ -19,6 +19,9 @@ class Stream(IterableDataset[Any]):
 
 
 WRONG = {
+    "a class": ("build_model", lambda: toys.Net),
+    "no model": ("build_model", lambda: None),
+    "no teacher": ("teacher", lambda: 3),
     "one data set": ("dataset_generator", lambda: toys.images(40, 1)),
     "no data": ("dataset_generator", lambda: (toys.images(0, 1), toys.images(20, 2))),
     "a generator": ("dataset_generator", lambda: (iter([1]), toys.images(20, 2))),
@@ -44,7 +47,7 @@ def test_what_expected_received_and_fix_are_said(name: str, tmp_path: Path) -> N
     with pytest.raises(HookError) as caught:
         run(toys.with_hooks(toys.job(tmp_path), **{hook: function}))
     (problem,) = caught.value.problems
-    assert f"hook `{hook}`" in problem.what
+    assert f"hook `{hook.removeprefix('build_')}`" in problem.what
     assert problem.expected
     assert problem.received
     assert problem.fix

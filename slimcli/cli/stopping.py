@@ -1,0 +1,45 @@
+"""Ctrl-C and SIGTERM outside of training: exit codes 130 and 143, whenever they come."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+STOPPED = {130: "interrupted", 143: "terminated"}
+"""Exit code of a command that a signal ended, and the word for it."""
+
+
+class TerminateNow(KeyboardInterrupt):
+    """SIGTERM, on the way that Ctrl-C takes: half-written files are taken away."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise TerminateNow
+
+
+@contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """Inside, SIGTERM unwinds the stack as Ctrl-C does; a run has its own way with both."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def exit_code_of(error: BaseException) -> int:
+    """130, or 143 where SIGTERM was the cause."""
+    return 143 if isinstance(error.__cause__, TerminateNow) else 130
+
+
+def ignore_signals() -> None:
+    """From here to the end of the process; a second Ctrl-C must not change the exit code."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
