@@ -99,10 +99,8 @@ def run(case: Case, model: nn.Module) -> Any:
 
 
 def produced_channels(structure: Structure) -> int:
-    """Output channels of all layers that belong to a group which can be cut."""
-    return sum(
-        group.size * len(group.producers) for group in structure.groups if not group.frozen_reason
-    )
+    """Output channels of all layers that belong to a group whose zero channels can be cut."""
+    return sum(group.size * len(group.producers) for group in structure.groups if group.exact_zero)
 
 
 def measure_ours(case: Case, seed: int = 0) -> tuple[dict[str, Any], nn.Module | None]:
@@ -112,11 +110,11 @@ def measure_ours(case: Case, seed: int = 0) -> tuple[dict[str, Any], nn.Module |
     started = cpu_seconds()
     structure = analyze(case.model, example)
     row["analyze_seconds"] = round(cpu_seconds() - started, 3)
-    groups = [group for group in structure.groups if not group.frozen_reason]
+    groups = [group for group in structure.groups if group.exact_zero]
     row["groups"] = len(structure.groups)
     row["groups_prunable"] = len(groups)
     row["channels_prunable"] = produced_channels(structure)
-    row["reasons"] = sorted({g.frozen_reason for g in structure.groups if g.frozen_reason})[:6]
+    row["reasons"] = sorted({g.zero_reason for g in structure.groups if g.zero_reason})[:6]
     if not groups:
         return row, None
     pick = random.Random(seed)

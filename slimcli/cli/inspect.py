@@ -118,7 +118,8 @@ def _remarks(group: GroupFacts) -> list[str]:
     """What the table has no column for, because it is seldom so."""
     found = []
     if not group.is_zero_removal_exact:
-        found.append("removing channels that are zero is not exact")
+        reason = f": {group.zero_reason}" if group.zero_reason else ""
+        found.append(f"removing channels that are zero is not exact{reason}")
     if not group.is_duplicate_merging_exact:
         reason = f": {group.duplicate_reason}" if group.duplicate_reason else ""
         found.append(f"merging equal channels is not exact{reason}")

@@ -28,6 +28,7 @@ class GroupFacts:
         frozen_reason: Why not, with the user's source line.
         strategies: Strategies that select the group.
         is_zero_removal_exact: Removing channels that are zero changes no output.
+        zero_reason: Why not.
         is_duplicate_merging_exact: Merging channels that are equal changes no output.
         duplicate_reason: Why not.
         constants: Consumers whose bias takes up the constant that a zero channel becomes.
@@ -43,6 +44,7 @@ class GroupFacts:
     frozen_reason: str
     strategies: tuple[str, ...]
     is_zero_removal_exact: bool
+    zero_reason: str
     is_duplicate_merging_exact: bool
     duplicate_reason: str
     constants: tuple[str, ...]
@@ -73,6 +75,7 @@ def _facts(structure: Structure, group: Group, strategies: tuple[str, ...]) -> G
         frozen_reason=group.frozen_reason,
         strategies=strategies,
         is_zero_removal_exact=is_prunable and group.exact_zero,
+        zero_reason="" if group.exact_zero else group.zero_reason,
         is_duplicate_merging_exact=is_prunable and group.exact_duplicate,
         duplicate_reason="" if group.exact_duplicate else group.duplicate_reason,
         constants=tuple(dict.fromkeys(path for path, _ in group.constants)),

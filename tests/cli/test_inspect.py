@@ -154,7 +154,7 @@ def test_the_fields_of_the_document_are_fixed(
     assert list(document["groups"][0]) == [
         *("name", "channels", "producers", "followers", "consumers", "macs_per_channel"),
         *("is_prunable", "frozen_reason", "strategies", "is_zero_removal_exact"),
-        *("is_duplicate_merging_exact", "duplicate_reason", "constants"),
+        *("zero_reason", "is_duplicate_merging_exact", "duplicate_reason", "constants"),
     ]
     assert list(document["layers"][0]) == [
         *("name", "type", "channels", "macs", "group", "frozen_reason"),

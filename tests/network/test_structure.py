@@ -23,6 +23,7 @@ from slimcli.network.structure.analyze import trace
 from slimcli.network.structure.modes import output_tensors
 from slimcli.network.structure.recheck import first_disorder
 from slimcli.network.structure.record import Record
+from slimcli.network.structure.rehearse import equalize_channels, rehearse
 from slimcli.network.structure.run import run_traced
 from slimcli.network.structure.sources import Sources
 from slimcli.network.structure.trial import to_dtype, unequal
@@ -83,7 +84,8 @@ def zeroed_and_cut(
 
 
 def prunable(structure: Structure) -> list[Group]:
-    return [group for group in structure.groups if group.is_prunable]
+    """Groups whose zero channels can go."""
+    return [group for group in structure.groups if group.exact_zero]
 
 
 @pytest.mark.parametrize("name", structures.NETWORKS)
@@ -134,7 +136,7 @@ CHANNELS = {
     "GroupNormNet": 24,
     "MaxoutOverChannels": 36,
     "DictOutputTwoInputs": 32,
-    "PreAct": 16,
+    "PreAct": 32,
     "DenseBlock": 32,
 }
 
@@ -149,21 +151,52 @@ def test_as_many_channels_are_prunable_as_can_be_cut_exactly(name: str) -> None:
 @pytest.mark.parametrize("name", structures.NETWORKS)
 def test_equal_channels_are_merged_exactly_where_it_is_promised(name: str) -> None:
     model, example, structure = network(name)
-    for group in prunable(structure):
+    for group in structure.groups:
+        assert group.exact_duplicate != bool(group.duplicate_reason)
         if not group.exact_duplicate:
-            assert group.duplicate_reason
             continue
         twins = copy.deepcopy(model)
-        tensors = {**dict(twins.named_parameters()), **dict(twins.named_buffers())}
-        first, second = 0, group.size - 1
-        with torch.no_grad():
-            for slot in group.producers + group.followers:
-                moved = tensors[slot.tensor].movedim(slot.dim, 0)
-                moved[list(slot.indices[second])] = moved[list(slot.indices[first])].clone()
+        last = group.size - 1
+        clusters = [[0, last], *([channel] for channel in range(1, last))]
+        equalize_channels(twins, group, clusters)
         before = outputs(twins, example)
-        rest = [[channel] for channel in range(1, second)]
-        surgery.apply(twins, [group.merge([[first, second], *rest])], example=example)
+        surgery.apply(twins, [group.merge(clusters)], example=example)
         assert difference(before, outputs(twins, example)) <= EXACT, group.name
+
+
+def test_channels_that_arrive_at_a_border_as_constants_can_be_merged_but_not_removed() -> None:
+    model, example, structure = network("PreAct")
+    group = structure.group("stem.1")
+    assert (group.is_prunable, group.exact_zero, group.exact_duplicate) == (True, False, True)
+    assert group.zero_reason == (
+        "a removed channel would arrive at a as a constant that no bias can take up"
+    )
+    assert group.constants == ()
+    assert "stem.1" in [each.name for each in structure.select("all_bn")]
+    random = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        order = torch.randperm(group.size, generator=random).tolist()
+        twins = copy.deepcopy(model)
+        cut = rehearse(twins, group, order)
+        before = outputs(twins, example)
+        surgery.apply(twins, [cut], example=example)
+        assert difference(before, outputs(twins, example)) <= EXACT
+        assert dict(twins.named_parameters())["stem.0.weight"].shape[0] == 4
+
+
+def test_a_group_whose_channels_can_go_in_no_way_says_both_reasons() -> None:
+    class Summed(Custom):
+        """A constant at a padded conv, and a sum over the channels."""
+
+        def body(self, x: Tensor) -> Tensor:
+            x = F.relu(self.a[0](x) + 1)
+            return self.b(x) * x.sum(1, keepdim=True)
+
+    model, example = prepared(Summed(), structures.image())
+    group = analyze(model, example).group("a.0")
+    assert not group.is_prunable
+    assert "constant that no bias can take up" in group.frozen_reason
+    assert "sum over channels" in group.duplicate_reason
 
 
 @pytest.mark.parametrize("name", structures.NETWORKS)
@@ -379,7 +412,7 @@ def test_relu_after_a_padded_reader_is_not_mistaken_for_a_gate() -> None:
             return self.b(F.relu(self.a[0](x) + 1))
 
     model, example = prepared(Biased(), structures.image())
-    reason = analyze(model, example).group("a.0").frozen_reason
+    reason = analyze(model, example).group("a.0").zero_reason
     assert "constant that no bias can take up" in reason
 
 

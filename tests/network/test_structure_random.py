@@ -31,6 +31,7 @@ class RandomNet(nn.Module):
         super().__init__()
         self.choose = random.Random(seed)
         self.layers = nn.ModuleDict()
+        self.scales = nn.ParameterDict()
         self.program: list[tuple[str, list[int], str]] = []
         self.widths = [8]
         self.add("stem", nn.Conv2d(3, 8, 3, padding=1))
@@ -45,8 +46,9 @@ class RandomNet(nn.Module):
         self.program.append((kind, sources, name))
         self.widths.append(width)
 
-    def pick(self) -> int:
-        return self.choose.randrange(len(self.widths))
+    def pick(self, multiple: int = 1) -> int:
+        fitting = [i for i, width in enumerate(self.widths) if width % multiple == 0]
+        return self.choose.choice(fitting)
 
     def plan_conv(self, name: str) -> None:
         source, width = self.pick(), self.choose.choice([4, 6, 8, 12])
@@ -65,7 +67,7 @@ class RandomNet(nn.Module):
         self.plan("layer", [source], name, width)
 
     def plan_grouped(self, name: str) -> None:
-        source = self.pick()
+        source = self.pick(2)
         width = self.widths[source]
         self.add(name, nn.Conv2d(width, 2 * width, 3, padding=1, groups=2))
         self.plan("layer", [source], name, 2 * width)
@@ -85,11 +87,11 @@ class RandomNet(nn.Module):
         self.plan("cat", [left, right], name, self.widths[left] + self.widths[right])
 
     def plan_halves(self, name: str) -> None:
-        source = self.pick()
+        source = self.pick(2)
         self.plan("halves", [source], name, self.widths[source] // 2)
 
     def plan_shuffle(self, name: str) -> None:
-        source = self.pick()
+        source = self.pick(2)
         self.plan("shuffle", [source], name, self.widths[source])
 
     def plan_gate(self, name: str) -> None:
@@ -99,7 +101,7 @@ class RandomNet(nn.Module):
         self.plan("gate", [source], name, width)
 
     def plan_norm(self, name: str) -> None:
-        source = self.pick()
+        source = self.pick(2)
         self.add(name, nn.GroupNorm(2, self.widths[source]))
         self.plan("layer", [source], name, self.widths[source])
 
@@ -108,20 +110,85 @@ class RandomNet(nn.Module):
         self.add(name, self.choose.choice([nn.AvgPool2d, nn.MaxPool2d])(3, 1, 1))
         self.plan("layer", [source], name, self.widths[source])
 
+    def plan_transposed(self, name: str) -> None:
+        source = self.pick()
+        layer = nn.ConvTranspose2d(self.widths[source], 6, 3, padding=1)
+        self.add(name, nn.Sequential(layer, nn.BatchNorm2d(6), nn.ReLU()))
+        self.plan("layer", [source], name, 6)
+
+    def plan_per_channel(self, name: str) -> None:
+        source = self.pick()
+        width = self.widths[source]
+        layers = [nn.PReLU(width), nn.Dropout2d(0.2), nn.InstanceNorm2d(width), nn.Dropout(0.2)]
+        self.add(name, self.choose.choice(layers))
+        self.plan("layer", [source], name, width)
+
+    def plan_movement(self, name: str) -> None:
+        source = self.pick()
+        kind = self.choose.choice(["roll", "pad", "resize", "windows", "stack"])
+        self.plan(kind, [source], name, self.widths[source])
+
+    def plan_pixels(self, name: str) -> None:
+        source = self.pick(4)
+        self.add(name, nn.Conv2d(self.widths[source] // 4, 3, 1))
+        self.plan("pixels", [source], name, 12)
+
+    def plan_channels_last(self, name: str) -> None:
+        source = self.pick()
+        width = self.widths[source]
+        norm = nn.LayerNorm(width) if self.choose.random() < 0.3 else nn.Identity()
+        self.add(name, nn.Sequential(norm, nn.Linear(width, 10), nn.GELU(), nn.Linear(10, width)))
+        self.plan("channels_last", [source], name, width)
+
+    def plan_shared(self, name: str) -> None:
+        source = self.pick()
+        width = self.widths[source]
+        self.add(name, nn.Conv2d(width, width, 3, padding=1))
+        self.plan("twice", [source], name, width)
+
+    def plan_scale(self, name: str) -> None:
+        source = self.pick()
+        self.scales[name] = nn.Parameter(torch.rand(self.widths[source], 1, 1) + 0.5)
+        self.plan("scale", [source], name, self.widths[source])
+
+    def plan_einsum(self, name: str) -> None:
+        source = self.pick()
+        self.scales[name] = nn.Parameter(torch.randn(7, self.widths[source]))
+        self.plan("einsum", [source], name, 7)
+
+    def plan_affinity(self, name: str) -> None:
+        source = self.pick()
+        width = self.widths[source]
+        self.add(name, nn.ModuleList([nn.Conv2d(width, 5, 1), nn.Conv2d(width, 5, 1)]))
+        self.plan("affinity", [source], name, width)
+
+    def plan_reparametrized(self, name: str) -> None:
+        source = self.pick()
+        layer = nn.Conv2d(self.widths[source], 8, 3, padding=1)
+        self.add(name, nn.utils.parametrizations.weight_norm(layer))
+        self.plan("layer", [source], name, 8)
+
     def step(self, kind: str, inputs: list[Tensor], name: str) -> Tensor:
         x = inputs[0]
+        n, _, h, w = x.shape
+        if kind in STEPS:
+            return STEPS[kind](*inputs)
         if kind == "layer":
             return self.layers[name](x)
-        if kind in ("add", "mul"):
-            return x + inputs[1] if kind == "add" else x * inputs[1]
-        if kind == "cat":
-            return torch.cat(inputs, 1)
-        if kind == "halves":
-            left, right = x.chunk(2, 1)
-            return F.relu(left) + right
-        if kind == "shuffle":
-            n, c, h, w = x.shape
-            return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        if kind == "twice":
+            return self.layers[name](F.relu(self.layers[name](x)))
+        if kind == "scale":
+            return x * self.scales[name]
+        if kind == "einsum":
+            return torch.einsum("nchw,oc->nohw", x, self.scales[name])
+        if kind == "pixels":
+            return F.pixel_unshuffle(self.layers[name](F.pixel_shuffle(x, 2)), 2)
+        if kind == "channels_last":
+            return self.layers[name](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        if kind == "affinity":
+            query, key = (layer(x).flatten(2) for layer in self.layers[name])
+            weights = (query.transpose(1, 2) @ key).softmax(-1)
+            return (x.flatten(2) @ weights.transpose(1, 2)).view(n, -1, h, w)
         return x * torch.sigmoid(self.layers[name](x.mean((2, 3))))[:, :, None, None]
 
     def forward(self, x: Tensor) -> Any:
@@ -131,6 +198,36 @@ class RandomNet(nn.Module):
         return self.layers["head"](maps[-1].mean((2, 3)))
 
 
+def halves(x: Tensor) -> Tensor:
+    left, right = x.chunk(2, 1)
+    return F.relu(left) + right
+
+
+def shuffle(x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+def windows(x: Tensor) -> Tensor:
+    """Windows of 3 x 3 and back, as Swin does."""
+    n, c, h, w = x.shape
+    parts = x.view(n, c, h // 3, 3, w // 3, 3).permute(0, 2, 4, 3, 5, 1).reshape(-1, 9, c)
+    parts = parts - parts.mean(1, keepdim=True)
+    return parts.view(n, h // 3, w // 3, 3, 3, c).permute(0, 5, 1, 3, 2, 4).reshape(n, c, h, w)
+
+
+STEPS: dict[str, Any] = {
+    "add": lambda a, b: a + b,
+    "mul": lambda a, b: a * b,
+    "cat": lambda a, b: torch.cat([a, b], 1),
+    "halves": halves,
+    "shuffle": shuffle,
+    "windows": windows,
+    "roll": lambda x: x.roll(1, 3),
+    "pad": lambda x: F.pad(x, (1, 1, 1, 1))[:, :, 1:-1, 1:-1] + F.pad(x[:, :, 1:], (0, 0, 1, 0)),
+    "resize": lambda x: F.interpolate(x[:, :, ::2, ::2], size=x.shape[2:], mode="bilinear"),
+    "stack": lambda x: torch.stack([x, F.relu(x)]).amax(0),
+}
 KINDS = [name[len("plan_") :] for name in vars(RandomNet) if name.startswith("plan_")]
 
 
@@ -152,7 +249,7 @@ def test_any_network_is_cut_exactly_or_left_alone(seed: int, steps: int) -> None
     choose = torch.Generator().manual_seed(seed)
     cuts = []
     for group in structure.groups:
-        if group.is_prunable:
+        if group.is_prunable and group.exact_zero:
             order = torch.randperm(group.size, generator=choose).tolist()
             keep = int(torch.randint(1, group.size, (), generator=choose))
             zero_channels(model, group, order[keep:])

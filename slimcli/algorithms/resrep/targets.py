@@ -94,7 +94,7 @@ def why_not(model: nn.Module, structure: Structure, group: Group) -> str:
     if group.frozen_reason:
         return group.frozen_reason
     if not group.exact_zero:
-        return "a channel that is zero can't be removed without changing the output"
+        return group.zero_reason
     pairs = {(pair.conv, pair.norm) for pair in structure.conv_batch_norms}
     convs = [site.conv for site in group.sites]
     produced = {slot.tensor for slot in group.producers if slot.tensor.endswith("weight")}

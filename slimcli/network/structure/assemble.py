@@ -10,7 +10,7 @@ from torch import nn
 
 from slimcli.network import fuse
 from slimcli.network.cuts import Slot
-from slimcli.network.structure.exactness import Flow, flows
+from slimcli.network.structure.exactness import UNREAD, Flow, flows
 from slimcli.network.structure.groups import Grouping, RawGroup, to_slot
 from slimcli.network.structure.planes import Labels
 from slimcli.network.structure.record import Record
@@ -102,7 +102,8 @@ def _group(
         for consumer in flow.constant_readers
         for number in sorted(dims.of(consumer.weight_labels) & by_number.keys())
     )
-    reason = raw.reason or flow.reason or ("it has one channel" if raw.size < 2 else "")
+    reason = raw.reason or _hopeless(raw, flow)
+    zero_reason = reason or flow.reason
     return Group(
         name=_name(flow, norm_after),
         size=raw.size,
@@ -111,10 +112,18 @@ def _group(
         consumers=tuple(consumers),
         sites=sites,
         frozen_reason=reason,
-        exact_zero=not reason,
-        constants=() if reason else constants,
+        exact_zero=not zero_reason,
+        zero_reason=zero_reason,
+        constants=() if zero_reason else constants,
         is_placeable=all(site.conv for site in sites),
     )
+
+
+def _hopeless(raw: RawGroup, flow: Flow) -> str:
+    """Why neither zero nor equal channels can go."""
+    if not flow.readings:
+        return UNREAD
+    return "it has one channel" if raw.size < 2 else ""
 
 
 def _name(flow: Flow, norm_after: dict[str, str]) -> str:
@@ -153,7 +162,8 @@ def _with_duplicates(group: Group, reason: str) -> Group:
     both = {(s.tensor, s.dim) for s in group.producers + group.followers}
     if not reason and any((slot.tensor, slot.dim) in both for slot in group.consumers):
         reason = "one tensor dimension both makes and reads these channels"
-    return replace(group, exact_duplicate=not reason, duplicate_reason=reason)
+    frozen = group.frozen_reason or (group.zero_reason if reason else "")
+    return replace(group, exact_duplicate=not reason, duplicate_reason=reason, frozen_reason=frozen)
 
 
 def _is_linear(group: Group, flow: Flow, makers: dict[str, list[Group]]) -> bool:

@@ -13,6 +13,7 @@ from slimcli.network.structure.planes import LABEL_MASK, SHIFT
 from slimcli.network.structure.record import Consumer, Producer, Record
 
 NO_BIAS = "that no bias can take up"
+UNREAD = "nothing reads it"
 
 
 @dataclass
@@ -115,7 +116,7 @@ def _judge(record: Record, flow: Flow, norm_after: dict[str, str]) -> None:
     states = _states(record, flow, flow.zeroed, norm_after)
     flow.reason, flow.constant_readers = "", []
     if not states:
-        flow.reason = "nothing reads it"
+        flow.reason = UNREAD
         return
     for reading, state in zip(flow.readings, states, strict=True):
         consumer = reading.consumer

@@ -59,7 +59,7 @@ def _translation(before: Record, after: Record, cuts: Sequence[Cut]) -> tuple[La
             dim = first.get((slot.tensor, slot.dim))
             if dim is not None:
                 gone = np.ones(dim.size, dtype=bool)
-                gone[[index for entry in slot.sources for index in entry]] = False
+                gone[[entry[0] for entry in slot.sources]] = False
                 kept[dim.first : dim.first + dim.size][gone] = False
     old_label = np.zeros(after.sources.count, dtype=np.int64)
     for new in after.sources.dims:

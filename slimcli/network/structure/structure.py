@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, compress
 
 import numpy as np
 import torch
@@ -66,8 +67,9 @@ class Group:
         followers: All on the way: norms, depthwise convs, scales, the gate side of a product.
         consumers: Input dimensions that read the values.
         sites: Where a channel is made zero; in a sum everywhere, in a product on one side.
-        frozen_reason: Why it can't be cut; empty if it can.
+        frozen_reason: Why it can be cut in no way; empty if it can.
         exact_zero: Removing a channel that is zero at every site changes nothing.
+        zero_reason: Why not.
         exact_duplicate: Merging channels equal in every producer and follower changes nothing.
         duplicate_reason: Why not.
         constants: (path, slot) of consumers that a zero channel reaches as a constant; their bias
@@ -84,6 +86,7 @@ class Group:
     sites: tuple[Site, ...]
     frozen_reason: str = ""
     exact_zero: bool = True
+    zero_reason: str = ""
     exact_duplicate: bool = True
     duplicate_reason: str = ""
     constants: tuple[tuple[str, Slot], ...] = ()
@@ -92,7 +95,7 @@ class Group:
 
     @property
     def is_prunable(self) -> bool:
-        """Can channels be removed?"""
+        """Can channels be removed: zero ones, equal ones, or both?"""
         return not self.frozen_reason
 
     @property
@@ -254,15 +257,19 @@ def _kept(slot: Slot, channels: Sequence[int]) -> SlotCut:
 
 def _summed(slot: Slot, clusters: Sequence[Sequence[int]]) -> SlotCut:
     """Entries outside the group stay; entry k of a first channel sums entry k of its cluster."""
-    gone = {index for entries in slot.indices for index in entries}
-    sources = list(_singles(slot.size or max(gone) + 1))
+    size = slot.size or max(map(max, slot.indices)) + 1
+    sources = list(_singles(size))
+    stays = bytearray(b"\1" * size)
+    for index in chain.from_iterable(slot.indices):
+        stays[index] = 0
     for cluster in clusters:
-        for column in zip(*(slot.indices[channel] for channel in cluster), strict=True):
-            sources[column[0]] = tuple(column)
-            gone.discard(column[0])
-    for index in sorted(gone, reverse=True):
-        del sources[index]
-    return SlotCut(slot.tensor, slot.dim, tuple(sources))
+        firsts = slot.indices[cluster[0]]
+        for index in firsts:
+            stays[index] = 1
+        if len(cluster) > 1:
+            for column in zip(*(slot.indices[channel] for channel in cluster), strict=True):
+                sources[column[0]] = tuple(column)
+    return SlotCut(slot.tensor, slot.dim, tuple(compress(sources, stays)))
 
 
 @functools.cache

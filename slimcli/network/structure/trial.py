@@ -29,9 +29,10 @@ from slimcli.network.structure.modes import (
 from slimcli.network.structure.producing import MIXING
 from slimcli.network.structure.recheck import first_disorder
 from slimcli.network.structure.record import Record
+from slimcli.network.structure.rehearse import rehearse
 from slimcli.network.structure.run import run_traced
 from slimcli.network.structure.sources import Sources
-from slimcli.network.structure.structure import Group, zero_channels
+from slimcli.network.structure.structure import Group
 from slimcli.network.structure.traced import Traced
 
 LIMITS = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -174,9 +175,7 @@ class Trial:
         cuts = []
         for group in groups:
             order = torch.randperm(group.size, generator=self._random).tolist()
-            keep = max(1, group.size // 2)
-            zero_channels(model, group, order[keep:])
-            cuts.append(group.cut(order[:keep]))
+            cuts.append(rehearse(model, group, order))
         try:
             zeroed = self.run(model)
             surgery.apply(model, cuts, example=self._example)
