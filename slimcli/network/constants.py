@@ -70,14 +70,12 @@ def bias_change(module: nn.Module, entries: Sequence[int], values: Tensor, path:
     weight: Tensor = module.weight.detach().to("cpu", torch.float64)  # type: ignore[operator]
     weight = weight.flatten(2).sum(2) if weight.dim() > 2 else weight  # kernel summed
     groups: int = getattr(module, "groups", 1)
-    inputs, outputs = (0, 1) if is_transposed else (1, 0)
-    per_group = weight.shape[inputs] // (groups if is_transposed else 1)
-    outputs = weight.shape[outputs] // (1 if is_transposed else groups)
-    change = torch.zeros(groups, outputs, dtype=torch.float64)
-    for entry, value in zip(entries, values, strict=True):
-        group, place = divmod(entry, per_group)
-        rows = slice(group * outputs, (group + 1) * outputs)
-        change[group] += (weight[entry] if is_transposed else weight[rows, place]) * value
+    if not is_transposed:  # to (in_channels, out_channels / groups), as transposed ones have it
+        weight = weight.reshape(groups, -1, weight.shape[1]).transpose(1, 2).flatten(0, 1)
+    picked = torch.tensor(list(entries), dtype=torch.int64)
+    gains = weight[picked] * values.to("cpu", torch.float64)[:, None]
+    change = gains.new_zeros(groups, weight.shape[1])
+    change.index_add_(0, picked // (weight.shape[0] // groups), gains)
     return change.flatten()
 
 

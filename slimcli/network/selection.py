@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,20 +35,22 @@ def compose(parts: Sequence[Sources], size: int) -> Sources:
     >>> compose([((0, 1), (2,), (3,)), ((0,), (1,), (2,))], size=4)
     ((0, 1), (2,))
     """
-    different = {part: _entries(part, size) for part in parts}
-    if len(different) == 1:
-        return next(iter(different))
-    kept = set(range(size))
+    flat = [_entries(part, size) for part in parts]
+    if all(part == parts[0] for part in parts[1:]):
+        return parts[0]
+    gone = np.zeros(size, dtype=bool)
     leader = list(range(size))
-    for part, flat in different.items():
-        _check_ordered(part, flat)
-        kept.intersection_update(flat)
-        if len(flat) > len(part):
+    for part, entries in zip(parts, flat, strict=True):
+        _check_ordered(part, entries)
+        stays = np.zeros(size, dtype=bool)
+        stays[entries] = True
+        gone |= ~stays
+        if len(entries) > len(part):
             _join(leader, [entry for entry in part if len(entry) > 1])
-    if not kept:
+    if gone.all():
         raise ValueError("the cuts together leave no entry")
     merged: dict[int, list[int]] = {}
-    for index in sorted(kept):
+    for index in np.flatnonzero(~gone).tolist():
         merged.setdefault(_leader_of(leader, index), []).append(index)
     return tuple(tuple(entry) for entry in merged.values())
 
@@ -150,18 +153,21 @@ def _select_dimension(tensor: Tensor, dim: int, sources: Sources) -> Tensor:
     return result
 
 
-def _entries(part: Sources, size: int) -> list[int]:
-    """All old entries of a selection in one list, checked."""
-    flat = list(chain.from_iterable(part))
-    if not flat or () in part:
+def _entries(part: Sources, size: int) -> np.ndarray:
+    """All old entries of a selection in one row, checked."""
+    flat = np.fromiter(chain.from_iterable(part), np.int64)
+    if not len(flat) or () in part:
         raise ValueError("a cut must leave at least one entry, each made of at least one old entry")
-    if min(flat) < 0 or max(flat) >= size:
-        wrong = min(flat) if min(flat) < 0 else max(flat)
+    low, high = int(flat.min()), int(flat.max())
+    if low < 0 or high >= size:
+        wrong = low if low < 0 else high
         raise ValueError(f"index {wrong} is outside a dimension of {size} entries")
     return flat
 
 
-def _check_ordered(part: Sources, flat: list[int]) -> None:
-    heads = flat if len(flat) == len(part) else [min(entry) for entry in part]
-    if heads != sorted(heads) or len(set(flat)) != len(flat):
+def _check_ordered(part: Sources, flat: np.ndarray) -> None:
+    merges = len(flat) > len(part)
+    heads = np.fromiter(map(min, part), np.int64) if merges else flat
+    repeats = merges and len(np.unique(flat)) != len(flat)
+    if repeats or not bool((np.diff(heads) > 0).all()):
         raise ValueError("several cuts of one dimension must each keep the original order")

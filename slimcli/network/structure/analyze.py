@@ -54,19 +54,20 @@ def trace(model: nn.Module, example: Example) -> Traced:
     notes: list[str] = []
     with preserved_randomness(), without_fast_path():
         twin.eval()
-        pairs = run_traced(twin, example, record)
+        evaluated = run_traced(twin, example, record)
         consumers_in_eval = len(record.consumers)
         set_train_mode(twin)
         macs = list(record.macs)
-        trains = True
+        trained, train_path_differs = None, False
         try:
             trained = run_traced(twin, example, record)
+            train_path_differs = trained.ops != evaluated.ops
         except Exception as error:  # the user's code: anything can come
             notes.append(f"train mode could not be traced: {type(error).__name__}: {error}")
-            trained, trains = {}, False
         record.macs = macs
-    clash = {key for key in pairs if trained.get(key, pairs[key]) != pairs[key]}
-    merged = {key: norm for key, norm in {**trained, **pairs}.items() if key not in clash}
+    pairs, in_train = evaluated.norm_after, trained.norm_after if trained else {}
+    clash = {key for key in pairs if in_train.get(key, pairs[key]) != pairs[key]}
+    merged = {key: norm for key, norm in {**in_train, **pairs}.items() if key not in clash}
     notes += [f"not followed: {each}" for each in dict.fromkeys(record.rule_errors)]
     norm_after = {key: norm for key, norm in merged.items() if norm}
-    return Traced(record, norm_after, tuple(notes), trains, consumers_in_eval)
+    return Traced(record, norm_after, tuple(notes), train_path_differs, consumers_in_eval)

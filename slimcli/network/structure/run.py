@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,8 +34,23 @@ RULES: dict[str, Rule] = {
 }
 
 
-def run_traced(model: nn.Module, example: Example, record: Record) -> dict[str, str]:
-    """Runs the model as it is; returns producer key -> the norm that alone reads it."""
+@dataclass(frozen=True)
+class TracedRun:
+    """What a traced run gave besides the findings in its record.
+
+    Attributes:
+        norm_after: Producer key -> the norm that alone reads it.
+        output: The model's prediction.
+        ops: Every operator that ran, with the shapes of its results.
+    """
+
+    norm_after: dict[str, str]
+    output: Any
+    ops: tuple[Any, ...]
+
+
+def run_traced(model: nn.Module, example: Example, record: Record) -> TracedRun:
+    """Runs the model as it is, following its channels."""
     calls = Calls()
     tracer = Tracer(record, calls, RULES)
     handles = _watch_modules(model, tracer)
@@ -50,7 +66,7 @@ def run_traced(model: nn.Module, example: Example, record: Record) -> dict[str, 
         for source, backup in tracer.backups.values():
             with torch.no_grad():
                 source.copy_(backup)
-    return calls.norm_after()
+    return TracedRun(calls.norm_after(), output, tuple(tracer.ops))
 
 
 def _watch_modules(model: nn.Module, tracer: Tracer) -> list[Any]:

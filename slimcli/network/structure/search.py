@@ -109,19 +109,18 @@ def try_cuts(model: nn.Module, example: Example, traced: Traced, samples: int) -
     if not any(group.is_prunable for group in structure.groups):
         return structure
     trial = Trial(model, example, traced)
-    if trial.note:
-        search.traced = replace(traced, notes=(*traced.notes, trial.note))
-        structure, grouping = search.structure()
     for _ in range(MAX_ROUNDS):
         groups = [group for group in structure.groups if group.is_prunable]
         failure = trial.attempt(groups, thorough=True) if groups else None
         if failure is None:
-            return structure
+            break
         _learn(search, structure, grouping, trial, failure)
         structure, grouping = search.structure()
-    everything = np.arange(1, traced.record.sources.count)
-    search.bans.append((everything, f"no set of cuts worked in {MAX_ROUNDS} trials"))
-    return search.structure()[0]
+    else:
+        everything = np.arange(1, traced.record.sources.count)
+        search.bans.append((everything, f"no set of cuts worked in {MAX_ROUNDS} trials"))
+        structure = search.structure()[0]
+    return replace(structure, notes=(*structure.notes, trial.note)) if trial.note else structure
 
 
 def _learn(

@@ -156,6 +156,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._planes: MutableMapping[Tensor, Planes] = WeakIdKeyDictionary()
         self._aliases: dict[int, list[weakref.ref[Tensor]]] = {}
         self.backups: dict[str, tuple[Tensor, Tensor]] = {}
+        self.ops: list[tuple[str, tuple[torch.Size, ...]]] = []
 
     def planes_of(self, tensor: Tensor) -> Planes:
         """The planes of a tensor; those of a parameter or buffer are made when first asked for."""
@@ -185,6 +186,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name in _ORDER_DEPENDENT and self.record.static_calls is None:
             self.record.static_calls = self.calls.mixing_entered
         output = func(*args, **kwargs)
+        self.ops.append((func.name(), tuple(each.shape for each in flat_tensors(output))))
         if not labelled:
             self._note_views(inputs, output)
             return output

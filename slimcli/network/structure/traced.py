@@ -12,12 +12,12 @@ class Traced:
     """A model that was traced: what was found, and which norm follows which producer.
 
     Attributes:
-        trains: It also ran in train mode.
+        train_path_differs: In train mode (norms aside) it ran other operators.
         consumers_in_eval: How many of the record's consumers the run in eval mode found.
     """
 
     record: Record
     norm_after: dict[str, str]
     notes: tuple[str, ...]
-    trains: bool
+    train_path_differs: bool
     consumers_in_eval: int

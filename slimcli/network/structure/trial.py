@@ -7,13 +7,18 @@ scales are made unequal so that nothing is right by accident.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 
 from slimcli.errors import SlimError
 from slimcli.network import surgery
@@ -60,7 +65,7 @@ class Failure:
 
 @dataclass
 class _Log:
-    """What hooks note during a run; copies of a model write to the same one.
+    """What hooks note during a run.
 
     Attributes:
         entered: Path of the module entered last.
@@ -75,28 +80,30 @@ class _Log:
     whole: frozenset[str] = frozenset()
     outputs: list[Tensor] = field(default_factory=list)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Log:
-        return self
 
+@contextlib.contextmanager
+def _watched(model: nn.Module, log: _Log) -> Iterator[None]:
+    """Notes which module was entered last, and keeps the outputs of layers that are not cut.
 
-class _Entry:
-    """A forward pre-hook that notes its module's path."""
+    Two hooks for all modules of the process: a hook on each would be copied with each module.
+    """
+    paths = {id(module): path for path, module in model.named_modules()}
 
-    def __init__(self, log: _Log, path: str) -> None:
-        self._log = log
-        self._path = path
+    def enter(module: nn.Module, inputs: Any) -> None:
+        log.entered = paths.get(id(module), log.entered)
 
-    def __call__(self, module: nn.Module, inputs: Any) -> None:
-        self._log.entered = self._path
+    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(module, MIXING) and id(module) in paths:
+            log.calls += 1
+            if log.calls <= log.limit and paths[id(module)] in log.whole:
+                log.outputs.append(output)
 
-
-class _Exit(_Entry):
-    """A forward hook that keeps the outputs of layers that are not cut."""
-
-    def __call__(self, module: nn.Module, inputs: Any, output: Any = None) -> None:
-        self._log.calls += 1
-        if self._log.calls <= self._log.limit and self._path in self._log.whole:
-            self._log.outputs.append(output)
+    handles = register_module_forward_pre_hook(enter), register_module_forward_hook(leave)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class Trial:
@@ -114,50 +121,47 @@ class Trial:
         self._traced = traced
         self._rechecks = False
         self.note = ""
-        self._example = example
-        self._dtype = torch.float32
         self._log = _Log(limit=traced.record.static_calls or 0)
-        reference = copy.deepcopy(model).eval()
-        for parameter in reference.parameters():
-            parameter.grad = None
-        self._watch(reference)
-        self._reference = reference
-        for dtype in (torch.float64, torch.float32):
-            self._dtype = dtype
-            self._reference = (
-                copy.deepcopy(reference).to(dtype) if dtype != torch.float32 else reference
-            )
-            self._example = Example(to_dtype(example.batch, dtype), example.predict)
-            unequal(self._reference, self._random)
-            try:
-                self.run(self._reference)
-                return
-            except Exception as error:  # the user's code fixes a dtype: try again in float32
-                if dtype == torch.float32:
-                    raise error
-                self.note = (
-                    f"trial cuts ran in float32, float64 fails: {str(error).splitlines()[0]}"
-                )
+        self._origin = model, example
+        self._use(torch.float64)
 
-    def _watch(self, model: nn.Module) -> None:
-        """Remembers which module was entered last; copies of the model keep doing so."""
-        for path, module in model.named_modules():
-            if not isinstance(module, torch.jit.ScriptModule):
-                module.register_forward_pre_hook(_Entry(self._log, path), prepend=True)
-            if isinstance(module, MIXING):
-                module.register_forward_hook(_Exit(self._log, path))
+    def _use(self, dtype: torch.dtype) -> None:
+        """Takes a fresh copy of the model and its batch in another dtype."""
+        model, example = self._origin
+        self._dtype = dtype
+        self._reference = copy_as(model, dtype).eval()
+        self._example = Example(to_dtype(example.batch, dtype), example.predict)
+        unequal(self._reference, self._random)
 
-    def run(self, model: nn.Module) -> list[Tensor]:
+    def run(self, model: nn.Module, record: Record | None = None) -> list[Tensor]:
         """The model's output tensors, same random numbers every time.
 
         Where sorting or suppression makes the output jump (detectors), the outputs of the uncut
         layers before that instead.
+
+        Args:
+            model: Run as it is.
+            record: Its channels are followed into this.
         """
         self._log.calls, self._log.outputs = 0, []
         with torch.no_grad(), preserved_randomness(), without_fast_path():
             torch.manual_seed(0)
-            outputs = list(output_tensors(self._example.run(model)))
-        return self._log.outputs if self._log.limit else outputs
+            if record is None:
+                prediction = self._example.run(model)
+            else:
+                prediction = run_traced(model, self._example, record).output
+        return self._log.outputs if self._log.limit else list(output_tensors(prediction))
+
+    def _run_zeroed(self, model: nn.Module) -> list[Tensor] | None:
+        """The same; None where the user's code wants float32 and everything must begin again."""
+        try:
+            return self.run(model)
+        except Exception as error:  # the user's code fixes a dtype
+            if self._dtype == torch.float32:
+                raise error
+            self.note = f"trial cuts ran in float32, float64 fails: {str(error).splitlines()[0]}"
+            self._use(torch.float32)
+            return None
 
     def attempt(self, groups: Sequence[Group], *, thorough: bool = False) -> Failure | None:
         """Cuts about half of the channels of all these groups together.
@@ -167,20 +171,25 @@ class Trial:
             thorough: Also compare the order of channels, and run the cut model in train mode.
         """
         model = copy.deepcopy(self._reference)
-        cut_names = {slot.tensor for group in groups for slot in group.producers + group.followers}
-        layers = {name.removeprefix("tensor:") for name in self._traced.record.layers}
-        self._log.whole = frozenset(
-            path for path in layers if not any(n.startswith(f"{path}.") for n in cut_names)
-        )
+        with _watched(model, self._log):
+            return self._attempt(model, groups, thorough)
+
+    def _attempt(self, model: nn.Module, groups: Sequence[Group], thorough: bool) -> Failure | None:
+        self._log.whole = self._uncut_layers(groups)
         cuts = []
         for group in groups:
             order = torch.randperm(group.size, generator=self._random).tolist()
             cuts.append(rehearse(model, group, order))
+        after = None
         try:
-            zeroed = self.run(model)
+            zeroed = self._run_zeroed(model)
+            if zeroed is None:
+                return self.attempt(groups, thorough=thorough)
             surgery.apply(model, cuts, example=self._example)
-            cut = self.run(model)
-            if thorough and self._traced.trains:
+            if thorough or self._rechecks:
+                after = Record(Sources(model))
+            cut = self.run(model, after)
+            if thorough and self._traced.train_path_differs:
                 set_train_mode(model)
                 self.run(model)
         except SlimError as error:
@@ -191,9 +200,17 @@ class Trial:
         except Exception as error:  # the user's code on other sizes: anything can come
             return self._raised(error)
         failure = self._compare(zeroed, cut)
-        if failure is None and (thorough or self._rechecks):
-            failure = self._recheck(model.eval(), cuts)
-        return failure
+        return self._recheck(after, cuts) if failure is None and after is not None else failure
+
+    def _uncut_layers(self, groups: Sequence[Group]) -> frozenset[str]:
+        cut = {slot.tensor for group in groups for slot in group.producers + group.followers}
+        touched = {name.rpartition(".")[0] for name in cut}
+        layers = {name.removeprefix("tensor:") for name in self._traced.record.layers}
+        return frozenset(
+            path
+            for path in layers
+            if path not in touched and not any(each.startswith(f"{path}.") for each in touched)
+        )
 
     def _raised(self, error: BaseException) -> Failure:
         """What the user's code said, where, and in which module it was."""
@@ -201,11 +218,8 @@ class Trial:
         what = f"{type(error).__name__}: {first}"
         return Failure(what, user_line.of_error(error), self._log.entered)
 
-    def _recheck(self, model: nn.Module, cuts: Sequence[Cut]) -> Failure | None:
-        """Traces the cut model; from the first disorder on, every attempt does."""
-        after = Record(Sources(model))
-        with preserved_randomness(), without_fast_path():
-            run_traced(model, self._example, after)
+    def _recheck(self, after: Record, cuts: Sequence[Cut]) -> Failure | None:
+        """Looks at the trace of the cut model; from the first disorder on, in every attempt."""
         consumers = self._traced.record.consumers[: self._traced.consumers_in_eval]
         path = first_disorder(self._traced.record, consumers, after, cuts)
         if not path:
@@ -255,6 +269,19 @@ class Trial:
             else:
                 found.append((group, problem))
         return found
+
+
+def copy_as(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A deep copy in another dtype, without gradients; never two copies at once."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        if type(parameter) is nn.Parameter and parameter.is_floating_point():
+            values = parameter.detach().to(dtype, copy=True)
+            memo[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+    twin = copy.deepcopy(model, memo).to(dtype)
+    for parameter in twin.parameters():
+        parameter.grad = None
+    return twin
 
 
 def to_dtype(value: Any, dtype: torch.dtype) -> Any:
