@@ -97,7 +97,8 @@ def find(path: Path) -> Path:
             "E-DEPLOY-MISSING",
             f"there is no {DESCRIPTION} in {path}",
             expected="a finished run folder, its artifacts folder, or a deploy.json",
-            fix="runs with save_deploy_format: false have none; slim eval RUN --compare trained",
+            fix="slim export RUN makes it again from checkpoints/best.pt; runs with "
+            "save_deploy_format: false have none: slim eval RUN --compare trained",
         )
     )
 

@@ -25,7 +25,7 @@ SECTIONS = (
 )
 """What a description must have."""
 
-COPY_AGAIN = "copy it again; the trained model is still in checkpoints/best.pt of the run"
+COPY_AGAIN = "copy it again, or delete it: slim export RUN makes it from checkpoints/best.pt"
 
 
 def apply(

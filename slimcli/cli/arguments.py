@@ -10,6 +10,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from slimcli.errors import Problem, RecipeError, SlimError
+from slimcli.recipe.validate import suggest
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -49,6 +50,26 @@ def _is_key(key: str) -> bool:
     first = key.split(".")[0]
     known = (*keys.TOP_KEYS, *keys.HOOKS, *keys.TRAINING_KEYS)
     return "." in key or first in known or bool(keys.owners(first))
+
+
+def existing(expected: str) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    """A check for a path on the command line; click's own says only that it is not there.
+
+    Args:
+        expected: What the command wants to be given.
+    """
+
+    def check(_context: click.Context, parameter: click.Parameter, path: Path | None) -> Any:
+        if path is None or path.exists():
+            return path
+        there = {each.name for each in path.parent.glob("*")} if path.parent.is_dir() else set()
+        close = suggest(path.name, there)
+        fix = f"did you mean {path.parent / close}?" if close else "slim list runs"
+        what = f"there is no {path}"
+        where = f"{parameter.make_metavar(_context)} on the command line"
+        raise RecipeError(Problem("E-FILE-MISSING", what, where, expected, "nothing", fix))
+
+    return check
 
 
 def recipe_argument(function: Function) -> Function:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from slimcli import console
+from slimcli.cli.arguments import existing
 
 if TYPE_CHECKING:
     from slimcli.cli.finished import FinishedRun
@@ -19,14 +20,20 @@ WARM_UP = 3
 
 
 @click.command(name="bench")
-@click.argument("target", metavar="RUN|FILE", type=click.Path(exists=True, path_type=Path))
+@click.argument(
+    "target",
+    metavar="RUN|FILE",
+    type=click.Path(path_type=Path),
+    callback=existing("a run folder, model.onnx or model.engine"),
+)
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--repeats", type=click.IntRange(min=3), default=50, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: as torch.")
 @click.option(
     "--run",
     "run_path",
-    type=click.Path(exists=True, path_type=Path),
+    type=click.Path(path_type=Path),
+    callback=existing("a run folder"),
     help="The run whose data and hooks to use, for a file that lies elsewhere.",
 )
 def command(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from slimcli import console
+from slimcli.cli.arguments import existing
 from slimcli.errors import Problem, RecipeError
 
 if TYPE_CHECKING:
@@ -28,7 +29,12 @@ def _forms(_context: click.Context, _parameter: click.Parameter, text: str) -> t
 
 
 @click.command(name="eval")
-@click.argument("target", metavar="RUN|FILE", type=click.Path(exists=True, path_type=Path))
+@click.argument(
+    "target",
+    metavar="RUN|FILE",
+    type=click.Path(path_type=Path),
+    callback=existing("a run folder, model.onnx or model.engine"),
+)
 @click.option(
     "--compare",
     callback=_forms,
@@ -39,7 +45,8 @@ def _forms(_context: click.Context, _parameter: click.Parameter, text: str) -> t
 @click.option(
     "--run",
     "run_path",
-    type=click.Path(exists=True, path_type=Path),
+    type=click.Path(path_type=Path),
+    callback=existing("a run folder"),
     help="The run whose data and hooks to use, for a file that lies elsewhere.",
 )
 def command(target: Path, compare: tuple[str, ...], run_path: Path | None) -> int:

@@ -10,6 +10,7 @@ import click
 
 from slimcli import console
 from slimcli.artifacts.event_lines import large
+from slimcli.cli.arguments import existing
 from slimcli.errors import MissingError, Problem, RecipeError, VerificationError
 
 if TYPE_CHECKING:
@@ -53,7 +54,12 @@ def _sizes(_context: click.Context, _parameter: click.Parameter, text: str) -> t
 
 
 @click.command(name="export")
-@click.argument("run", type=click.Path(exists=True, path_type=Path), required=False)
+@click.argument(
+    "run",
+    type=click.Path(path_type=Path),
+    required=False,
+    callback=existing("a run folder or an ONNX file"),
+)
 @click.option("--onnx", "want_onnx", is_flag=True, help="Write model.onnx. The default.")
 @click.option("--trt", "want_trt", is_flag=True, help="Build a TensorRT engine from model.onnx.")
 @click.option(
@@ -166,6 +172,11 @@ def _export_run(
     exported: Exported,
 ) -> None:
     path = run.folder.artifacts / "model.onnx"
+    if run.lacks_deploy_files():
+        made = run.remake_deploy_files()
+        exported.seams += made.seams
+        exported.files |= made.file_bytes
+        exported.notes.append("the deploy files were missing: made again from checkpoints/best.pt")
     if want_onnx or not path.is_file():
         _onnx(run, path, opset, exported)
     if not want_trt:

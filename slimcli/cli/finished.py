@@ -15,6 +15,7 @@ from slimcli.errors import Problem, RecipeError
 if TYPE_CHECKING:
     from torch import nn
 
+    from slimcli.artifacts.finish import Finished
     from slimcli.artifacts.run_folder import RunFolder
     from slimcli.network.example import Example
     from slimcli.solver.evaluation import Evaluator
@@ -100,10 +101,51 @@ class FinishedRun:
         """The form the run made: ``deploy``, or ``trained`` with ``save_deploy_format: false``."""
         return "deploy" if self.stage.training.save_deploy_format else "trained"
 
+    @property
+    def _has_deploy_files(self) -> bool:
+        """Whether the run made deploy files: not where another file is its form, or none is."""
+        training, compressor = self.stage.training, self.stage.compressor
+        return training.save_deploy_format and compressor.deploys_to == "module"
+
+    def lacks_deploy_files(self) -> bool:
+        """Whether the run made deploy files that are not there any more."""
+        from slimcli.artifacts.deploy import DESCRIPTION, TENSORS
+
+        files = [self.folder.artifacts / name for name in (DESCRIPTION, TENSORS)]
+        return self._has_deploy_files and not all(file.is_file() for file in files)
+
+    def remake_deploy_files(self) -> Finished:
+        """The deploy files once more from the best checkpoint, verified as they were in the run.
+
+        Raises:
+            RunError: The checkpoint can't be used.
+            VerificationError: They do not agree with the trained model.
+        """
+        from slimcli.artifacts.finish import FinishRequest, finish_run
+        from slimcli.solver.data import batch_size_of
+
+        compressor, model = self.trained()
+        return finish_run(
+            FinishRequest(
+                model=model,
+                compressor=compressor,
+                fresh_model=self.fresh_model,
+                example=self.example,
+                samples=batch_size_of(self.example.batch),
+                predict=self.predict,
+                batches=self.validation_batches(),
+                evaluate=self.evaluate,
+                folder=self.folder.artifacts,
+                deploy=True,
+                onnx=False,
+                metadata={},
+                emit=lambda event, **fields: None,
+            )
+        )
+
     def deployed(self) -> nn.Module:
         """The deploy form: from the deploy files, or, where the file is the form, as exported."""
-        has_files = self.stage.training.save_deploy_format
-        if has_files and self.stage.compressor.deploys_to == "module":
+        if self._has_deploy_files:
             from slimcli.artifacts import deploy
 
             plain = deploy.load_deploy(self.folder.path, self.fresh_model())

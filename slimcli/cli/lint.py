@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from slimcli import console
+from slimcli.cli.arguments import existing
+from slimcli.errors import Problem, RecipeError
 
 if TYPE_CHECKING:
     from slimcli.artifacts.lint import Finding
@@ -18,7 +20,7 @@ FAILING = {False: ("error",), True: ("error", "warning")}
 
 
 @click.command(name="lint")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("file", type=click.Path(path_type=Path), callback=existing("an ONNX file"))
 @click.option("--strict", is_flag=True, help="Warnings fail too: int8 or time is lost there.")
 @click.option("--rules", "show_rules", is_flag=True, help="Explain every rule that was broken.")
 def command(file: Path, strict: bool, show_rules: bool) -> int:
@@ -35,6 +37,11 @@ def command(file: Path, strict: bool, show_rules: bool) -> int:
     """
     from slimcli.artifacts.lint import RULES, lint_file
 
+    if file.is_dir():
+        inside = [each for each in (file, file / "artifacts") if (each / "model.onnx").is_file()]
+        fix = f"slim lint {inside[0] / 'model.onnx'}" if inside else "slim export RUN --onnx"
+        problem = Problem("E-FILE-KIND", "this is a folder", str(file), "an ONNX file", fix=fix)
+        raise RecipeError(problem)
     findings = lint_file(file)
     failed = any(each.severity in FAILING[strict] for each in findings)
     if console.settings().json:

@@ -219,3 +219,35 @@ def test_bench_measures_the_forms_in_turns(exported, capsys):
     assert list(content["forms"]) == ["original", "deploy", "onnx"]
     assert all(row["median_ms"] > 0 for row in content["forms"].values())
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("lost", [("deploy.json",), ("deploy.json", "deploy.safetensors")])
+def test_lost_deploy_files_are_made_again_from_the_best_checkpoint(run, lost, capsys):
+    artifacts = run / "artifacts"
+    before = artifacts.joinpath("deploy.safetensors").read_bytes()
+    for name in lost:
+        (artifacts / name).unlink()
+    assert slim("eval", run) == 1
+    assert "slim export RUN makes it again" in capsys.readouterr().err
+    assert slim("export", run, "--onnx") == 0
+    assert "made again from checkpoints/best.pt" in capsys.readouterr().err
+    assert artifacts.joinpath("deploy.safetensors").read_bytes() == before
+    pairs = [(each["from"], each["to"]) for each in summary(run)["verification"]]
+    assert sorted(pairs) == [("deploy", "deploy file"), ("deploy", "onnx"), ("trained", "deploy")]
+    assert slim("eval", run, "-q") == 0
+
+
+@pytest.mark.parametrize("command", ["eval", "lint", "bench", "export"])
+def test_a_path_that_is_not_there_is_told_with_the_name_that_is_near(command, run, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "checkpoints/toy/frist"])
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert "there is no checkpoints/toy/frist: expected a" in said
+    assert "did you mean checkpoints/toy/first?" in said
+    assert "E-FILE-MISSING" in said
+
+
+def test_lint_of_a_folder_says_which_file_to_name(exported, capsys):
+    assert slim("lint", exported) == 2
+    assert str(exported / "artifacts" / "model.onnx") in capsys.readouterr().err
