@@ -8,6 +8,7 @@ from slimcli.network.count import samples_in
 from slimcli.network.example import Example
 from slimcli.network.structure.assemble import assemble
 from slimcli.network.structure.groups import build, first_choices
+from slimcli.network.structure.left_alone import freeze_recurrent, freeze_unseen
 from slimcli.network.structure.modes import (
     preserved_randomness,
     set_train_mode,
@@ -51,6 +52,7 @@ def trace(model: nn.Module, example: Example) -> Traced:
     """Runs the model in both modes and records what happens to its channels."""
     twin = share_copy(model)
     record = Record(Sources(twin))
+    freeze_recurrent(twin, record)
     notes: list[str] = []
     with preserved_randomness(), without_fast_path():
         twin.eval()
@@ -69,5 +71,6 @@ def trace(model: nn.Module, example: Example) -> Traced:
     clash = {key for key in pairs if in_train.get(key, pairs[key]) != pairs[key]}
     merged = {key: norm for key, norm in {**in_train, **pairs}.items() if key not in clash}
     notes += [f"not followed: {each}" for each in dict.fromkeys(record.rule_errors)]
+    notes += freeze_unseen(twin, record)
     norm_after = {key: norm for key, norm in merged.items() if norm}
     return Traced(record, norm_after, tuple(notes), train_path_differs, consumers_in_eval)

@@ -12,7 +12,9 @@ from slimcli.network import fuse
 from slimcli.network.cuts import Slot
 from slimcli.network.structure.exactness import UNREAD, Flow, flows
 from slimcli.network.structure.groups import Grouping, RawGroup, to_slot
+from slimcli.network.structure.left_alone import NOT_RUN, RECURRENT, outputs_of
 from slimcli.network.structure.planes import Labels
+from slimcli.network.structure.producing import MIXING
 from slimcli.network.structure.record import Record
 from slimcli.network.structure.structure import (
     ConvBatchNorm,
@@ -22,6 +24,8 @@ from slimcli.network.structure.structure import (
     Structure,
     counted,
 )
+
+NO_CHANNELS = "its outputs carry no channels"
 
 
 def assemble(
@@ -201,17 +205,29 @@ def _layers(
     model: nn.Module, record: Record, grouping: Grouping, groups: list[Group]
 ) -> tuple[LayerRow, ...]:
     modules = dict(model.named_modules())
-    rows = []
+    rows: dict[str, LayerRow] = {}
     for key, labels in record.layers.items():
         path = key.removeprefix("tensor:")
-        kind = type(modules[path]).__name__ if path in modules else "tensor"
         numbers = [n for n in np.unique(grouping.group_of[labels]).tolist() if n >= 0]
         mine = sorted((groups[n] for n in numbers), key=lambda g: bool(g.frozen_reason))
-        name, reason = (
-            (mine[0].name, mine[0].frozen_reason) if mine else ("", "its outputs carry no channels")
-        )
-        rows.append(LayerRow(path, kind, len(labels), name, reason))
-    return tuple(rows)
+        name, reason = (mine[0].name, mine[0].frozen_reason) if mine else ("", NO_CHANNELS)
+        path, channels = _shown(path, len(labels), modules)
+        kind = type(modules[path]).__name__ if path in modules else "tensor"
+        rows.setdefault(path, LayerRow(path, kind, channels, name, reason))
+    for path in record.unseen:
+        kind = type(modules[path]).__name__ if path in modules else "tensor"
+        if path in modules and not isinstance(modules[path], MIXING):
+            continue
+        rows[path] = LayerRow(path, kind, outputs_of(model, path), "", NOT_RUN)
+    return tuple(rows.values())
+
+
+def _shown(path: str, channels: int, modules: dict[str, nn.Module]) -> tuple[str, int]:
+    """The weights inside a recurrent layer are shown as that layer."""
+    owner = modules.get(path.rpartition(".")[0])
+    if path in modules or not isinstance(owner, RECURRENT):
+        return path, channels
+    return path.rpartition(".")[0], int(owner.hidden_size)
 
 
 def _pairs(model: nn.Module, norm_after: dict[str, str]) -> tuple[ConvBatchNorm, ...]:

@@ -87,6 +87,8 @@ class Record:
     Attributes:
         static_calls: Mixing modules entered before the first operator whose result depends on the
             order of values (sorting, suppression of boxes); None if there is none.
+        entered: Path of every module that ran -> the planes of what it was called with.
+        unseen: Paths of layers that did not run.
     """
 
     sources: Sources
@@ -104,6 +106,8 @@ class Record:
     layers: dict[str, Labels] = field(default_factory=dict)
     rule_errors: list[str] = field(default_factory=list)
     static_calls: int | None = None
+    entered: dict[str, list[tuple[Tensor, ...]]] = field(default_factory=dict)
+    unseen: list[str] = field(default_factory=list)
     order: int = 0
 
     def join(self, left: Tensor, right: Tensor) -> None:

@@ -22,7 +22,7 @@ from slimcli.network.structure.modes import output_tensors
 from slimcli.network.structure.producing import MIXING
 from slimcli.network.structure.record import Record
 from slimcli.network.structure.rules_pointwise import map_nodes
-from slimcli.network.structure.trace import Calls, Rule, Tracer, affine_node
+from slimcli.network.structure.trace import Calls, Rule, Tracer, affine_node, flat_tensors
 
 RULES: dict[str, Rule] = {
     **rules_pointwise.RULES,
@@ -75,8 +75,10 @@ def _watch_modules(model: nn.Module, tracer: Tracer) -> list[Any]:
     stack = tracer.calls.stack
 
     def enter(path: str) -> Any:
-        def hook(module: nn.Module, inputs: Any) -> None:
+        def hook(module: nn.Module, inputs: Any, keywords: Any) -> None:
             stack.append((path, module))
+            arrived = tracer.record.entered.setdefault(path, [])
+            arrived += [tracer.planes_of(each) for each in flat_tensors((inputs, keywords))]
             tracer.calls.mixing_entered += isinstance(module, MIXING)
 
         return hook
@@ -92,6 +94,8 @@ def _watch_modules(model: nn.Module, tracer: Tracer) -> list[Any]:
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
-        handles.append(module.register_forward_pre_hook(enter(path), prepend=True))
+        handles.append(
+            module.register_forward_pre_hook(enter(path), prepend=True, with_kwargs=True)
+        )
         handles.append(module.register_forward_hook(leave, always_call=True))
     return handles

@@ -36,6 +36,10 @@ class Sources:
 
     Args:
         model: Its parameters and buffers get labels, tied ones the same.
+
+    Attributes:
+        dims: All labelled dimensions.
+        seen: Names of tensors that were asked for: operators used them.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -46,6 +50,7 @@ class Sources:
         self._by_memory: dict[tuple[int, int, tuple[int, ...]], Source] = {}
         self._storages: set[int] = set()
         self._names: dict[str, set[str]] = {}
+        self.seen: set[str] = set()
         kernels = _kernels(model)
         named: list[tuple[str, Tensor]] = [*model.named_parameters(remove_duplicate=False)]
         named += [*model.named_buffers(remove_duplicate=False)]
@@ -88,6 +93,8 @@ class Sources:
             if tensor.untyped_storage().data_ptr() not in self._storages:
                 return None
             source = self._by_memory.get(_memory_key(tensor))
+        if source is not None:
+            self.seen.add(source.name)
         return source
 
     def names_of(self, name: str) -> set[str]:

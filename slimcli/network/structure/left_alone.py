@@ -1,0 +1,106 @@
+"""Layers that nothing is done to, and the channels beside them that must stay because of it.
+
+Recurrent layers keep one width inside all their gates; layers that did not run on the example may
+read or make channels as soon as the user's code takes another branch.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import numpy as np
+from torch import nn
+
+from slimcli.network.holders import owner_of
+from slimcli.network.structure.planes import entries, labels_of
+from slimcli.network.structure.record import Record
+
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+NOT_RUN = "it did not run on the example"
+LISTED = 4
+"""So many layers are named in a note."""
+
+
+def freeze_recurrent(model: nn.Module, record: Record) -> None:
+    """Freezes every channel that a recurrent layer reads or makes."""
+    for path, module in model.named_modules():
+        if isinstance(module, RECURRENT):
+            prefix = f"{path}." if path else ""
+            reason = f"recurrent layers are left alone ({path or type(module).__name__})"
+            for dim in record.sources.dims:
+                if any(name.startswith(prefix) for name in record.sources.names_of(dim.tensor)):
+                    record.freeze_labels(np.arange(dim.first, dim.first + dim.size), reason)
+
+
+def freeze_unseen(model: nn.Module, record: Record) -> list[str]:
+    """Freezes what may meet a layer that did not run, and notes such layers in the record.
+
+    Such a layer is called, if ever, by the nearest module around it that did run. Of the channels
+    that come into that module or are made or read inside it, those must stay that have the width
+    of one of the layer's dimensions.
+
+    Returns:
+        Notes for the user.
+    """
+    by_caller: dict[str, list[str]] = defaultdict(list)
+    widths: dict[str, set[int]] = defaultdict(set)
+    parameters = {name for name, _ in model.named_parameters()}
+    for dim in record.sources.dims:
+        if dim.tensor in parameters and dim.tensor not in record.sources.seen:
+            path = owner_of(*_divided(dim.tensor))[0]
+            path = dim.tensor if path in record.entered else path
+            if path not in widths:
+                by_caller[_caller(path, record)].append(path)
+            widths[path].add(dim.size)
+    record.unseen = list(widths)
+    for caller, paths in by_caller.items():
+        for path in paths:
+            _freeze_widths(record, caller, path, widths[path])
+    return [_note(record.unseen)] if record.unseen else []
+
+
+def outputs_of(model: nn.Module, path: str) -> int:
+    """Output channels of a layer, or the first size of a bare parameter."""
+    modules = dict(model.named_modules())
+    layer = modules.get(path)
+    if layer is None:
+        return int(model.get_parameter(path).shape[0])
+    for name in ("out_channels", "out_features", "embedding_dim"):
+        if hasattr(layer, name):
+            return int(getattr(layer, name))
+    return 0
+
+
+def _divided(name: str) -> tuple[str, str]:
+    path, _, local = name.rpartition(".")
+    return path, local
+
+
+def _caller(path: str, record: Record) -> str:
+    """The nearest module around this one that ran, or itself."""
+    while path and path not in record.entered:
+        path = path.rpartition(".")[0]
+    return path
+
+
+def _freeze_widths(record: Record, caller: str, path: str, widths: Iterable[int]) -> None:
+    reason = f"{path} did not run on the example: it may read or make these channels"
+    prefix = f"{caller}." if caller else ""
+    for planes in record.entered.get(caller, ()):
+        fitting = [plane for plane in planes if any(size in widths for size in plane.shape)]
+        for plane in fitting:
+            record.freeze_labels(entries(labels_of(plane)), reason)
+    sources = record.sources
+    for dim in sources.dims:
+        is_inside = any(name.startswith(prefix) for name in sources.names_of(dim.tensor))
+        if dim.size in widths and dim.tensor in sources.seen and is_inside:
+            record.freeze_labels(np.arange(dim.first, dim.first + dim.size), reason)
+
+
+def _note(paths: list[str]) -> str:
+    named = ", ".join(paths[:LISTED]) + (f" and {len(paths) - LISTED} more" * (len(paths) > LISTED))
+    return (
+        f"did not run on the example: {named}; channels that fit them are left alone. "
+        "Use a batch that runs them, or take them out of the model"
+    )

@@ -1,0 +1,68 @@
+"""What proves a cut: zeroed equals cut, on small networks in float64."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimcli.network import surgery
+from slimcli.network.example import Example
+from slimcli.network.structure import Group, Structure, analyze, zero_channels
+from slimcli.network.structure.modes import output_tensors
+from slimcli.network.structure.trial import to_dtype, unequal
+
+from . import structures
+
+EXACT = 1e-10
+"""Relative to the largest output, float64: a thousand times the rounding seen (3e-14)."""
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    return model(batch)
+
+
+def prepared(model: nn.Module, batch: Any) -> tuple[nn.Module, Example]:
+    """The model in float64 with unequal norms and scales, and its example."""
+    model = model.double().eval()
+    unequal(model, torch.Generator().manual_seed(3))
+    return model, Example(to_dtype(batch, torch.float64), call)
+
+
+def network(name: str) -> tuple[nn.Module, Example, Structure]:
+    torch.manual_seed(0)
+    model, example = prepared(structures.NETWORKS[name](), structures.batch_of(name))
+    return model, example, analyze(model, example)
+
+
+def outputs(model: nn.Module, example: Example) -> list[Tensor]:
+    with torch.no_grad():
+        return list(output_tensors(example.run(model.eval())))
+
+
+def difference(left: list[Tensor], right: list[Tensor]) -> float:
+    pairs = zip(left, right, strict=True)
+    return max(float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs)
+
+
+def zeroed_and_cut(
+    model: nn.Module, example: Example, groups: list[Group], seed: int
+) -> tuple[float, float]:
+    """Difference of zeroed and cut, and of zeroed and the model as it was."""
+    random = torch.Generator().manual_seed(seed)
+    other, cuts = copy.deepcopy(model), []
+    for group in groups:
+        count = int(torch.randint(1, group.size, (), generator=random))
+        order = torch.randperm(group.size, generator=random).tolist()
+        zero_channels(other, group, order[count:])
+        cuts.append(group.cut(order[:count]))
+    zeroed = outputs(other, example)
+    surgery.apply(other, cuts, example=example)
+    return difference(zeroed, outputs(other, example)), difference(zeroed, outputs(model, example))
+
+
+def prunable(structure: Structure) -> list[Group]:
+    """Groups whose zero channels can go."""
+    return [group for group in structure.groups if group.exact_zero]

@@ -1,0 +1,141 @@
+"""Layers that did not run on the example, and recurrent ones: what is beside them stays."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slimcli.network import surgery
+from slimcli.network.example import Example
+from slimcli.network.structure import Structure, analyze
+
+from . import structures
+from .proving import EXACT, call, outputs, prepared, prunable, zeroed_and_cut
+
+
+class Branches(structures.Net):
+    """Which of two layers runs depends on the batch."""
+
+    def __init__(self) -> None:
+        super().__init__(12)
+        self.a, self.b, self.c = (structures.conv_bn(*w) for w in ((8, 16), (16, 12), (16, 12)))
+
+    def forward(self, x: Tensor) -> Any:
+        layer = self.b if x.mean() < 1 else self.c
+        return self.head(layer(self.a(self.stem(x))).mean((2, 3)))
+
+
+def analyzed(model: nn.Module, batch: Any = None) -> tuple[nn.Module, Example, Structure]:
+    torch.manual_seed(0)
+    model, example = prepared(model, structures.image() if batch is None else batch)
+    return model, example, analyze(model, example)
+
+
+def test_channels_that_fit_a_layer_that_did_not_run_are_left_alone() -> None:
+    _, _, structure = analyzed(Branches())
+    expected = "c.0 did not run on the example: it may read or make these channels"
+    assert structure.group("a.1").frozen_reason == expected
+    assert structure.group("b.1").frozen_reason == expected
+    assert [group.name for group in prunable(structure)] == ["stem.1"]
+
+
+def test_the_other_branch_still_runs_after_the_cut() -> None:
+    model, example, structure = analyzed(Branches())
+    cut = copy.deepcopy(model)
+    surgery.apply(cut, [group.cut([0, 1]) for group in prunable(structure)])
+    other = Example(example.batch + 2, call)
+    assert outputs(cut, other)[0].shape == outputs(model, other)[0].shape
+
+
+def test_a_layer_that_did_not_run_is_in_the_table_and_in_the_notes() -> None:
+    _, _, structure = analyzed(Branches())
+    row = next(row for row in structure.layers if row.name == "c.0")
+    assert (row.type, row.channels, row.group) == ("Conv2d", 12, "")
+    assert row.frozen_reason == "it did not run on the example"
+    assert len(structure.notes) == 1
+    assert structure.notes[0].startswith("did not run on the example: c.0, c.1; ")
+
+
+class Optional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = structures.conv(16, 16)
+
+    def forward(self, x: Tensor, *, with_extra: bool = False) -> Tensor:
+        return self.extra(x) if with_extra else x
+
+
+def test_channels_that_only_pass_the_module_around_it_are_left_alone_too() -> None:
+    class Passing(structures.Net):
+        def __init__(self) -> None:
+            super().__init__(12)
+            self.a, self.b = structures.conv_bn(8, 16), structures.conv_bn(16, 12)
+            self.c, self.optional = structures.conv_bn(12, 16), Optional()
+            self.d = structures.conv_bn(16, 12)
+
+        def body(self, x: Tensor) -> Tensor:
+            return self.d(self.c(self.b(self.optional(x=self.a(x)))))
+
+    _, _, structure = analyzed(Passing())
+    assert "optional.extra did not run" in structure.group("a.1").frozen_reason
+    assert [group.name for group in prunable(structure)] == ["stem.1", "b.1", "c.1", "d.1"]
+
+
+def test_a_parameter_that_was_not_used_counts_as_a_layer_that_did_not_run() -> None:
+    class Scaled(Branches):
+        def __init__(self) -> None:
+            super().__init__()
+            del self.c
+            self.scale = nn.Parameter(torch.ones(16, 1, 1))
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.a(self.stem(x))
+            y = y * self.scale if x.mean() > 1 else y
+            return self.head(self.b(y).mean((2, 3)))
+
+    _, _, structure = analyzed(Scaled())
+    assert structure.group("a.1").frozen_reason.startswith("scale did not run on the example")
+    assert [group.name for group in prunable(structure)] == ["stem.1", "b.1"]
+
+
+def test_a_layer_that_runs_in_train_mode_only_has_run() -> None:
+    _, _, structure = analyzed(structures.AuxHead())
+    assert structure.notes == ()
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.before, self.inner, self.after = nn.Linear(8, 12), kind(12, 16), nn.Linear(16, 6)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.before(x))
+        if isinstance(self.inner, nn.RNNBase):
+            return self.head(F.relu(self.after(self.inner(x)[0])))
+        state = None
+        for step in x:
+            state = self.inner(step, state)
+        hidden = state[0] if isinstance(state, tuple) else state
+        return self.head(F.relu(self.after(hidden)))
+
+
+KINDS = [nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_recurrent_layer_is_left_alone_with_exactly_its_neighbours(kind: type[nn.Module]) -> None:
+    model, example, structure = analyzed(Recurrent(kind), torch.randn(4, 2, 8))
+    assert structure.notes == ()
+    rows = {row.name: row for row in structure.layers}
+    assert list(rows) == ["before", "inner", "after", "head"]
+    assert (rows["inner"].type, rows["inner"].channels) == (kind.__name__, 16)
+    reason = "recurrent layers are left alone (inner)"
+    assert rows["before"].frozen_reason == rows["inner"].frozen_reason == reason
+    assert [group.name for group in prunable(structure)] == ["after"]
+    assert zeroed_and_cut(model, example, prunable(structure), 0)[0] <= EXACT
