@@ -213,3 +213,67 @@ def test_a_copy_of_a_model_has_quantizers_of_its_own():
     quantizers(other)["0"].phase = Phase.EXPORT
     assert quantizers(model)["0"].amax.item() == 1.0
     assert quantizers(model)["0"].phase is Phase.TRAIN
+
+
+def plain_round_trip(x, scale, low):
+    """The definition without blocks, in the shape of x; and where no code was clamped."""
+    codes = torch.round(x / scale)
+    clamped = codes.clamp(low, 127)
+    return clamped * scale, clamped == codes
+
+
+@pytest.mark.parametrize("policy", ["frozen", "lsq"])
+@pytest.mark.parametrize("channels", [None, 40])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+def test_a_tensor_of_many_blocks_gets_the_values_and_gradients_of_one(policy, channels, layout):
+    torch.manual_seed(5)
+    x = torch.randn(40, 6, 32, 32)  # 245,760 values: four blocks
+    x[3, 2, 1, 0], x[39, 5, 31, 31] = 40.0, -41.0  # only the first and the last are clamped
+    if layout == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    if layout == "strided":
+        x = x.repeat(1, 2, 1, 1)[:, ::2]
+    x = x.detach().requires_grad_()
+    made = FakeQuant("weight of here", WEIGHT_LOW, policy, channels)
+    made.set_amax(torch.full((channels,) if channels else (), 30.0))
+    made.phase = Phase.TRAIN
+    y, upstream = made(x), torch.randn(40, 6, 32, 32)
+    y.backward(upstream)
+    scale = made.scale.detach().reshape(-1, 1, 1, 1) if channels else made.scale.detach()
+    expected, inside = plain_round_trip(x.detach(), scale, WEIGHT_LOW)
+    assert (~inside).sum() == 2
+    assert torch.equal(y, expected)
+    assert torch.equal(x.grad, upstream * inside)
+    if policy == "lsq":
+        wide, step = upstream.double(), scale.double()
+        slope = torch.where(inside, expected.double() - x.detach().double(), expected.double())
+        products = wide * slope / step
+        sums = products.sum((1, 2, 3)) if channels else products.sum()
+        factor = (x.numel() / (channels or 1) * 127) ** -0.5
+        assert torch.allclose(made.scale.grad.double(), sums * factor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["frozen", "lsq"])
+def test_a_gradient_in_another_memory_order_lands_where_it_belongs(policy):
+    torch.manual_seed(6)
+    x = (torch.randn(2, 3, 4, 5) * 3).requires_grad_()
+    made = quantizer(3.0, policy=policy)
+    upstream = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    made(x).backward(upstream)
+    _, inside = plain_round_trip(x.detach(), made.scale.detach(), -128)
+    assert 0 < (~inside).sum() < x.numel()
+    assert torch.equal(x.grad, upstream * inside)
+
+
+def test_a_learned_scale_survives_a_sum_that_overwrites_the_quantized_tensor():
+    torch.manual_seed(1)
+    x = torch.randn(8, 512, requires_grad=True)
+    grads = []
+    for in_place in (False, True):
+        made = quantizer(3.0, policy="lsq")
+        made.is_overwritten = True
+        y = made(x)
+        total = y.add_(x.detach()) if in_place else y + x.detach()
+        total.square().sum().backward()
+        grads.append(made.scale.grad)
+    assert torch.equal(*grads)

@@ -429,3 +429,41 @@ def test_the_model_is_only_looked_at():
     torch.set_rng_state(random_state)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert not any(each._forward_hooks or each._forward_pre_hooks for each in model.modules())
+
+
+def test_what_is_fed_in_keeps_its_calibrated_scale_where_others_are_learned():
+    example = Example(torch.randn(4, 3, 16, 16), lambda model, batch: model((batch - 0.5) / 0.2))
+    model = build("residual")
+    insert(model, placed(model, example), policy="lsq")
+    learned = {
+        name: isinstance(each.scale, nn.Parameter) for name, each in quantizers(model).items()
+    }
+    assert [name for name, is_learned in learned.items() if not is_learned] == [
+        "conv1.input_quantizer"
+    ]
+    assert len(learned) == 8
+
+
+class OverwrittenSkip(nn.Module):
+    """The skip has no other reader, and the sum overwrites it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.long, self.short = conv(3, 8), conv(8, 8), nn.Sequential(conv(8, 8, 1))
+        self.tail = conv(8, 8)
+
+    def forward(self, x):
+        x = functional.relu(self.stem(x))
+        skip = self.short(x)
+        skip += self.tail(self.long(x))
+        return functional.relu_(skip)
+
+
+def test_learned_scales_train_through_a_skip_that_is_overwritten():
+    example, model = example_of(), OverwrittenSkip().train()
+    insert(model, placed(model), policy="lsq")
+    for each in quantizers(model).values():
+        each.set_amax(torch.tensor(4.0))
+    set_phase(model, Phase.TRAIN)
+    example.predict(model, example.batch).square().sum().backward()
+    assert quantizers(model)["tail.residual_quantizer"].scale.grad != 0

@@ -8,7 +8,8 @@ an exporter ONNX QuantizeLinear and DequantizeLinear.
 
 Learned scales: "Learned Step Size Quantization", arXiv 1902.08153. Differs from the paper: a scale
 starts from calibration, not from the mean magnitude; the gradient mask is that of the rounded code;
-a scale stays between a quarter and twice of where it started.
+a scale stays between a quarter and twice of where it started; what is fed into the network keeps
+its calibrated scale, because only learning it needs a gradient of the input (a tenth of a step).
 
 Differs from torchslim: scale is ``amax / 127``, weights use [-127, 127], linear and transposed
 layers are quantized too, a residual sum gets its skip quantized and not its convolution, and ranges

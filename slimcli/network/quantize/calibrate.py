@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from slimcli.errors import Problem, RunError
-from slimcli.network.quantize.fake_quant import AVERAGING, HIGHEST_CODE
+from slimcli.network.quantize.fake_quant import AVERAGING
+from slimcli.network.quantize.round_trip import HIGHEST_CODE
 
 BINS = 8192
 LEVELS = HIGHEST_CODE + 1

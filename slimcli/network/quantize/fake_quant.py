@@ -15,9 +15,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from slimcli.network.quantize.nodes import is_traced, quantize_nodes
+from slimcli.network.quantize.round_trip import (
+    HIGHEST_CODE,
+    asks,
+    fake_quantize,
+    learned_fake_quantize,
+    quantize,
+)
 
 ScalePolicy = Literal["frozen", "ema", "lsq"]
-HIGHEST_CODE = 127
 ACTIVATION_LOW = -128
 WEIGHT_LOW = -127
 SMALLEST_RANGE = 1e-30
@@ -48,64 +54,6 @@ def scale_of(amax: Tensor) -> Tensor:
     tensor([1.0000, 0.0079])
     """
     return torch.where(amax > SMALLEST_RANGE, amax, torch.ones_like(amax)) / HIGHEST_CODE
-
-
-def quantize(x: Tensor, scale: Tensor, low: int) -> Tensor:
-    """Codes of ``x`` as floats: divided, rounded half to even, clamped to [low, 127].
-
-    >>> quantize(torch.tensor([0.5, 1.5, -300.0]), torch.tensor(1.0), -128).tolist()
-    [0.0, 2.0, -128.0]
-    """
-    return torch.div(x, scale).round_().clamp_(low, HIGHEST_CODE)
-
-
-class _FakeQuantize(torch.autograd.Function):
-    """Quantize and back; the gradient is 1 where the code is in range and 0 elsewhere."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, fits: bool) -> Tensor:
-        codes = torch.div(x, scale).round_()
-        ctx.fits = fits
-        if fits:
-            return codes.mul_(scale)
-        clamped = codes.clamp(low, HIGHEST_CODE)
-        ctx.save_for_backward(clamped == codes)
-        return clamped.mul_(scale)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = gradients[0]
-        if not ctx.fits:
-            gradient = torch.where(ctx.saved_tensors[0], gradient, 0.0)
-        return gradient, None, None, None
-
-
-class _LearnedFakeQuantize(torch.autograd.Function):
-    """As above, with the gradient of the scale (LSQ, arXiv 1902.08153, equations 3 and 5).
-
-    d y / d scale is ``round(x/scale) - x/scale`` inside the range and the clamped code outside.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, fits: bool, factor: float) -> Tensor:
-        ratio = torch.div(x, scale)
-        codes = ratio.round()
-        ctx.scale_shape, ctx.factor, ctx.fits = scale.shape, factor, fits
-        if fits:
-            ctx.save_for_backward(torch.sub(codes, ratio, out=ratio))
-            return codes.mul_(scale)
-        clamped = codes.clamp(low, HIGHEST_CODE)
-        inside = clamped == codes
-        ctx.save_for_backward(torch.where(inside, codes - ratio, clamped), inside)
-        return clamped.mul_(scale)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, slope = gradients[0], ctx.saved_tensors[0]
-        of_scale = (gradient * slope).sum_to_size(ctx.scale_shape) * ctx.factor
-        if not ctx.fits:
-            gradient = torch.where(ctx.saved_tensors[1], gradient, 0.0)
-        return gradient, of_scale, None, None, None
 
 
 def extremes(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
@@ -154,6 +102,7 @@ class FakeQuant(nn.Module):
         super().__init__()
         self.label, self.low, self.policy, self.axis = label, low, policy, axis
         self.channels = channels
+        self.is_overwritten = False
         self.collector: Any = None
         self.handles: list[RemovableHandle] = []
         shape = () if channels is None else (channels,)
@@ -226,22 +175,15 @@ class FakeQuant(nn.Module):
             scale = scale.detach()
         if not (torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)):
             return quantize(x, scale, self.low).mul_(scale)
-        fits = self._fits(x)
         if not scale.requires_grad:
-            return _FakeQuantize.apply(x, scale, self.low, fits)  # type: ignore[no-any-return]
+            return fake_quantize(x, scale, self.low, self._fits(x))
         features = x.numel() / (len(x) if not self.is_weight else self.channels or 1)
         factor = (features * HIGHEST_CODE) ** -0.5
-        return _LearnedFakeQuantize.apply(  # type: ignore[no-any-return]
-            x, scale, self.low, fits, factor
-        )
+        return learned_fake_quantize(x, scale, self.low, factor, self.is_overwritten)
 
     def _fits(self, x: Tensor) -> bool:
-        """Whether no code leaves the range, so that clamping and masking can be left out.
-
-        That makes a step a third cheaper. On other devices than the CPU the answer would have to
-        be waited for, so it is not asked.
-        """
-        if x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() == 0:
+        """Whether no code leaves the range, so that clamping and masking can be left out."""
+        if not asks(x):
             return False
         smallest, largest = extremes(x, None if self.channels is None else self.axis)
         scale = self.scale.detach().to(x.dtype)

@@ -112,7 +112,11 @@ def _add_activation(
 ) -> None:
     layer = model.get_submodule(activation.layer)
     label = f"{activation.role} of {activation.layer}"
+    if policy == "lsq" and activation.is_data:
+        policy = "frozen"  # learning it would cost the first layer's input gradient
     quantizer = FakeQuant(label, policy=policy).to(layer.get_parameter("weight").device)
+    # Only an addition reads it, perhaps `+=` into it; a layer would need it whole as well.
+    quantizer.is_overwritten = activation.role == "residual"
     name, number = f"{activation.role}_quantizer", 2
     while hasattr(layer, name):
         name, number = f"{activation.role}_quantizer_{number}", number + 1

@@ -75,12 +75,14 @@ class Activation:
         role: ``input`` or ``residual``; the child is called ``<role>_quantizer``.
         points: Where it acts; more than one only if no single place reaches all readers.
         readers: Layers and additions that read the quantized tensor, for the plan.
+        is_data: Whether it quantizes what is fed in: no parameter had a part in the tensor.
     """
 
     layer: str
     role: Literal["input", "residual"]
     points: tuple[Point, ...]
     readers: tuple[str, ...]
+    is_data: bool = False
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,7 @@ class _Placer:
         self.record, self.rewriter = record, rewriter
         self.places = _Places.of(record)
         self.producers = record.producers()
+        self.data = record.data()
         self.notes: list[str] = []
 
     def choose(self, needs: Mapping[int, Sequence[_Need]]) -> list[Activation]:
@@ -273,7 +276,7 @@ class _Placer:
                     assert path is not None
                     unserved[need.layer] = Point("input", need.layer, path)
             if points:
-                found.append(_activation(points, left))
+                found.append(_activation(points, left, value in self.data))
         return found, unserved
 
     def _points(
@@ -341,9 +344,9 @@ def _cover(
     return tuple(chosen), missed
 
 
-def _activation(points: tuple[Point, ...], readers: Sequence[_Need]) -> Activation:
+def _activation(points: tuple[Point, ...], readers: Sequence[_Need], is_data: bool) -> Activation:
     """The quantizer of one tensor; it lives in the first layer that reads it."""
     layers = [need for need in readers if not need.is_residual]
     home = layers[0] if layers else readers[0]
     names = tuple(f"+ {need.layer}" if need.is_residual else need.layer for need in readers)
-    return Activation(home.layer, "input" if layers else "residual", points, names)
+    return Activation(home.layer, "input" if layers else "residual", points, names, is_data)

@@ -102,6 +102,18 @@ class Record:
                 found.setdefault(value, []).append(op)
         return found
 
+    def data(self) -> set[int]:
+        """Values that no parameter or buffer had a part in: what was fed in, and ops on that."""
+        producers = self.producers()
+        found: set[int] = set()
+        entered = {value for call in self.calls for value in call.inputs.values()}
+        read = {value for op in self.ops for value in op.inputs}
+        found |= (entered | read) - self.stored - set(producers)
+        for op in self.ops:
+            if set(op.inputs) <= found:
+                found.update(op.outputs)
+        return found
+
 
 def tensors_in(container: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
     """Every tensor in nested tuples, lists and dictionaries, with its place.
