@@ -26,6 +26,7 @@ from slimcli.network.structure.structure import (
 )
 
 NO_CHANNELS = "its outputs carry no channels"
+UNFOLLOWED = "its weight is computed in a way that tells nothing about its channels"
 
 
 def assemble(
@@ -210,7 +211,8 @@ def _layers(
         path = key.removeprefix("tensor:")
         numbers = [n for n in np.unique(grouping.group_of[labels]).tolist() if n >= 0]
         mine = sorted((groups[n] for n in numbers), key=lambda g: bool(g.frozen_reason))
-        name, reason = (mine[0].name, mine[0].frozen_reason) if mine else ("", NO_CHANNELS)
+        unknown = NO_CHANNELS if labels.any() else UNFOLLOWED
+        name, reason = (mine[0].name, mine[0].frozen_reason) if mine else ("", unknown)
         path, channels = _shown(path, len(labels), modules)
         kind = type(modules[path]).__name__ if path in modules else "tensor"
         rows.setdefault(path, LayerRow(path, kind, channels, name, reason))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from torch import Tensor, nn
 
 from slimcli.network.structure.nodes import Kind, Node
-from slimcli.network.structure.planes import labels_of
+from slimcli.network.structure.planes import SHIFT, labels_of, squeeze_equal
 from slimcli.network.structure.record import Consumer, Producer
-from slimcli.network.structure.trace import Op
+from slimcli.network.structure.trace import Op, Planes
 
 MIXING = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
 """Modules that can be named as the place of a producer; subclasses included."""
@@ -28,7 +29,7 @@ def caller(op: Op, weight: Tensor, plane: Tensor | None) -> str:
         owner = source.name if source else ""
     path, module = op.tracer.calls.top()
     names = op.record.sources.names_of(owner)
-    inside = any(name.startswith(f"{path}.") if path else True for name in names)
+    inside = not owner or any(name.startswith(f"{path}.") if path else True for name in names)
     if isinstance(module, MIXING) and inside:
         return path
     return f"tensor:{owner}"
@@ -37,6 +38,8 @@ def caller(op: Op, weight: Tensor, plane: Tensor | None) -> str:
 def only_plane(op: Op, tensor: Tensor, axis: int) -> Tensor | None:
     """The plane of a weight along an axis; more than one there, or a tilted one, is frozen."""
     found = [plane for plane in op.planes(tensor) if plane.shape[axis] > 1]
+    if len(found) == 1 and found[0].numel() != found[0].shape[axis]:
+        found = [squeeze_equal(found[0])]
     if len(found) == 1 and found[0].numel() == found[0].shape[axis]:
         return found[0]
     op.freeze_planes(found, "the weight is computed in a way that mixes its axes")
@@ -71,6 +74,40 @@ def add_producer(
         Producer(op.record.next_order(), key, labels.reshape(-1).numpy(), is_plain, tuple(biases))
     )
     return op.record.table.add(Node(Kind.PRODUCER, name=key))
+
+
+def note_unfollowed(op: Op, size: int) -> None:
+    """The running layer makes channels with a weight that tells nothing about them."""
+    path, module = op.tracer.calls.top()
+    if isinstance(module, MIXING) and size > 1:
+        op.record.layers.setdefault(path, np.zeros(size, dtype=np.int64))
+
+
+def bias_behind(op: Op) -> Sequence[Planes] | None:
+    """What ``added`` gives where a layer adds its own bias behind its product; None elsewhere.
+
+    Torch does so for inputs that don't lie in memory as rows; the bias then belongs to the layer
+    as much as one that is added inside the product.
+    """
+    path, module = op.tracer.calls.top()
+    if not isinstance(module, MIXING) or len(op.args) != 2 or op.kwargs:
+        return None
+    value, bias = op.args
+    planes, biases = op.planes(value), op.planes(bias) if isinstance(bias, Tensor) else ()
+    node = op.record.table.add(Node(Kind.PRODUCER, name=path))
+    if bias is not getattr(module, "bias", None) or len(planes) != 1 or len(biases) != 1:
+        return None
+    if planes[0].shape[-1] != biases[0].shape[-1] or np.any(planes[0].numpy() >> SHIFT != node):
+        return None
+    op.record.tie(planes[0], biases[0], "a bias that is shared")
+    producers = op.record.producers
+    for number in range(len(producers) - 1, -1, -1):
+        if producers[number].key == path:
+            labels = labels_of(biases[0]).numpy()
+            found = producers[number]
+            producers[number] = replace(found, biases=(*found.biases, labels))
+            return [planes]
+    return None
 
 
 def weights_only(op: Op) -> Callable[[Tensor], bool]:

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from slimcli.network.structure.nodes import Kind, Node
 from slimcli.network.structure.planes import labels_of, nodes_of, pack
-from slimcli.network.structure.producing import add_consumer, add_producer, caller, only_plane
+from slimcli.network.structure.producing import (
+    add_consumer,
+    add_producer,
+    caller,
+    note_unfollowed,
+    only_plane,
+)
 from slimcli.network.structure.record import MacTerm, Producer
 from slimcli.network.structure.rules_norm import channel_rows
 from slimcli.network.structure.rules_pointwise import map_nodes
@@ -116,6 +122,7 @@ def _outputs(op: Op, leaving: Tensor | None, groups: int, transposed: bool) -> P
     if leaving is None:
         if size > 1:
             op.freeze([bias], FIXED_WEIGHT)
+        note_unfollowed(op, size)
         return NO_PLANES
     labels = labels_of(leaving).reshape(-1)
     labels = labels.repeat(groups) if transposed else labels

@@ -11,10 +11,17 @@ from torch import Tensor
 
 from slimcli.network.structure.nodes import Kind, Node
 from slimcli.network.structure.planes import broadcast, entries, labels_of, pack
-from slimcli.network.structure.producing import add_consumer, add_producer, caller, weights_only
+from slimcli.network.structure.producing import (
+    add_consumer,
+    add_producer,
+    bias_behind,
+    caller,
+    note_unfollowed,
+    weights_only,
+)
 from slimcli.network.structure.record import Consumer, MacTerm
 from slimcli.network.structure.rules_conv import FIXED_INPUT, FIXED_WEIGHT
-from slimcli.network.structure.rules_pointwise import combine_nodes, map_nodes
+from slimcli.network.structure.rules_pointwise import combine_nodes, map_nodes, pointwise
 from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule
 
 
@@ -72,6 +79,12 @@ def linear(op: Op) -> Sequence[Planes]:
     return [_with_bias(op, bias, planes) if bias is not None else planes]
 
 
+def added(op: Op) -> Sequence[Planes]:
+    """``add``, also of a bias behind the product of its layer."""
+    found = bias_behind(op)
+    return pointwise(op) if found is None else found
+
+
 class _Transposed:
     """A weight seen as its transpose: shape and planes, no data."""
 
@@ -99,6 +112,8 @@ def multiply(op: Op, left: Any, right: Any, output: Tensor, bias: Any = None) ->
         _contract(op, arrivals, [p.transpose(-1, -2) for p in readers], weight, b_weight)
     else:
         _contract(op, [p.transpose(-1, -2) for p in readers], arrivals, left, True)
+    if not b:
+        note_unfollowed(op, output.shape[-1])
     rows = [p for p in a if p.shape[-1] == 1]
     columns = [p for p in b if p.shape[-2] == 1]
     result = _leaving(op, columns, weight if b_weight and not a_weight else None, -1, bias)
@@ -258,6 +273,7 @@ RULES: dict[str, Rule] = {
     "addmm": added_product,
     "baddbmm": added_product,
     "linear": linear,
+    "add": added,
     "embedding": embedding,
     **dict.fromkeys(_ATTENTION.split(), attention),
 }

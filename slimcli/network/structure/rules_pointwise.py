@@ -184,13 +184,24 @@ def filled(op: Op) -> Sequence[Planes]:
 
 
 def like(op: Op) -> Sequence[Planes]:
-    """``ones_like`` and ``new_empty`` of the same shape follow the tensor they are made from."""
-    same_shape = isinstance(op.output, Tensor) and op.output.shape == op.args[0].shape
-    if not same_shape:
+    """``ones_like`` and ``new_empty`` follow the tensor they are made from.
+
+    Axes of size one count as left out: dropout of whole channels draws ``(N, C, 1, 1)`` numbers.
+    """
+    source, output = op.args[0], op.output
+    if not isinstance(output, Tensor) or output.dim() != source.dim():
         return []
+    if any(size not in (1, old) for size, old in zip(output.shape, source.shape, strict=True)):
+        return []
+    planes = tuple(
+        plane
+        for plane in op.planes(source)
+        if all(output.shape[axis] > 1 for axis in active_axes(plane))
+    )
     if op.name in ("zeros_like", "new_zeros"):
-        return [op.planes(op.args[0])]
-    return filled(op)
+        return [planes]
+    node = _anything(op.record)
+    return [tuple(map_nodes(op.record, plane, lambda _: node) for plane in planes)]
 
 
 def masked(op: Op) -> Sequence[Planes]:

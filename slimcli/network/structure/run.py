@@ -17,6 +17,7 @@ from slimcli.network.structure import (
     rules_norm,
     rules_pointwise,
     rules_spatial,
+    rules_weights,
 )
 from slimcli.network.structure.modes import output_tensors
 from slimcli.network.structure.producing import MIXING
@@ -31,6 +32,7 @@ RULES: dict[str, Rule] = {
     **rules_matmul.RULES,
     **rules_conv.RULES,
     **rules_movement.RULES,
+    **rules_weights.RULES,
 }
 
 

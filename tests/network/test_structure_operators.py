@@ -1,0 +1,164 @@
+"""Single operators that had no rule, or the wrong one: what may be cut before and behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from slimcli.network.structure import Group, Structure, analyze
+
+from . import structures
+from .proving import EXACT, prepared, prunable, zeroed_and_cut
+
+Wrap = Callable[[nn.Module], nn.Module]
+
+
+class Between(structures.Net):
+    """Something between two layers."""
+
+    def __init__(self, between: nn.Module) -> None:
+        super().__init__(12)
+        self.a, self.between, self.b = (
+            structures.conv_bn(8, 16),
+            between,
+            structures.conv_bn(16, 12),
+        )
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.b(self.between(self.a(x)))
+
+
+def proven(model: nn.Module, batch: Tensor | None = None) -> Structure:
+    """The structure of a model; what it says can be cut was cut."""
+    torch.manual_seed(0)
+    model, example = prepared(model, structures.image() if batch is None else batch)
+    structure = analyze(model, example)
+    assert structure.notes == ()
+    for seed in range(3):
+        assert zeroed_and_cut(model, example, prunable(structure), seed)[0] <= EXACT
+    return structure
+
+
+DROPOUTS = [
+    nn.Dropout(0.3),
+    nn.Dropout2d(0.3),
+    torchvision.ops.StochasticDepth(0.3, "row"),
+    torchvision.ops.StochasticDepth(0.3, "batch"),
+    timm.layers.DropPath(0.3),
+    torchvision.ops.DropBlock2d(0.3, 3),
+]
+
+
+@pytest.mark.parametrize("layer", DROPOUTS, ids=lambda layer: type(layer).__name__)
+def test_dropout_of_any_kind_stops_no_cut(layer: nn.Module) -> None:
+    structure = proven(Between(layer))
+    assert [group.name for group in prunable(structure)] == ["stem.1", "a.1", "b.1"]
+
+
+@pytest.mark.parametrize("layer", [nn.AlphaDropout(0.3), nn.FeatureAlphaDropout(0.3)])
+def test_dropout_that_puts_noise_in_place_of_zeros_leaves_merging_only(layer: nn.Module) -> None:
+    group = proven(Between(layer)).group("a.1")
+    assert (group.exact_zero, group.exact_duplicate) == (False, True)
+    assert group.zero_reason == "a removed channel would not be zero where b.0 reads it"
+
+
+class Weights(structures.Net):
+    """Two convs whose weights are computed on the way."""
+
+    def __init__(self, wrap: Wrap) -> None:
+        super().__init__(12)
+        self.a, self.b = wrap(structures.conv(8, 16)), wrap(structures.conv(16, 12))
+        self.c = structures.conv_bn(12, 12)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.c(F.relu(self.b(F.relu(self.a(x)))))
+
+
+def standardized(kind: type[nn.Module]) -> Wrap:
+    return lambda layer: kind(layer.in_channels, layer.out_channels, 3, padding=1)
+
+
+COMPUTED: list[tuple[str, Wrap, str, list[str]]] = [
+    ("weight norm", parametrizations.weight_norm, "weight norm measures the length", ["b"]),
+    ("spectral norm", parametrizations.spectral_norm, "a product with a vector (mv) sums", []),
+    ("old spectral norm", nn.utils.spectral_norm, "a product with a vector (mv) sums", []),
+    ("standardized", standardized(timm.layers.StdConv2d), "a norm measures statistics", ["b"]),
+    ("scaled", standardized(timm.layers.ScaledStdConv2d), "a norm measures statistics", ["b"]),
+]
+
+
+@pytest.mark.parametrize(("name", "wrap", "reason", "cut"), COMPUTED, ids=[c[0] for c in COMPUTED])
+def test_weights_that_are_computed_are_cut_or_frozen_with_the_reason(
+    name: str, wrap: Wrap, reason: str, cut: list[str]
+) -> None:
+    structure = proven(Weights(wrap))
+    assert [group.name for group in prunable(structure)] == [*cut, "c.1"]
+    rows = {row.name: row for row in structure.layers}
+    assert list(rows) == ["stem.0", "a", "b", "c.0", "head"]
+    assert (rows["a"].channels, rows["b"].channels) == (16, 12)
+    assert rows["stem.0"].frozen_reason.startswith(reason)
+    assert rows["a"].frozen_reason.startswith(reason)
+
+
+def test_a_filter_with_weight_norm_is_zero_by_its_gain() -> None:
+    structure = proven(Weights(parametrizations.weight_norm))
+    group = structure.group("b")
+    gain, direction = "b.parametrizations.weight.original0", "b.parametrizations.weight.original1"
+    assert [slot.tensor for slot in group.producers] == [gain, "b.bias"]
+    assert [slot.tensor for slot in group.followers] == [direction]
+
+
+def test_a_layer_whose_weight_tells_nothing_is_in_the_table() -> None:
+    class Sorted(structures.Net):
+        def __init__(self) -> None:
+            super().__init__(12)
+            self.a, self.b = SortedConv(8, 16, 3, padding=1), structures.conv_bn(16, 12)
+
+        def body(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x))
+
+    structure = proven(Sorted())
+    row = next(row for row in structure.layers if row.name == "a")
+    assert (row.type, row.channels, row.group) == ("SortedConv", 16, "")
+    assert "computed in a way that tells nothing about its channels" in row.frozen_reason
+    assert [group.name for group in prunable(structure)] == ["b.1"]
+
+
+class SortedConv(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight.sort(0).values.sort(1).values
+        return F.conv2d(input, weight, self.bias, padding=self.padding)
+
+
+class Tokens(nn.Module):
+    """Linear layers over the last axis of three; the transpose leaves no rows in memory."""
+
+    def __init__(self, is_turned: bool) -> None:
+        super().__init__()
+        self.is_turned = is_turned
+        self.a, self.b, self.head = nn.Linear(8, 16), nn.Linear(16, 12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x.transpose(0, 1) if self.is_turned else x))
+        return self.head(F.relu(self.b(x)))
+
+
+@pytest.mark.parametrize("is_turned", [False, True])
+def test_linear_layers_over_tokens_leave_no_constants(is_turned: bool) -> None:
+    structure = proven(Tokens(is_turned), torch.randn(3, 6, 8))
+    groups = prunable(structure)
+    assert [group.name for group in groups] == ["a", "b"]
+    assert [group.constants for group in groups] == [(), ()]
+    assert [tensors(group) for group in groups] == [["a.bias", "a.weight"], ["b.bias", "b.weight"]]
+    assert all(group.is_linear for group in groups)
+
+
+def tensors(group: Group) -> list[str]:
+    return sorted(slot.tensor for slot in group.producers)
