@@ -56,6 +56,27 @@ class NotFinite(Exception):
         self.data = data
 
 
+class LateNumber:
+    """A number on its way from the device, asked for when the work behind it has been queued.
+
+    ``item()`` here and now would leave a GPU without work until the next call reaches it.
+    """
+
+    def __init__(self, scalar: Tensor) -> None:
+        self._event: torch.Event | None = None
+        self._scalar = scalar.detach()
+        if scalar.device.type != "cpu":
+            self._scalar = self._scalar.to("cpu", non_blocking=True)
+            self._event = torch.Event(scalar.device)
+            self._event.record()
+
+    def value(self) -> float:
+        """The number; waits for it, and for nothing that was queued later."""
+        if self._event is not None:
+            self._event.synchronize()
+        return float(self._scalar.item())
+
+
 class Stepper:
     """Takes optimizer steps on one model; knows processes, precision and accumulation."""
 
@@ -105,25 +126,31 @@ class Stepper:
         """
         subject = self.subject
         self.optimizer.zero_grad(set_to_none=True)
-        total, size = 0.0, 0
+        losses: list[LateNumber] = []
         values = StepValues({}, 0)
         for index, batch in enumerate(window):
             parts = (index, len(window))
             loss, prediction, data = self._backward(batch, first + index, progress.epoch, parts)
-            total, size = total + loss * batch.size, size + batch.size
+            losses.append(loss)
             if index == len(window) - 1 and wants_metrics and self.training.train_metrics:
                 values.metrics = self._metrics(prediction, data)
                 values.measured = batch.size
+        numbers = [each.value() for each in losses]
+        for index, number in enumerate(numbers):
+            if not math.isfinite(number):
+                raise NotFinite(number, first + index, window[index].data)
         self._settle_gradients()
         subject.compressor.after_backward(subject.model, progress)
         skipped = self._optimizer_step()
         subject.compressor.after_step(subject.model, progress, skipped)
-        values.loss, values.size = {"loss": total / size}, size
+        values.size = sum(batch.size for batch in window)
+        total = sum(number * batch.size for number, batch in zip(numbers, window, strict=True))
+        values.loss = {"loss": total / values.size}
         return values
 
     def _backward(
         self, batch: Batch, number: int, epoch: int, parts: tuple[int, int]
-    ) -> tuple[float, Any, Any]:
+    ) -> tuple[LateNumber, Any, Any]:
         """Forward and backward of one batch, part ``parts[0]`` of ``parts[1]`` of its step.
 
         Returns:
@@ -138,9 +165,7 @@ class Stepper:
             loss = checked_loss(hooks.calculate_loss_function(prediction, data), hooks)
             if self.around.teacher is not None:
                 loss = loss + self._pull(prediction, data)
-            value = loss.item()
-            if not math.isfinite(value):
-                raise NotFinite(value, number, data)
+            value = LateNumber(loss)
             self._run_backward(loss if count == 1 else loss / count)
         return value, prediction, data
 

@@ -278,12 +278,42 @@ def test_an_unreachable_target_is_refused_with_values_that_work() -> None:
     assert 0 < rate < 0.6
     assert refusals(**{**keys, "prune_rate": rate}) == []
     assert refusals(**{**keys, "prune_rate": rate + 0.011})[0].key == "prune_rate"
+    one = refusals(**{**keys, "prune_module_names": ("a.1",)})[0]
+    assert "the only prunable group holds at most" in one.what
 
 
 def test_a_network_without_anything_to_prune_is_refused() -> None:
     compressor = ResRepCompressor(ResRepConfig(warmup_epoch=0, lasso_decay="auto"))
     plan = compressor.plan(nn.Conv2d(2, 3, 1).double(), example(), SCHEDULE)
-    assert plan.refusals[0].what.startswith("nothing to prune with linear_bn (")
+    (refused,) = plan.refusals
+    assert refused.what.startswith("nothing to prune with linear_bn (")
+    assert refused.fix.startswith("slim inspect RECIPE shows what freezes each group")
+
+
+def test_where_skip_left_nothing_the_fix_is_a_narrower_skip() -> None:
+    (refused,) = refusals(skip=["a.*", "c.*"], warmup_epoch=0)
+    assert "a.1: left alone by skip" in refused.what.replace("a.1, c.1", "a.1")
+    assert refused.key == "skip"
+    assert "auto_find_module_strategy: all_bn" in refused.fix
+
+
+def test_where_only_coupled_groups_can_be_pruned_the_fix_is_the_strategy_that_takes_them() -> None:
+    class Trunk(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.block = nn.Conv2d(2, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+            self.fc = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.stem(x))
+            return self.fc((x + torch.relu(self.block(x))).mean((2, 3)))
+
+    compressor = ResRepCompressor(ResRepConfig(warmup_epoch=0, lasso_decay="auto"))
+    (refused,) = compressor.plan(Trunk().double(), example(), SCHEDULE).refusals
+    assert (refused.key, refused.fix) == (
+        "auto_find_module_strategy",
+        "auto_find_module_strategy: all_bn",
+    )
 
 
 def test_the_registry_knows_the_original_class_path() -> None:

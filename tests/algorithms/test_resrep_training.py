@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimcli.algorithms.resrep.config import ResRepConfig
 from slimcli.algorithms.resrep.method import ResRepCompressor
@@ -314,3 +315,53 @@ def one_slow_step(run: Run) -> None:
     run.optimizer.step()
     run.compressor.after_step(run.model, progress, False)
     run.step += 1
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes Python wait for a device: a number, a truth value, a list of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        waits = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero")
+        self.count += function.name() in waits
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_a_step_asks_the_device_for_nothing_unless_channels_are_masked(kind: str) -> None:
+    run = begin(kind, prune_interval=4)
+    quiet = 0
+    for _ in range(3 * STEPS):
+        before = run.compressor.updates_done
+        read_in_step = reads_of(run)
+        if run.compressor.updates_done == before:
+            assert read_in_step == 0
+            quiet += any(bool(each.masked.any()) for each in run.compressor.bundles)
+    assert quiet > 3
+
+
+def reads_of(run: Run) -> int:
+    """One step; how often the compressor made Python wait."""
+    compressor, reads = run.compressor, Reads()
+    run.compressor = Watched(compressor, reads)  # type: ignore[assignment]
+    one_step(run)
+    run.compressor = compressor
+    return reads.count
+
+
+class Watched:
+    """A compressor whose part of a step is counted."""
+
+    def __init__(self, compressor: ResRepCompressor, reads: Reads) -> None:
+        self.compressor, self.reads = compressor, reads
+
+    def after_backward(self, *arguments: object) -> None:
+        with self.reads:
+            self.compressor.after_backward(*arguments)  # type: ignore[arg-type]
+
+    def after_step(self, *arguments: object) -> None:
+        with self.reads:
+            self.compressor.after_step(*arguments)  # type: ignore[arg-type]

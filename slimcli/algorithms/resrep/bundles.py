@@ -27,6 +27,7 @@ class Bundles:
         locked: For each of them, whether it is zero for good, shape (n,).
         strengths: Lasso strength of each, float32, shape (n,).
         speeds: Speed to zero of each masked channel at learning rate 1, float32, shape (n,).
+        has_masked: Whether any channel is masked, known without asking the device.
     """
 
     def __init__(self, target: Target, base_strength: float) -> None:
@@ -37,6 +38,7 @@ class Bundles:
         self.locked = torch.zeros(size, dtype=torch.bool)
         self.strengths = torch.full((size,), base_strength)
         self.speeds = torch.zeros(size)
+        self.has_masked = False
         self._present: list[list[int]] = [list(range(place.size)) for place in target.places]
         self._indices: list[Tensor] = []
         self._index_rows()
@@ -84,6 +86,7 @@ class Bundles:
         """Masks channels (numbers before anything was cut), each with its lasso strength."""
         at = {channel: position for position, channel in enumerate(self.kept)}
         for channel, strength in zip(channels, strengths, strict=True):
+            self.has_masked = True
             self.masked[at[channel]] = True
             self.strengths[at[channel]] = strength
 
@@ -136,6 +139,7 @@ class Bundles:
         self.masked, self.locked = self.masked[stay], self.locked[stay]
         self.strengths, self.speeds = self.strengths[stay], self.speeds[stay]
         self.kept = [channel for channel in self.kept if channel not in gone]
+        self.has_masked = bool(self.masked.any())
 
     def refresh(self, present: Sequence[list[int]]) -> None:
         """Takes the rows that are still in each compactor (numbers before anything was cut)."""
@@ -157,6 +161,7 @@ class Bundles:
         device = self.masked.device
         self.kept = list(state["kept"])
         self.masked = state["masked"].to(device)
+        self.has_masked = bool(self.masked.any())
         self.locked = state["locked"].to(device)
         self.strengths = state["strengths"].to(device)
         self.speeds = state["speeds"].to(device)

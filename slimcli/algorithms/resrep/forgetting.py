@@ -75,7 +75,7 @@ def shrink_masked(
         lr: Learning rate of this step.
         momentum: Momentum of the compactors.
     """
-    if not bool(bundles.masked.any()):
+    if not bundles.has_masked:
         return
     active = bundles.masked & ~bundles.locked
     speeds = momentum * bundles.speeds + bundles.strengths

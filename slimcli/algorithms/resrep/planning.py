@@ -12,11 +12,11 @@ from slimcli.algorithms.resrep import budget
 from slimcli.algorithms.resrep.config import ResRepConfig
 from slimcli.algorithms.resrep.pacing import Pace, base_strength, distances, find_pace
 from slimcli.algorithms.resrep.selection import Limits, minimum_widths, updates_needed
-from slimcli.algorithms.resrep.targets import Target, find_targets
+from slimcli.algorithms.resrep.targets import LEFT_ALONE, Target, find_targets
 from slimcli.compressor import Goal, LayerPlan, Plan, Refusal, Schedule
 from slimcli.network.example import Example
 from slimcli.network.structure import Structure, analyze
-from slimcli.network.widths import kept, ratios_of, reasons_by_name
+from slimcli.network.widths import fits, kept, ratios_of, reasons_by_name
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def make_plan(config: ResRepConfig, model: nn.Module, example: Example, schedule
     elif _is_switched_off(config) or config.prune_rate == 0:
         plan.warnings.append("no layer is selected: this trains without compressing")
     else:
-        plan.refusals.append(_nothing_to_prune(config, structure, reasons))
+        plan.refusals.append(_nothing_to_prune(config, model, structure, reasons))
     plan.private = Analysis(structure, tuple(targets), pace, target_macs, limits)
     return plan
 
@@ -202,18 +202,43 @@ def _layers(
 
 
 def _nothing_to_prune(
-    config: ResRepConfig, structure: Structure, reasons: Mapping[str, str]
+    config: ResRepConfig, model: nn.Module, structure: Structure, reasons: Mapping[str, str]
 ) -> Refusal:
-    """No group is left; the reasons of the first few."""
-    frozen = {group.name: group.frozen_reason for group in structure.groups if group.frozen_reason}
-    told = [f"{name}: {reason}" for name, reason in {**reasons, **frozen}.items()][:3]
-    what = f"nothing to prune with {config.auto_find_module_strategy}"
-    if told:
-        what += f" ({'; '.join(told)})"
-    if config.auto_find_module_strategy.startswith("linear"):
-        wider = config.auto_find_module_strategy.replace("linear", "all")
-        return Refusal(what, "auto_find_module_strategy", f"auto_find_module_strategy: {wider}")
-    return Refusal(what, "prune_rate", "prune_rate: 0")
+    """No group is left: what keeps the groups, the commonest reason first, and what would help."""
+    names: dict[str, list[str]] = {}
+    for group in structure.groups:
+        reason = reasons.get(group.name) or group.frozen_reason or "is not selected"
+        names.setdefault(reason, []).append(group.name)
+    ranked = sorted(names.items(), key=lambda each: -len(each[1]))
+    told = [f"{', '.join(some[:3])}{' ...' if some[3:] else ''}: {why}" for why, some in ranked]
+    how = "prune_module_names" if config.prune_module_names else config.auto_find_module_strategy
+    what = f"nothing to prune with {how} ({'; '.join(told[:3]) or 'the model has no layer'})"
+    helps = []
+    skipped = [name for name, reason in reasons.items() if reason == LEFT_ALONE]
+    if skipped:
+        helps.append(("skip", "a narrower skip"))
+    helps += [
+        ("auto_find_module_strategy", f"auto_find_module_strategy: {strategy}")
+        for strategy in _helpful_strategies(config, model, structure)
+    ]
+    if not helps:
+        fix = "slim inspect RECIPE shows what freezes each group; prune_rate: 0 only trains"
+        return Refusal(what, "prune_rate", fix)
+    return Refusal(what, helps[0][0], ", or ".join(fix for _, fix in helps))
+
+
+def _helpful_strategies(config: ResRepConfig, model: nn.Module, structure: Structure) -> list[str]:
+    """The strategy that takes coupled groups too, where it leaves something to prune."""
+    if not config.auto_find_module_strategy.startswith("linear"):
+        return []
+    wider = config.auto_find_module_strategy.replace("linear", "all")
+    targets, _ = find_targets(model, structure, wider, None, ())
+    is_free = [not any(fits(each, target.group) for each in config.skip) for target in targets]
+    return [wider] if any(is_free) else []
+
+
+def _groups(count: int) -> str:
+    return "the only prunable group holds" if count == 1 else f"the {count} prunable groups hold"
 
 
 def _out_of_reach(
@@ -228,7 +253,7 @@ def _out_of_reach(
     most = removable(config.min_channels)
     what = (
         f"prune_rate {config.prune_rate:g} is out of reach: at min_channels {config.min_channels} "
-        f"the {len(sizes)} prunable groups hold at most {most:.1%} of the MACs"
+        f"{_groups(len(sizes))} at most {most:.1%} of the MACs"
     )
     fix = f"prune_rate: {math.floor(most * 100) / 100:g}"
     fewer = next(

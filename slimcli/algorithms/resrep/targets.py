@@ -16,6 +16,9 @@ Transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 PlainNorm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
+LEFT_ALONE = "left alone by skip"
+
+
 @dataclass(frozen=True)
 class Place:
     """One compactor.
@@ -81,7 +84,7 @@ def find_targets(
     alone = skipped(skip, selected)
     targets, reasons = [], {}
     for group in selected:
-        reason = "left alone by skip" if group.name in alone else why_not(model, structure, group)
+        reason = LEFT_ALONE if group.name in alone else why_not(model, structure, group)
         if reason:
             reasons[group.name] = reason
         else:
