@@ -25,11 +25,8 @@ class Between(structures.Net):
 
     def __init__(self, between: nn.Module) -> None:
         super().__init__(12)
-        self.a, self.between, self.b = (
-            structures.conv_bn(8, 16),
-            between,
-            structures.conv_bn(16, 12),
-        )
+        self.a, self.b = structures.conv_bn(8, 16), structures.conv_bn(16, 12)
+        self.between = between
 
     def body(self, x: Tensor) -> Tensor:
         return self.b(self.between(self.a(x)))
@@ -157,6 +154,54 @@ def test_linear_layers_over_tokens_leave_no_constants(is_turned: bool) -> None:
     assert [group.constants for group in groups] == [(), ()]
     assert [tensors(group) for group in groups] == [["a.bias", "a.weight"], ["b.bias", "b.weight"]]
     assert all(group.is_linear for group in groups)
+
+
+class Attention(nn.Module):
+    """Four heads of whatever size, fused; the scale is given or depends on that size."""
+
+    def __init__(self, scale: float | None) -> None:
+        super().__init__()
+        self.scale = scale
+        self.query, self.key, self.value = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(8, 16)
+        self.out, self.head = nn.Linear(16, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, tokens, _ = x.shape
+        layers = (self.query, self.key, self.value)
+        parts = (layer(x).view(n, tokens, 4, -1).transpose(1, 2) for layer in layers)
+        mixed = F.scaled_dot_product_attention(*parts, scale=self.scale)
+        return self.head(self.out(mixed.transpose(1, 2).reshape(n, tokens, -1)))
+
+
+def test_heads_get_narrower_only_where_the_scale_does_not_depend_on_them() -> None:
+    structure = proven(Attention(0.5), torch.randn(2, 6, 8))
+    assert [(g.name, g.size) for g in prunable(structure)] == [
+        ("query", 4),
+        ("value", 4),
+        ("out", 8),
+    ]
+    assert not structure.group("query").exact_duplicate
+    structure = proven(Attention(None), torch.randn(2, 6, 8))
+    reason = structure.group("query").frozen_reason
+    assert [group.name for group in prunable(structure)] == ["value", "out"]
+    assert reason.startswith("attention scales by the size of a head at ")
+    assert "F.scaled_dot_product_attention(*parts, scale=self.scale)" in reason
+
+
+def test_heads_whose_number_or_size_is_fixed_in_the_code_are_frozen_with_the_line() -> None:
+    blocks = torchvision.models.VisionTransformer(32, 8, 2, 4, 32, 64, num_classes=5)
+    structure = proven(blocks, torch.randn(2, 3, 32, 32))
+    prefix = "encoder.layers.encoder_layer_"
+    assert [g.name for g in prunable(structure)] == [f"{prefix}{n}.mlp.0" for n in (0, 1)]
+    swin = torchvision.models.SwinTransformer(
+        [4, 4], 24, [2, 2], [3, 6], [4, 4], num_classes=5, stochastic_depth_prob=0.0
+    )
+    structure = proven(swin, torch.randn(2, 3, 32, 32))
+    assert [group.name for group in prunable(structure)] == [
+        *("features.1.0.mlp.0", "features.1.1.mlp.0", "features.3.0.mlp.0", "features.3.1.mlp.0")
+    ]
+    reason = structure.group("features.1.0.attn.qkv.weight").frozen_reason
+    assert "3, num_heads, C // num_heads)" in reason
 
 
 def tensors(group: Group) -> list[str]:

@@ -218,11 +218,20 @@ def _count(
 
 
 def attention(op: Op) -> Sequence[Planes]:
-    """Fused attention: the value's channels pass, query and key must keep theirs."""
+    """Fused attention: the value's channels pass; query and key must keep theirs.
+
+    Where the user's code gives the scale, no number depends on the size of a head, and the channels
+    of query and key meet as in any product.
+    """
     query, key, value = op.args[:3]
     reason = "attention scales by the size of a head"
-    for tensor in (query, key):
-        op.freeze([tensor], reason)
+    if op.kwargs.get("scale") is None:
+        op.freeze([query, key], reason)
+    else:
+        tokens = [p for each in (query, key) for p in op.planes(each) if p.shape[-2] > 1]
+        op.freeze_planes(tokens, "attention over an axis with channels")
+        left, right = ([p for p in op.planes(each) if p.shape[-1] > 1] for each in (query, key))
+        _contract(op, left, right, key, False)
     op.freeze(
         [t for t in op.tensors() if all(t is not each for each in (query, key, value))], reason
     )
