@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import math
+import socket
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -137,8 +138,8 @@ class EventLog:
 
     def _scalars(self, record: Event) -> None:
         """TensorBoard's file, written here and now: a thread could not tell of a full disk."""
-        from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event as BoardEvent
+        from tensorboardX.record_writer import RecordWriter
         from tensorboardX.summary import scalar
 
         assert self.folder is not None
@@ -147,13 +148,16 @@ class EventLog:
         with _disk(folder):
             if self._board is None:
                 folder.mkdir(exist_ok=True)
-                self._board = EventsWriter(str(folder / "events"))
+                name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
+                self._board = RecordWriter(str(folder / name))
+                head = BoardEvent(wall_time=time.time(), file_version="brain.Event:2")
+                self._board.write(head.SerializeToString())
             for name, value in flat(record).items():
                 numeric = isinstance(value, int | float) and not isinstance(value, bool)
                 if numeric and name not in ("step", "epoch", "epochs"):
                     summary = scalar(f"{record['stage']}/{record['event']}/{name}", value)
                     event = BoardEvent(wall_time=time.time(), step=x, summary=summary)
-                    self._board.write_event(event)
+                    self._board.write(event.SerializeToString())
             if record["event"] != "step":
                 self._board.flush()
 
@@ -167,7 +171,10 @@ class EventLog:
         if board is not None:
             assert self.folder is not None
             with _disk(self.folder / "tensorboard"):
-                board.close()
+                try:
+                    board.flush()
+                finally:
+                    board.close()
 
 
 class _disk:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import gc
 import json
 from collections import Counter, OrderedDict, namedtuple
 from enum import Enum
@@ -256,6 +257,8 @@ def test_tensorboard_gets_the_numbers_under_the_names_of_the_events(tmp_path: Pa
     assert found == [(1, 0.5), (2, 0.75)]
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("error::ResourceWarning")
 def test_a_disk_that_fills_up_under_tensorboard_is_told_in_our_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,3 +272,4 @@ def test_a_disk_that_fills_up_under_tensorboard_is_told_in_our_words(
     with pytest.raises(RunError, match="slim resume"):
         log.close()
     log.close()
+    gc.collect()  # a file that was left open would be told of here
