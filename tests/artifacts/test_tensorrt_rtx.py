@@ -1,12 +1,10 @@
 """The real parser and builder of TensorRT-RTX, which need no GPU."""
 
-import inspect
-
 import onnx
 import pytest
 
 from slimcli.artifacts import lint
-from slimcli.artifacts.tensorrt import api, builder, engine
+from slimcli.artifacts.tensorrt import builder, engine
 from slimcli.artifacts.tensorrt.audit import audit
 from slimcli.errors import RunError
 
@@ -53,31 +51,6 @@ def test_a_refusal_names_node_and_operator(tmp_path):
     onnx.save_model(PAIRS["Q1"][0](), tmp_path / "model.onnx")
     with pytest.raises(RunError, match=r"node QuantizeLinear_3 \(QuantizeLinear\)  parse: .*zero"):
         builder.build(rtx, builder.BuildSpec(tmp_path / "model.onnx"))
-
-
-@pytest.mark.parametrize(
-    ("protocol", "name"),
-    [
-        (api.Builder, "Builder"), (api.BuilderConfig, "IBuilderConfig"),
-        (api.Engine, "ICudaEngine"),
-        (api.ExecutionContext, "IExecutionContext"), (api.HostMemory, "IHostMemory"),
-        (api.Network, "INetworkDefinition"), (api.NetworkTensor, "ITensor"),
-        (api.Parser, "OnnxParser"), (api.ParserError, "ParserError"),
-        (api.Profile, "IOptimizationProfile"), (api.Runtime, "Runtime"),
-        (api.TimingCache, "ITimingCache"), (api.BuilderFlags, "BuilderFlag"),
-    ],
-)  # fmt: skip
-def test_our_description_of_the_api_is_true(protocol, name):
-    real = getattr(rtx, name)
-    members = [m for m in (*vars(protocol), *protocol.__annotations__) if not m.startswith("_")]
-    assert members or protocol is api.HostMemory
-    assert [member for member in members if not hasattr(real, member)] == []
-
-
-def test_everything_used_of_the_module_exists():
-    members = [m for m in (*vars(api.TensorRT), *api.TensorRT.__annotations__) if m[0] != "_"]
-    assert [member for member in members if not hasattr(rtx, member)] == []
-    assert inspect.isfunction(rtx.nptype)
 
 
 def test_an_engine_with_a_free_batch_is_built_and_audited(quantized_file):

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import sys
+from types import SimpleNamespace
+from unittest.mock import create_autospec
 
 import numpy as np
 import onnx
@@ -160,6 +163,126 @@ def test_pycuda_that_is_not_there_is_told_with_the_command():
             runner.PycudaBuffers()
     else:
         pytest.skip("pycuda works here")
+
+
+class FakeDriver:
+    """The calls of pycuda.driver that are used, with its signatures.
+
+    As with the real one, copies happen when the stream gets to them and not before.
+    """
+
+    def __init__(self):
+        self.memory, self.queue, self.freed, self.sizes = {}, [], [], []
+        self.mem_alloc = create_autospec(lambda bytes: None, side_effect=self._alloc)
+        self.memcpy_htod_async = create_autospec(
+            lambda dest, src, stream=None: None, side_effect=self._to_device
+        )
+        self.memcpy_dtoh_async = create_autospec(
+            lambda dest, src, stream=None: None, side_effect=self._to_host
+        )
+        self.Stream = create_autospec(lambda flags=0: None, side_effect=self._stream)
+
+    def _stream(self, flags=0):
+        return SimpleNamespace(handle=HostBuffers.stream, synchronize=self.run)
+
+    def run(self):
+        while self.queue:
+            self.queue.pop(0)()
+
+    def _alloc(self, bytes):
+        address = 1000 + len(self.sizes)
+        self.sizes.append(bytes)
+        self.memory[address] = np.zeros(bytes, np.uint8)
+
+        def free():
+            self.freed.append(address)
+            del self.memory[address]
+
+        class Allocation:
+            def __int__(self):
+                return address
+
+        Allocation.free = staticmethod(free)
+        return Allocation()
+
+    def _to_device(self, dest, src, stream=None):
+        assert stream.handle == HostBuffers.stream
+        view = self.memory[int(dest)][: src.nbytes]
+        self.queue.append(lambda: view.__setitem__(slice(None), src.reshape(-1).view(np.uint8)))
+
+    def _to_host(self, dest, src, stream=None):
+        assert stream.handle == HostBuffers.stream
+        view = self.memory[int(src)][: dest.nbytes]
+        self.queue.append(lambda: dest.reshape(-1).view(np.uint8).__setitem__(slice(None), view))
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    made = FakeDriver()
+    autoinit = SimpleNamespace(context=SimpleNamespace())
+    package = SimpleNamespace(driver=made, autoinit=autoinit, __path__=[])
+    for name, module in (("", package), (".driver", made), (".autoinit", autoinit)):
+        monkeypatch.setitem(sys.modules, f"pycuda{name}", module)
+    return made
+
+
+def doubling_on_device(driver):
+    """The engine y = 2 x whose addresses are those of the driver."""
+    shapes, addresses = {}, {}
+
+    def double():
+        size = 4 * int(np.prod(shapes["x"]))
+        x, y = (driver.memory[addresses[name]][:size].view(np.float32) for name in "xy")
+        y[:] = 2 * x
+
+    context = strict(
+        api.ExecutionContext,
+        set_input_shape=lambda name, shape: shapes.update({name: shape}) or True,
+        get_tensor_shape=lambda name: shapes["x"],
+        set_tensor_address=lambda name, address: addresses.update({name: address}) or True,
+        execute_async_v3=lambda stream: driver.queue.append(double) or stream == HostBuffers.stream,
+    )
+    return strict(
+        api.Engine,
+        num_io_tensors=2,
+        get_tensor_name=lambda index: "xy"[index],
+        get_tensor_mode=lambda name: {"x": "in", "y": "out"}[name],
+        get_tensor_dtype=lambda name: np.float32,
+        create_execution_context=context,
+    )
+
+
+def test_pycuda_uploads_runs_and_downloads_in_the_order_of_the_stream(path, driver):
+    trt, _ = fake_tensorrt(engine=doubling_on_device(driver))
+    engine_ = runner.EngineRunner(path, trt, runner.PycudaBuffers())
+    x = np.arange(12, dtype=np.float64).reshape(3, 4).T  # neither float32 nor contiguous
+    found = engine_.run({"x": x})["y"]
+    assert found.dtype == np.float32
+    assert np.array_equal(found, 2 * x)
+    assert driver.queue == []
+    assert np.array_equal(engine_.run({"x": torch.ones(2, 3)})["y"], np.full((2, 3), 2.0))
+
+
+def test_pycuda_memory_serves_again_and_is_freed_where_it_is_too_small(path, driver):
+    trt, _ = fake_tensorrt(engine=doubling_on_device(driver))
+    engine_ = runner.EngineRunner(path, trt, runner.PycudaBuffers())
+    for samples in (2, 1, 2, 5):
+        values = np.full((samples, 3), samples, np.float32)
+        assert np.array_equal(engine_.run({"x": values})["y"], 2 * values)
+    assert driver.sizes == [24, 24, 60, 60]
+    assert driver.freed == [1000, 1001]
+    engine_.enqueue({"x": np.ones((6, 3), np.float32)})  # frees what nothing waits for any more
+    assert np.array_equal(engine_.buffers.download("y"), np.full((6, 3), 2.0))
+
+
+def test_pycuda_without_a_driver_is_told_with_what_it_said(monkeypatch):
+    def fail(name, *_):
+        raise RuntimeError("cuInit failed: no CUDA-capable device is detected")
+
+    finder = SimpleNamespace(find_spec=lambda name, *_: fail(name) if "pycuda" in name else None)
+    monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
+    with pytest.raises(MissingError, match="no CUDA-capable device is detected"):
+        runner.PycudaBuffers()
 
 
 def test_the_gpu_is_described_or_none():

@@ -65,6 +65,7 @@ class TorchBuffers:
 
         wanted = torch.from_numpy(np.empty(0, dtype)).dtype
         tensor = torch.as_tensor(array).detach().to(self.device, wanted).contiguous()
+        tensor.record_stream(self._stream)
         self._kept[name] = tensor
         # The copy ran on the current stream; the engine runs on another one.
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -76,6 +77,7 @@ class TorchBuffers:
 
         wanted = torch.from_numpy(np.empty(0, dtype)).dtype
         self._kept[name] = torch.empty(shape, dtype=wanted, device=self.device)
+        self._kept[name].record_stream(self._stream)
         return int(self._kept[name].data_ptr())
 
     def download(self, name: str) -> Any:
@@ -103,14 +105,15 @@ class PycudaBuffers:
             raise MissingError(
                 Problem(
                     "E-PYCUDA-MISSING", "pycuda cannot be used here", received=str(error),
-                    fix='pip install "slimcli[pycuda]" (compiles; needs the CUDA toolkit), or'
-                    " --buffers torch",
+                    fix='pip install "slimcli[pycuda]" (compiles; needs the CUDA toolkit), or leave'
+                    " `buffers` out: torch needs no pycuda",
                 )
             ) from error  # fmt: skip
         self._driver = driver
         self._context = pycuda.autoinit.context
         self._stream = driver.Stream()
         self._device: dict[str, Any] = {}
+        self._bytes: dict[str, int] = {}
         self._host: dict[str, Any] = {}
 
     @property
@@ -122,14 +125,23 @@ class PycudaBuffers:
         """Copies an input to the device; its address."""
         host = np.ascontiguousarray(array, dtype)
         self._host[name] = host
-        self._device[name] = self._driver.mem_alloc(max(1, host.nbytes))
+        address = self._allocate(name, host.nbytes)
         self._driver.memcpy_htod_async(self._device[name], host, self._stream)
-        return int(self._device[name])
+        return address
 
     def reserve(self, name: str, shape: tuple[int, ...], dtype: Any) -> int:
         """Memory for an output; its address."""
         self._host[name] = np.empty(shape, dtype)
-        self._device[name] = self._driver.mem_alloc(max(1, self._host[name].nbytes))
+        return self._allocate(name, self._host[name].nbytes)
+
+    def _allocate(self, name: str, size: int) -> int:
+        """Device memory of at least ``size`` bytes; what is there already serves again."""
+        if self._bytes.get(name, 0) < max(1, size):
+            if name in self._device:
+                self.synchronize()  # something on the stream may still use it
+                self._device.pop(name).free()
+            self._bytes[name] = max(1, size)
+            self._device[name] = self._driver.mem_alloc(self._bytes[name])
         return int(self._device[name])
 
     def download(self, name: str) -> Any:

@@ -200,6 +200,8 @@ class FakeQuant(nn.Module):
         if self.is_weight:
             self.set_amax(newest)
             return
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(newest, torch.distributed.ReduceOp.MAX)
         self.batches_seen.add_(1)
         share = (1.0 / self.batches_seen).clamp(min=AVERAGING).to(self.amax.dtype)
         self.set_amax(self.amax + share * (newest - self.amax))
