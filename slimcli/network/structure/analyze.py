@@ -8,7 +8,7 @@ from slimcli.network.count import samples_in
 from slimcli.network.example import Example
 from slimcli.network.structure.assemble import assemble
 from slimcli.network.structure.groups import build, first_choices
-from slimcli.network.structure.left_alone import freeze_recurrent, freeze_unseen
+from slimcli.network.structure.left_alone import freeze_uncuttable, freeze_unseen
 from slimcli.network.structure.modes import (
     preserved_randomness,
     set_train_mode,
@@ -52,7 +52,7 @@ def trace(model: nn.Module, example: Example) -> Traced:
     """Runs the model in both modes and records what happens to its channels."""
     twin = share_copy(model)
     record = Record(Sources(twin))
-    freeze_recurrent(twin, record)
+    freeze_uncuttable(twin, record)
     notes: list[str] = []
     with preserved_randomness(), without_fast_path():
         twin.eval()

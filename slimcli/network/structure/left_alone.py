@@ -1,6 +1,7 @@
 """Layers that nothing is done to, and the channels beside them that must stay because of it.
 
-Recurrent layers keep one width inside all their gates; layers that did not run on the example may
+Recurrent layers keep one width inside all their gates; a wrapper of DDP would not hear of new
+parameters, and a TorchScript module gives none away; layers that did not run on the example may
 read or make channels as soon as the user's code takes another branch.
 """
 
@@ -10,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 import numpy as np
+import torch
 from torch import nn
 
 from slimcli.network.holders import owner_of
@@ -17,20 +19,33 @@ from slimcli.network.structure.planes import entries, labels_of
 from slimcli.network.structure.record import Record
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+DISTRIBUTED = (
+    "DistributedDataParallel would not share the gradients of the parameters that a cut makes: "
+    "give slim the module inside and wrap it afterwards"
+)
+SCRIPTED = "TorchScript modules can't be cut: give slim the Python module it was made from"
 NOT_RUN = "it did not run on the example"
 LISTED = 4
 """So many layers are named in a note."""
 
 
-def freeze_recurrent(model: nn.Module, record: Record) -> None:
-    """Freezes every channel that a recurrent layer reads or makes."""
+def freeze_uncuttable(model: nn.Module, record: Record) -> None:
+    """Freezes every channel of the modules that can't be cut, whatever runs."""
+    if isinstance(model, torch.jit.ScriptModule):
+        _freeze_below("", record, SCRIPTED)
     for path, module in model.named_modules():
         if isinstance(module, RECURRENT):
-            prefix = f"{path}." if path else ""
             reason = f"recurrent layers are left alone ({path or type(module).__name__})"
-            for dim in record.sources.dims:
-                if any(name.startswith(prefix) for name in record.sources.names_of(dim.tensor)):
-                    record.freeze_labels(np.arange(dim.first, dim.first + dim.size), reason)
+            _freeze_below(path, record, reason)
+        elif isinstance(module, nn.parallel.DistributedDataParallel):
+            _freeze_below(path, record, DISTRIBUTED)
+
+
+def _freeze_below(path: str, record: Record, reason: str) -> None:
+    prefix = f"{path}." if path else ""
+    for dim in record.sources.dims:
+        if any(name.startswith(prefix) for name in record.sources.names_of(dim.tensor)):
+            record.freeze_labels(np.arange(dim.first, dim.first + dim.size), reason)
 
 
 def freeze_unseen(model: nn.Module, record: Record) -> list[str]:
