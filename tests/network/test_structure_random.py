@@ -1,4 +1,4 @@
-"""Random networks of all constructs: zeroed equals cut, whatever the graph."""
+"""Random networks of all constructs: zeroed or equalized equals cut, whatever the graph."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from slimcli.network import surgery
 from slimcli.network.example import Example
 from slimcli.network.structure import analyze, zero_channels
+from slimcli.network.structure.rehearse import equalize_channels
 from slimcli.network.structure.trial import unequal
 
 EXACT = 1e-10
@@ -249,14 +250,18 @@ def test_any_network_is_cut_exactly_or_left_alone(seed: int, steps: int) -> None
     choose = torch.Generator().manual_seed(seed)
     cuts = []
     for group in structure.groups:
-        if group.is_prunable and group.exact_zero:
-            order = torch.randperm(group.size, generator=choose).tolist()
-            keep = int(torch.randint(1, group.size, (), generator=choose))
+        order = torch.randperm(group.size, generator=choose).tolist()
+        keep = int(torch.randint(1, group.size, (), generator=choose)) if group.size > 1 else 1
+        if group.is_prunable and (not group.exact_duplicate or (group.exact_zero and seed % 3)):
             zero_channels(model, group, order[keep:])
             cuts.append(group.cut(order[:keep]))
+        elif group.is_prunable:
+            clusters = sorted(sorted(order[start::keep]) for start in range(keep))
+            equalize_channels(model, group, clusters)
+            cuts.append(group.merge(clusters))
     with torch.no_grad():
-        zeroed = model(batch)
+        before = model(batch)
         cut = copy.deepcopy(model)
         surgery.apply(cut, cuts, example=example)
-        error = float((cut(batch) - zeroed).abs().max() / zeroed.abs().max().clamp_min(1e-30))
+        error = float((cut(batch) - before).abs().max() / before.abs().max().clamp_min(1e-30))
     assert error <= EXACT

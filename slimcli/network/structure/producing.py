@@ -13,7 +13,7 @@ from slimcli.network.structure.planes import SHIFT, labels_of, squeeze_equal
 from slimcli.network.structure.record import Consumer, Producer
 from slimcli.network.structure.trace import Op, Planes
 
-MIXING = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
+MIXING = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.EmbeddingBag)
 """Modules that can be named as the place of a producer; subclasses included."""
 
 

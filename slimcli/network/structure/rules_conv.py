@@ -108,7 +108,7 @@ def _connect(
     add_consumer(
         op,
         path,
-        plane,
+        rows,
         torch.stack([labels_of(by_group).reshape(-1), labels_of(blocks).reshape(-1)]),
         takes_constants=not path.startswith("tensor:") and not any(op.args[4]) and not transposed,
         is_plain=groups == 1,

@@ -21,8 +21,9 @@ from slimcli.network.structure.producing import (
 )
 from slimcli.network.structure.record import Consumer, MacTerm
 from slimcli.network.structure.rules_conv import FIXED_INPUT, FIXED_WEIGHT
+from slimcli.network.structure.rules_norm import one_of_each
 from slimcli.network.structure.rules_pointwise import combine_nodes, map_nodes, pointwise
-from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule
+from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule, flat_tensors
 
 
 def product(op: Op) -> Sequence[Planes]:
@@ -156,19 +157,18 @@ def _contract(
     if is_weight:
         path = caller(op, weight, readers[0])
         absorbs = not path.startswith("tensor:")
-        add_consumer(
-            op, path, arrivals[0], labels_of(pairs), takes_constants=absorbs, is_plain=True
-        )
+        add_consumer(op, path, left, labels_of(pairs), takes_constants=absorbs, is_plain=True)
         return
     _meet(op, left, right)
 
 
 def _one_row(op: Op, plane: Tensor) -> Tensor:
     """Joins what differs along the row axis."""
+    if plane.shape[-2] == 1:
+        return plane
     first = plane.narrow(-2, 0, 1)
-    if plane.shape[-2] > 1:
-        op.record.join(first, plane)
-    return first
+    rows = plane.transpose(-1, -2).reshape(-1, plane.shape[-2])
+    return one_of_each(op.record, rows).view(first.shape)
 
 
 def _meet(op: Op, left: Tensor, right: Tensor) -> None:
@@ -257,12 +257,13 @@ def _count_attention(op: Op, query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def embedding(op: Op) -> Sequence[Planes]:
-    """Rows of a table: its last dimension produces channels."""
+    """Rows of a table, or sums of them: its last dimension produces channels."""
     weight, index = op.args[0], op.args[1]
     op.freeze([index], "channels are used as an index")
+    output = next(flat_tensors(op.output))
     for plane in op.planes(weight):
         if plane.shape[-1] > 1:
-            labels = labels_of(plane).reshape([1] * (op.output.dim() - 1) + [-1])
+            labels = labels_of(plane).reshape([1] * (output.dim() - 1) + [-1])
             node = add_producer(op, caller(op, weight, plane), labels, is_plain=True)
             return [(pack(labels, node),)]
     return []
@@ -283,6 +284,6 @@ RULES: dict[str, Rule] = {
     "baddbmm": added_product,
     "linear": linear,
     "add": added,
-    "embedding": embedding,
+    **dict.fromkeys(("embedding", "_embedding_bag", "_embedding_bag_forward_only"), embedding),
     **dict.fromkeys(_ATTENTION.split(), attention),
 }

@@ -218,6 +218,20 @@ def rolled(op: Op) -> Sequence[Planes]:
     return [planes]
 
 
+def shuffled(op: Op) -> Sequence[Planes]:
+    """``channel_shuffle``: blocks of axis 1 are interleaved, so that they shrink together."""
+    groups = int(op.args[1])
+    result: Planes = NO_PLANES
+    for plane in op.planes(op.args[0]):
+        size = plane.shape[1]
+        if size > 1:
+            add_split(op, plane, 1, size // groups, note_line(op, plane))
+            blocks = plane.reshape(plane.shape[0], groups, size // groups, *plane.shape[2:])
+            plane = blocks.transpose(1, 2).reshape(plane.shape)
+        result += (plane,)
+    return [result]
+
+
 def repeated(op: Op) -> Sequence[Planes]:
     """``repeat``: executed along axes with channels only."""
     repeats = list(op.args[1])
@@ -270,6 +284,7 @@ RULES: dict[str, Rule] = {
     **_table(indexed, "index"),
     **_table(gathered, "gather index_select"),
     **_table(rolled, "roll flip"),
+    **_table(shuffled, "channel_shuffle native_channel_shuffle"),
     **_table(repeated, "repeat"),
     **_table(im2col, "im2col"),
     **_table(nothing, "_local_scalar_dense is_same_size sym_size is_nonzero equal"),

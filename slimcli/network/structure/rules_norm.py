@@ -14,9 +14,10 @@ from slimcli.network.structure.planes import (
     axis_entries,
     entries,
     labels_of,
+    nodes_of,
     pack,
 )
-from slimcli.network.structure.record import Consumer
+from slimcli.network.structure.record import Consumer, Record
 from slimcli.network.structure.rules_pointwise import combine_nodes, map_nodes
 from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule, affine_node, flat_tensors
 
@@ -25,10 +26,27 @@ BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 def channel_rows(op: Op, plane: Tensor, axis: int) -> Tensor:
     """The packed entry of each index along an axis; what else occurs there is joined to it."""
-    rows = axis_entries(plane, axis)
-    if rows.shape[1] > 1:
-        op.record.join(rows[:, :1], rows)
-    return rows[:, 0]
+    return one_of_each(op.record, axis_entries(plane, axis))
+
+
+def one_of_each(record: Record, rows: Tensor) -> Tensor:
+    """The first entry of each row, joined with the rest of it.
+
+    Where a row has different entries (pixel shuffle puts four channels into one), its value is not
+    the same number everywhere, even if each of them is.
+    """
+    first = rows[:, 0]
+    if rows.shape[1] == 1:
+        return first
+    record.join(rows[:, :1], rows)
+    uneven = (rows != rows[:, :1]).any(1)
+    if not bool(uneven.any()):
+        return first
+    nodes = nodes_of(first).clone()
+    for row in torch.nonzero(uneven).flatten().tolist():
+        parents = tuple(node for node in torch.unique(nodes_of(rows[row])).tolist() if node)
+        nodes[row] = record.table.add(Node(Kind.JOIN, parents)) if parents else 0
+    return pack(labels_of(first), nodes)
 
 
 def batch_norm(op: Op) -> Sequence[Planes]:
@@ -50,8 +68,9 @@ def batch_norm(op: Op) -> Sequence[Planes]:
         tied = True
         rows = channel_rows(op, plane, 1)
         _tie_vectors(op, rows, op.args[1:5])
-        affine = affine_node(op.record, path if is_module else "")
-        result += (map_nodes(op.record, plane, affine),)
+        if not (measured and op.args[2] is None):  # its own mean and no shift: zero stays zero
+            plane = map_nodes(op.record, plane, affine_node(op.record, path if is_module else ""))
+        result += (plane,)
     if not tied:
         op.freeze(op.args[1:5], "a norm reads a tensor of fixed size")
     return [result]
@@ -80,7 +99,13 @@ def layer_norm(op: Op) -> Sequence[Planes]:
 
 
 def group_norm(op: Op) -> Sequence[Planes]:
-    """Statistics over blocks of axis 1."""
+    """Statistics over blocks of axis 1; a block of one channel is that channel's own affair."""
+    size, groups = int(op.args[4]), int(op.args[6])
+    if size == groups and all(plane.shape[1] > 1 for plane in op.planes(op.args[0])):
+        for plane in op.planes(op.args[0]):
+            _tie_vectors(op, channel_rows(op, plane, 1), op.args[1:3])
+        affine = affine_node(op.record, "")
+        return [tuple(map_nodes(op.record, plane, affine) for plane in op.planes(op.args[0]))]
     reason = "group norm measures statistics over channels"
     return _over_axes(op, range(1, op.args[0].dim()), reason)
 
