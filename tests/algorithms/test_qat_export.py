@@ -11,11 +11,13 @@ from onnx import numpy_helper
 from slimcli.algorithms.qat.config import QATConfig
 from slimcli.algorithms.qat.method import QATCompressor
 from slimcli.artifacts.onnx import OnnxModel, export
+from slimcli.artifacts.tensorrt import builder, engine
 from slimcli.compressor import Schedule
 
 from .qat_networks import NETWORKS, build, example_of
 
 HEAVY = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+TRANSPOSED = {"upsampling": 2, "unet": 1}
 MOVES = {"MaxPool", "Reshape", "Flatten", "Transpose"}
 
 
@@ -59,11 +61,26 @@ def test_onnxruntime_computes_the_codes_of_the_trained_network(name, granularity
     assert report.codes.agreement >= 0.999
     assert report.codes.distance <= 1
     session = OnnxModel(report.path)
+    assert session.input_names == ["x"]
     for batch in (1, 16, 47):
         images = torch.randn(batch, 3, 16, 16)
         noise = (session(images) - model(images)).square().sum()
         assert 10 * torch.log10(model(images).square().sum() / noise) > 30, batch
     check_graph(Graph(report.path), len(plan.targets))
+    onnx.checker.check_model(str(report.path), full_check=True)
+    assert [each.rule for each in report.findings] == ["Q9"] * TRANSPOSED.get(name, 0)
+    check_engine(report.path, len(plan.targets), TRANSPOSED.get(name, 0))
+
+
+def check_engine(path, heavy_count, transposed):
+    """TensorRT-RTX builds it for batches 1 to 47, in int8 but for transposed convolutions."""
+    rtx = pytest.importorskip("tensorrt_rtx", reason="the extra rtx is not installed")
+    shapes = engine.batch_shapes(path, (1, 16, 47))
+    spec = builder.BuildSpec(path, shapes, compute_capabilities=("SM80",))
+    built = engine.build_engine(rtx, spec, path.with_suffix(".engine"), None)
+    assert len(built.audit.int8) == heavy_count - transposed, str(built.audit)
+    assert built.audit.heavy == heavy_count
+    assert all("ConvTranspose" in node for node in built.audit.other)
 
 
 def check_graph(graph, heavy_count):

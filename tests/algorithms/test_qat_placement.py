@@ -14,6 +14,7 @@ from slimcli.network.quantize.audit import float_readers
 from slimcli.network.quantize.fake_quant import Phase, quantizers, set_phase
 from slimcli.network.quantize.insert import insert, remove
 from slimcli.network.quantize.place import place
+from slimcli.network.quantize.record import record_forward
 
 from .qat_networks import NETWORKS, Residual, build, conv, example_of, predict
 
@@ -92,6 +93,30 @@ def test_every_spelling_of_sums_and_activations_gives_the_same_quantizers(spelli
     }
 
 
+def quantized_sums(model, example):
+    """Additions of two tensors of one shape, one of which comes out of a quantizer."""
+    record, names = record_forward(copy.deepcopy(model), example), set(quantizers(model))
+    on_grid = {
+        value for call in record.calls if call.module in names for value in call.outputs.values()
+    }
+    sums = [op for op in record.ops if op.name in ("add", "iadd") and len(set(op.shapes)) == 1]
+    return [len(on_grid & set(op.inputs)) for op in sums if len(op.inputs) == 2]
+
+
+@pytest.mark.parametrize("spelling", ["+", "F.relu", "torch.add", "add", "+="])
+def test_in_every_spelling_the_sum_reads_the_quantized_skip_and_the_float_convolution(spelling):
+    model = Residual(spelling).eval()
+    assert placed(model).notes == ()
+    assert quantized_sums(quantized(model), example_of()) == [1]
+
+
+def test_the_sums_of_known_networks_read_quantized_skips():
+    for name, blocks in (("resnet18", 8), ("mobilenet_v2", 10)):
+        model = quantized(getattr(torchvision.models, name)().eval(), example_of(64))
+        assert quantized_sums(model, example_of(64)) == [1] * blocks, name
+    assert quantized_sums(quantized(build("depthwise")), example_of()) == [1]
+
+
 @pytest.mark.parametrize("spelling", ["+", "F.relu", "torch.add", "add", "+="])
 def test_every_spelling_computes_the_same_quantized_function(spelling):
     example = example_of()
@@ -102,38 +127,58 @@ def test_every_spelling_computes_the_same_quantized_function(spelling):
     assert torch.equal(*results)
 
 
-def test_a_concatenation_is_quantized_once_behind_it():
-    placement = placed(build("concat"))
-    assert readers(placement)["join.input"] == ("join",)
-    assert len([each for each in placement.activations if "join" in each.readers]) == 1
+SNAPSHOTS = {
+    # A pooled tensor keeps the quantizer of the tensor it was pooled from, and a concatenation is
+    # quantized once, behind it.
+    "concat": {
+        "stem.0.input": (("stem.0",), ("input", "stem.0")),
+        "left.input": (("left", "right", "pooled"), ("output", "stem.2")),
+        "join.input": (("join",), ("input", "join")),
+        "fc.input": (("fc",), ("input", "fc")),
+    },
+    "depthwise": {
+        "stem.0.input": (("stem.0",), ("input", "stem.0")),
+        "expand.0.input": (("expand.0", "+ project.0"), ("output", "stem.2")),
+        "deep.0.input": (("deep.0",), ("input", "deep.0")),
+        "project.0.input": (("project.0",), ("input", "project.0")),
+        "fc.input": (("fc",), ("input", "fc")),
+    },
+    # A gate is not quantized where it multiplies.
+    "gated": {
+        "stem.input": (("stem",), ("input", "stem")),
+        "squeeze.input": (("squeeze",), ("input", "squeeze")),
+        "excite.input": (("excite",), ("input", "excite")),
+        "tail.input": (("tail",), ("input", "tail")),
+        "fc.input": (("fc",), ("input", "fc")),
+    },
+    # Transposed convolutions are quantized like others, and a joined tensor instead of its parts.
+    "unet": {
+        "enter.0.input": (("enter.0",), ("input", "enter.0")),
+        "below.0.input": (("below.0",), ("input", "below.0")),
+        "up.input": (("up",), ("input", "up")),
+        "merge.0.input": (("merge.0",), ("input", "merge.0")),
+        "head.input": (("head",), ("input", "head")),
+    },
+    "upsampling": {
+        "down.0.input": (("down.0",), ("input", "down.0")),
+        "up1.input": (("up1",), ("input", "up1")),
+        "up2.input": (("up2",), ("input", "up2")),
+    },
+}
 
 
-def test_a_pooled_tensor_keeps_the_quantizer_of_the_tensor_it_was_pooled_from():
-    assert readers(placed(build("concat")))["left.input"] == ("left", "right", "pooled")
-
-
-def test_a_gate_is_not_quantized_where_it_multiplies():
-    assert list(readers(placed(build("gated")))) == [
-        "stem.input",
-        "squeeze.input",
-        "excite.input",
-        "tail.input",
-        "fc.input",
+@pytest.mark.parametrize("name", sorted(SNAPSHOTS))
+def test_each_tensor_is_quantized_once_and_where(name):
+    placement = placed(build(name))
+    where = places(placement)
+    assert {home: (who, *where[home]) for home, who in readers(placement).items()} == SNAPSHOTS[
+        name
     ]
-
-
-def test_transposed_convolutions_are_quantized_like_others():
-    assert placed(build("upsampling")).quantized == ("down.0", "up1", "up2")
-
-
-def test_an_unet_quantizes_the_joined_tensor_not_its_parts():
-    assert list(readers(placed(build("unet")))) == [
-        "enter.0.input",
-        "below.0.input",
-        "up.input",
-        "merge.0.input",
-        "head.input",
-    ]
+    assert len(placement.quantized) == sum(
+        not isinstance(each, nn.BatchNorm2d) and hasattr(each, "weight")
+        for each in build(name).modules()
+    )
+    assert placement.notes == ()
 
 
 class Separated(nn.Module):
@@ -295,6 +340,7 @@ def test_a_model_that_cannot_be_traced_is_quantized_and_its_flat_skip_stays_floa
     assert placement.quantized == ("stem", "body", "fc")
     assert len(placement.notes) == 1
     assert placement.notes[0].startswith("the skip input of the addition after body stays float")
+    assert "+ body" not in [who for each in placement.activations for who in each.readers]
     assert "torch.fx cannot follow the model" in placement.notes[0]
     assert float_readers(quantized(Branching()), example_of()) == []
 

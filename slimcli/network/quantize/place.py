@@ -275,8 +275,9 @@ class _Placer:
                     path = input_path(call)
                     assert path is not None
                     unserved[need.layer] = Point("input", need.layer, path)
-            if points:
-                found.append(_activation(points, left, value in self.data))
+            reached = [each for each in left if each not in missed]
+            if reached:
+                found.append(_activation(points, reached, value in self.data))
         return found, unserved
 
     def _points(
@@ -296,11 +297,24 @@ class _Placer:
             if all(_covers(call, need) for need in readers):
                 return (point,), []
         points, missed = _cover(inputs, readers)
-        if missed and value in self.producers:
-            node = self.rewriter.node(self.producers[value])
-            if node:
-                return (Point("value", self.producers[value].module, (node,)),), []
-        return points, missed
+        inside = self._inside(value) if missed else None
+        return (points, missed) if inside is None else ((inside,), [])
+
+    def _inside(self, value: int) -> Point | None:
+        """The node of a forward that computes the value, or that calls the module that does."""
+        if value not in self.producers:
+            return None
+        op = self.producers[value]
+        node = self.rewriter.node(op)
+        if node:
+            return Point("value", op.module, (node,))
+        made = [each for each in self.places.outputs.get(value, []) if not each[0].path]
+        for _, call in sorted(made, key=lambda each: each[1].start, reverse=True):
+            if call.start < op.time < call.stop:
+                parent, node = self.rewriter.child_node(call)
+                if node:
+                    return Point("value", parent, (node,))
+        return None
 
     def _output(self, value: int, readers: Sequence[_Need]) -> Point | None:
         """The innermost module that makes the value and ends before its first reader."""

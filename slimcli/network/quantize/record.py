@@ -61,6 +61,9 @@ class Call:
         start: Position in the record at entry.
         stop: Position at exit.
         ops: Ops that ran directly in its forward so far.
+        parent: Number of the call in whose forward it was called; -1 for none.
+        ordinal: Number of this call among those of its parent.
+        children: Calls that its forward made so far.
     """
 
     module: str
@@ -70,6 +73,9 @@ class Call:
     outputs: dict[Path, int] = field(default_factory=dict)
     stop: int = -1
     ops: int = 0
+    parent: int = -1
+    ordinal: int = 0
+    children: int = 0
 
 
 @dataclass
@@ -243,6 +249,10 @@ class Recorder(TorchFunctionMode):
             self.clock += 1
             inputs = {path: self._value(each) for path, each in tensors_in((args, kwargs))}
             call = Call(name, len(self.record.calls), inputs, self.clock)
+            if self.stack:
+                above = self.stack[-1]
+                call.parent, call.ordinal = above.number, above.children
+                above.children += 1
             self.record.calls.append(call)
             self.stack.append(call)
 

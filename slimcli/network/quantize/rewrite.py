@@ -10,15 +10,19 @@ reads are constants from then on.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
 from slimcli.network.example import Example
 from slimcli.network.quantize.record import Call, Op, Record, Recorder, tensors_in
+
+Key = tuple[Literal["op", "child"], int]
+"""An op, or the call of a child, by its number in one forward."""
 
 
 class _ChildrenStay(fx.Tracer):
@@ -29,19 +33,21 @@ class _ChildrenStay(fx.Tracer):
 
 
 class _Matcher(fx.Interpreter):
-    """Runs a graph and notes which node ran which recorded op of the module itself."""
+    """Runs a graph and notes which node ran which op of the module or called which child."""
 
     def __init__(self, module: nn.Module, graph: fx.Graph, recorder: Recorder) -> None:
         super().__init__(module, graph=graph)
         self.recorder = recorder
-        self.nodes: dict[int, str] = {}
+        self.nodes: dict[Key, str] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         frame = self.recorder.stack[-1]
-        before = frame.ops
+        ops, children = frame.ops, frame.children
         result = super().run_node(n)
-        if frame.ops == before + 1:
-            self.nodes[before] = n.name
+        if (frame.ops, frame.children) == (ops + 1, children):
+            self.nodes["op", ops] = n.name
+        if (frame.ops, frame.children) == (ops, children + 1):
+            self.nodes["child", children] = n.name
         return result
 
 
@@ -60,20 +66,30 @@ class Rewriter:
     def __init__(self, model: nn.Module, record: Record, example: Example) -> None:
         self.model, self.record, self.example = model, record, example
         self.reason = ""
-        self.known: dict[str, dict[int, str] | str] = {}
+        self.known: dict[str, dict[Key, str] | str] = {}
 
     def node(self, op: Op) -> str:
         """Name of the node that makes what ``op`` made, or an empty string."""
-        if op.module not in self.known:
-            self.known[op.module] = self._match(op.module)
-        nodes = self.known[op.module]
+        return self._node(op.module, ("op", op.ordinal))
+
+    def child_node(self, call: Call) -> tuple[str, str]:
+        """The module that made a call, and the node of its forward that is the call, or ``""``."""
+        if call.parent < 0:
+            return "", ""
+        parent = self.record.calls[call.parent].module
+        return parent, self._node(parent, ("child", call.ordinal))
+
+    def _node(self, path: str, key: Key) -> str:
+        if path not in self.known:
+            self.known[path] = self._match(path)
+        nodes = self.known[path]
         if isinstance(nodes, str):
             self.reason = nodes
             return ""
-        return nodes.get(op.ordinal, "")
+        return nodes.get(key, "")
 
-    def _match(self, path: str) -> dict[int, str] | str:
-        """Ordinal of an op -> its node, or why the module cannot be rewritten."""
+    def _match(self, path: str) -> dict[Key, str] | str:
+        """Op or child's call -> its node, or why the module cannot be rewritten."""
         calls = self.record.calls_of(path)
         if len(calls) != 1:
             return f"{path or 'the model'} is called {len(calls)} times"
@@ -111,7 +127,7 @@ class Rewriter:
         call: Call,
         args: tuple[Tensor, ...],
         graphs: Mapping[bool, fx.Graph],
-    ) -> dict[int, str] | str:
+    ) -> dict[Key, str] | str:
         expected = [op.name for op in self.record.ops if op.call == call.number]
         clone = copy.deepcopy(module).eval()
         plain = clone(*(each.clone() for each in args))
@@ -125,8 +141,8 @@ class Rewriter:
         training = {node.name: str(node.target) for node in graphs[True].nodes}
         evaluation = {node.name: str(node.target) for node in graphs[False].nodes}
         return {
-            ordinal: name
-            for ordinal, name in matcher.nodes.items()
+            key: name
+            for key, name in matcher.nodes.items()
             if training.get(name) == evaluation[name]
         }
 
@@ -160,10 +176,12 @@ def rewrite(module: nn.Module, insertions: Mapping[str, str]) -> None:
         for training, graph in trace_both(module).items()
     }
 
+    original = type(module)
+
+    @functools.wraps(original.forward)  # exporters name inputs after its parameters
     def forward(self: nn.Module, *args: Tensor) -> Any:
         return forwards[self.training](self, *args)
 
-    original = type(module)
     module.__class__ = type(original.__name__, (original,), {"forward": forward})
     module.__class__.__module__ = original.__module__
     module.__class__.slim_original = original  # type: ignore[attr-defined]
