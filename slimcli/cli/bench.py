@@ -65,9 +65,12 @@ def command(
     data = sized_batch(run, batch)
     seconds = in_turns({name: _call(run, model, data) for name, model in models.items()}, repeats)
     rows = {name: statistics(values, batch) for name, values in seconds.items()}
+    device = str(run.fabric.device)
+    measured = {"batch": batch, "repeats": repeats, "forms": rows, "device": device}
+    if not target.is_file():
+        _store(run.folder.path, measured)
     if console.settings().json:
-        document = {"version": 1, "batch": batch, "repeats": repeats, "forms": rows}
-        console.document({**document, "device": str(run.fabric.device)})
+        console.document({"version": 1, **measured})
         return
     console.table(
         ("form", "median ms", "p99 ms", "samples/s"),
@@ -76,7 +79,21 @@ def command(
             for name, row in rows.items()
         ],
     )
-    console.say(f"batch {batch} on {run.fabric.device}, {repeats} repeats in turns")
+    console.say(f"batch {batch} on {device}, {repeats} repeats in turns")
+
+
+def _store(folder: Path, measured: dict[str, Any]) -> None:
+    """For the report; a folder that can't be written takes nothing from what was measured."""
+    from slimcli.artifacts import latency
+    from slimcli.cli.report import refresh
+    from slimcli.errors import SlimError
+
+    try:
+        latency.note(folder, measured)
+    except SlimError as error:
+        console.warn(f"not in the report: {error}")
+    else:
+        refresh(folder)
 
 
 def _models(run: FinishedRun) -> dict[str, Any]:

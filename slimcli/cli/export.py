@@ -102,6 +102,7 @@ def command(run: Path | None, want_onnx: bool, want_trt: bool, opset: int, **opt
       slim export checkpoints/digits/latest --trt --runtime rtx     without a GPU
     """
     from slimcli.cli import finished
+    from slimcli.cli.report import refresh
 
     engine = _engine_options(options)
     path = run if run is not None else finished.newest()
@@ -117,6 +118,7 @@ def command(run: Path | None, want_onnx: bool, want_trt: bool, opset: int, **opt
             _export_run(opened, want_onnx or not want_trt, want_trt, engine, opset, exported)
         finally:
             _update_summary(opened, exported)
+            refresh(opened.folder.path)
     _show(where, exported)
     forms = [form for form, name in finished.FORMS.items() if name in exported.files]
     if forms and where.name == "artifacts":

@@ -30,3 +30,13 @@ def command(run: Path | None) -> None:
         )
     else:
         console.result(str(path))
+
+
+def refresh(folder: Path) -> None:
+    """The report once more after something was added; a fault in it is only a warning."""
+    from slimcli.report.write import write_report
+
+    try:
+        write_report(folder)
+    except Exception as error:
+        console.warn(f"no report: {type(error).__name__}: {error}; try slim report")

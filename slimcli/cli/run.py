@@ -52,7 +52,7 @@ def command(
     _check_name(name)
     for change in loaded.changes:
         tell = console.say if change.origin.startswith("command line") else console.detail
-        tell(f"{change.key} {change.default} -> {change.value} ({change.origin})")
+        tell(f"{change.key} = {change.value} ({change.origin}; default {change.default})")
     if dry_run:
         from slimcli.cli.plan import show_plan
 

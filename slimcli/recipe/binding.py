@@ -151,6 +151,8 @@ def bind(name: str, function: Any, keywords: Mapping[str, Any] | None = None) ->
         return function
     if not callable(function):
         raise _wrong(name, function, f"is {received(function)}, which cannot be called")
+    if inspect.iscoroutinefunction(function):
+        raise _wrong(name, function, "is async, and nothing awaits it")
     order = call_order(name, function, keywords)
     if name == "collate_fn":
         return functools.partial(function, **keywords) if keywords else function

@@ -184,6 +184,9 @@ def _guarded(load: Callable[[], ModuleType], name: str, where: str) -> ModuleTyp
         fix = "full trace: --traceback"
         if isinstance(error, ModuleNotFoundError) and error.name:
             fix = f"install {error.name}, or put its folder into code:"
+        elif isinstance(error, ImportError) and "relative import" in str(error):
+            fix = "beside the recipe write `from other import x`; `from .other` needs a package, a "
+            fix += "folder with __init__.py"
         problem = Problem("E-HOOK-IMPORT", what, place_of(frames) or where, fix=fix)
         raise HookError(problem, user_frames=frame_lines(frames)) from error
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slimcli.artifacts import events, summary
+from slimcli.artifacts import events, latency, summary
 from slimcli.artifacts.event_lines import large, seconds
 from slimcli.compressor import registry
 
@@ -64,7 +64,7 @@ def read_content(folder: Path) -> Content:
         events=events.read(log) if log.is_file() else [],
         verdict=verdict_of(found),
         columns=("", "before", *_forms(found)),
-        rows=tuple(_rows(found)),
+        rows=(*_rows(found), *_latencies(found, latency.read(folder))),
         loading=_loading(folder.resolve(), found),
         paper=info.paper if info else "",
         command=command.read_text(encoding="utf-8").strip() if command.is_file() else "",
@@ -123,6 +123,21 @@ def _rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
             after = ["" if form == "trained" else large(final[key]) for form in forms]
             rows.append((label, large(before[key]) if before else "", *after))
     return rows
+
+
+def _latencies(
+    found: Mapping[str, Any], measured: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, ...]]:
+    """One row a device and batch size; the model before is what the user's hook makes."""
+    rows = []
+    for each in measured:
+        cells = [_milliseconds(each["forms"].get(form)) for form in ("original", *_forms(found))]
+        rows.append((f"latency, batch {each['batch']}, {each['device']}", *cells))
+    return rows
+
+
+def _milliseconds(row: Mapping[str, float] | None) -> str:
+    return f"{row['median_ms']:.3g} ms (p99 {row['p99_ms']:.3g})" if row else ""
 
 
 def _number(value: Any) -> str:

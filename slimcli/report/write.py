@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from slimcli.artifacts import atomic
+from slimcli.artifacts.event_lines import large
 from slimcli.report.content import Content, facts, read_content
 from slimcli.report.curves import macs_curve, training_curve
 
@@ -40,6 +41,7 @@ def rendered(content: Content, template: str) -> str:
         lstrip_blocks=True,
     )
     environment.filters["md"] = markdown_text
+    environment.filters["bytes"] = lambda size: large(size, "B")
     paper = ARXIV.search(content.paper)
     return environment.get_template(template).render(
         run=content,

@@ -193,7 +193,9 @@ def missing_keyword(hooks: JobHooks, keyword: str, metrics: Mapping[str, float])
             hooks.where("evaluate_function"),
             expected=f"{keyword!r} among its keys",
             received=", ".join(metrics) or "an empty dictionary",
-            fix=f"config.save_keyword={next(iter(metrics), 'acc')}",
+            fix=f"config.save_keyword={next(iter(metrics))}"
+            if metrics
+            else f"return {{{keyword!r}: hits.float().mean().item()}}",
         )
     )
 

@@ -177,7 +177,12 @@ def check_one_batch(
             if SINGLE_SAMPLE_WITH_NORM in str(error):
                 raise _single_sample(training.batch_size) from error
             raise
-        loss = checked_loss(hooks.calculate_loss_function(prediction, moved), hooks)
+        try:
+            loss = checked_loss(hooks.calculate_loss_function(prediction, moved), hooks)
+        except Exception as error:
+            if prediction is None:
+                raise _no_prediction(hooks) from error
+            raise
         torch.autograd.backward(loss)
         metrics = evaluator.run(trial, data.validation, limit=1)
     if training.save_keyword not in metrics:
@@ -205,6 +210,20 @@ def _copied(model: nn.Module, hooks: JobHooks) -> nn.Module:
                 "torch.nn.utils.weight_norm; no tensors with a history as attributes",
             )
         ) from error
+
+
+def _no_prediction(hooks: JobHooks) -> HookError:
+    """The loss failed, and the hook to blame is the one before it."""
+    return HookError(
+        Problem(
+            "E-HOOK-PREDICTION",
+            "hook `predict_function` returned the wrong thing",
+            hooks.where("predict_function"),
+            expected="a prediction for calculate_loss_function",
+            received="None",
+            fix="return model(...)",
+        )
+    )
 
 
 def _single_sample(batch_size: int) -> RecipeError:

@@ -215,6 +215,7 @@ def test_eval_exits_6_where_forms_differ(exported, tmp_path, capsys):
 def test_bench_measures_the_forms_in_turns(exported, capsys):
     threads = torch.get_num_threads()
     assert slim("bench", exported, "--batch", "30", "--repeats", "3", "--json") == 0
+    assert "latency, batch 30, cpu" in (exported / "report.html").read_text()
     content = json.loads(capsys.readouterr().out)
     assert list(content["forms"]) == ["original", "deploy", "onnx"]
     assert all(row["median_ms"] > 0 for row in content["forms"].values())

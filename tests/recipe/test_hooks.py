@@ -60,6 +60,10 @@ def test_order_of_every_hook(name, function, order):
     assert call_order(name, function, {}).positional == order
 
 
+async def asynchronous(model, data):
+    return model(data)
+
+
 @pytest.mark.parametrize(
     ("name", "function", "said"),
     [
@@ -69,6 +73,7 @@ def test_order_of_every_hook(name, function, order):
         ("evaluate_function", lambda prediction, threshold=0.5: None, "takes 1 argument"),
         ("model", 3, "is the number 3, which cannot be called"),
         ("predict_function", None, "is null, which cannot be called"),
+        ("predict_function", asynchronous, "is async, and nothing awaits it"),
     ],
 )
 def test_a_wrong_signature_is_told_before_anything_is_called(name, function, said):
@@ -163,6 +168,12 @@ def test_an_import_error_inside_the_users_module_is_told_as_that(folder):
     assert "No module named 'package_nobody_has'" in caught.value.problems[0].what
     assert caught.value.problems[0].where == "helper.py:1"
     assert caught.value.user_frames[0].startswith("my_hooks.py:1 in <module>")
+
+
+def test_a_relative_import_beside_the_recipe_is_told_what_to_write(folder):
+    folder.write("my_hooks.py", "from .helper import x\n" + folder.hooks)
+    with pytest.raises(HookError, match="write `from other import x`"):
+        resolve(load(folder.recipe()))
 
 
 def test_a_module_that_exits_at_import_is_told_as_an_import_error(folder):

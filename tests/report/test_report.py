@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from slimcli.artifacts import summary
+from slimcli.artifacts import latency, summary
 from slimcli.cli import main
 from slimcli.report.content import read_content, verdict_of
 from slimcli.report.curves import macs_per_epoch
@@ -121,6 +121,22 @@ def test_the_report_shows_layers_reasons_seams_changes_and_how_to_load(tmp_path:
     assert page.tags.count("svg") == 2
     widths = [value for name, value in page.attributes if name == "style"]
     assert widths[:2] == ["width:100.0%", "width:31.2%"]
+
+
+def test_latencies_stand_under_the_form_they_were_measured_in(tmp_path: Path) -> None:
+    path = folder(tmp_path, compressed(), epochs())
+    times = {"median_ms": 1.5, "p99_ms": 2.25, "per_second": 667.0}
+    entry = {"device": "cuda:0", "batch": 1, "repeats": 9, "forms": {"original": times}}
+    latency.note(path, entry)
+    latency.note(path, {**entry, "batch": 8})
+    latency.note(path, {**entry, "forms": {"original": times, "deploy": {**times, "p99_ms": 2.0}}})
+    columns = read_content(path).columns
+    rows = [dict(zip(columns, row, strict=True)) for row in read_content(path).rows[-2:]]
+    assert [row[""] for row in rows] == ["latency, batch 8, cuda:0", "latency, batch 1, cuda:0"]
+    assert rows[1]["before"] == "1.5 ms (p99 2.25)"
+    assert rows[1]["deploy"] == "1.5 ms (p99 2)"
+    assert rows[0]["deploy"] == ""
+    assert "latency, batch 8, cuda:0" in page_of(path).text
 
 
 def test_nothing_is_loaded_and_nothing_is_run(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ WRONG = {
         "dataset_generator",
         lambda: (DataLoader(Stream()), toys.images(20, 2)),
     ),
+    "no prediction": ("predict_function", lambda model, data: None),
     "no metrics": ("evaluate_function", lambda prediction, data: None),
     "metrics a sample": ("evaluate_function", lambda prediction, data: {"acc": prediction}),
     "no loss": ("calculate_loss_function", lambda prediction, data: None),
@@ -51,3 +52,9 @@ def test_what_expected_received_and_fix_are_said(name: str, tmp_path: Path) -> N
     assert problem.expected
     assert problem.received
     assert problem.fix
+
+
+def test_without_any_metric_the_fix_is_to_return_one(tmp_path: Path) -> None:
+    with pytest.raises(HookError) as caught:
+        run(toys.with_hooks(toys.job(tmp_path), evaluate_function=lambda prediction, data: {}))
+    assert caught.value.problems[0].fix.startswith("return {'acc': ")
