@@ -1,27 +1,27 @@
-"""What is measured on one network of the zoo: structure, exact cuts, a training step, the peer."""
+"""What is measured on one network of the zoo: structure, exact cuts, deploy files, training."""
 
 from __future__ import annotations
 
 import copy
 import random
 import resource
-import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from slimcli.artifacts import deploy
 from slimcli.network import surgery
+from slimcli.network.cuts import Cut
 from slimcli.network.example import Example
-from slimcli.network.structure import Structure, analyze, zero_channels
+from slimcli.network.structure import Group, Structure, analyze, zero_channels
 
-# float64 sums of a deep net, reordered by a cut.
-EXACT_FLOAT64 = 1e-9
-# Over LARGE parameters float32 is used; rounding alone was seen to reach 1e-4 there.
-EXACT_FLOAT32 = 1e-3
+# float64: sums of a deep net, reordered by a cut. float32: used over LARGE parameters, and for
+# ONNX; rounding alone was seen to reach 1e-4 there.
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3}
 LARGE = 300_000_000
 
 
@@ -98,34 +98,32 @@ def run(case: Case, model: nn.Module) -> Any:
         return case.predict(model.eval(), case.batch)
 
 
-def produced_channels(structure: Structure) -> int:
-    """Output channels of all layers that belong to a group whose zero channels can be cut."""
-    return sum(group.size * len(group.producers) for group in structure.groups if group.exact_zero)
+def channels_prunable(structure: Structure) -> int:
+    """Output channels of all layers, depthwise ones too, whose zero channels can be cut."""
+    left = layers(structure)
+    return sum(each.channels for each in structure.layers if not left[each.name])
 
 
-def measure_ours(case: Case, seed: int = 0) -> tuple[dict[str, Any], nn.Module | None]:
+def measure_ours(case: Case) -> tuple[dict[str, Any], Structure, nn.Module | None]:
     """Analyse, cut half of every group at random, compare with the zeroed model."""
     row: dict[str, Any] = {}
     example = Example(case.batch, case.predict)
+    started = cpu_seconds()
+    analyze(case.model, example, trial=False)
+    row["trace_seconds"] = round(cpu_seconds() - started, 3)
     started = cpu_seconds()
     structure = analyze(case.model, example)
     row["analyze_seconds"] = round(cpu_seconds() - started, 3)
     groups = [group for group in structure.groups if group.exact_zero]
     row["groups"] = len(structure.groups)
     row["groups_prunable"] = len(groups)
-    row["channels_prunable"] = produced_channels(structure)
+    row["channels_prunable"] = channels_prunable(structure)
     row["reasons"] = sorted({g.zero_reason for g in structure.groups if g.zero_reason})[:6]
     if not groups:
-        return row, None
-    pick = random.Random(seed)
-    zeroed, cut = copy.deepcopy(case.model), copy.deepcopy(case.model)
-    cuts = []
-    for group in groups:
-        keep = sorted(pick.sample(range(group.size), max(1, group.size // 2)))
-        removed = sorted(set(range(group.size)) - set(keep))
-        zero_channels(zeroed, group, removed)
-        zero_channels(cut, group, removed)
-        cuts.append(group.cut(keep))
+        return row, structure, None
+    zeroed = copy.deepcopy(case.model)
+    cuts = zero_half(zeroed, groups)
+    cut = copy.deepcopy(zeroed)
     started = cpu_seconds()
     surgery.apply(cut, cuts, example=example)
     row["cut_seconds"] = round(cpu_seconds() - started, 3)
@@ -134,7 +132,38 @@ def measure_ours(case: Case, seed: int = 0) -> tuple[dict[str, Any], nn.Module |
     row["effect"] = difference(run(case, case.model), expected)
     row["exact"] = row["error"] <= case.tolerance
     row["params_kept"] = round(count(cut) / count(case.model), 4)
-    return row, cut
+    return row, structure, cut
+
+
+def layers(structure: Structure) -> dict[str, str]:
+    """Every layer -> why its channels stay whole; empty if they can be cut."""
+    reasons = {group.name: group.zero_reason for group in structure.groups}
+    return {
+        each.name: each.frozen_reason or reasons.get(each.group, "") for each in structure.layers
+    }
+
+
+def zero_half(model: nn.Module, groups: Sequence[Group], seed: int = 0) -> list[Cut]:
+    """Zeroes half of every group's channels at their producers; the cuts that remove them."""
+    pick = random.Random(seed)
+    cuts = []
+    for group in groups:
+        keep = sorted(pick.sample(range(group.size), max(1, group.size // 2)))
+        zero_channels(model, group, sorted(set(range(group.size)) - set(keep)))
+        cuts.append(group.cut(keep))
+    return cuts
+
+
+def save(case: Case, cut: nn.Module, folder: Path) -> None:
+    """The deploy files of a cut network, a batch, and what it predicts."""
+    deploy.save(folder, cut.eval(), case.model)
+    torch.save((case.batch, tensors(run(case, cut))), folder / "prediction.pt")
+
+
+def reload_error(case: Case, folder: Path) -> float:
+    """Difference between what was predicted and what the deploy files give on a fresh network."""
+    case.batch, expected = torch.load(folder / "prediction.pt")
+    return difference(run(case, deploy.load_deploy(folder, case.model)), expected)
 
 
 def count(model: nn.Module) -> int:
@@ -155,91 +184,3 @@ def train_step(case: Case, model: nn.Module) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:80]}"
     return "ok"
-
-
-def measure_peer(case: Case, seconds: float = 240) -> dict[str, Any]:
-    """torch-pruning: time to build and cut, and the channels its own cut gets right."""
-    import torch_pruning
-
-    row: dict[str, Any] = {}
-    started = cpu_seconds()
-    model = copy.deepcopy(case.model).eval()
-    graph = torch_pruning.DependencyGraph()
-
-    def forward(network: nn.Module, batch: Any) -> Any:
-        return case.predict(network, batch)
-
-    graph.build_dependency(model, example_inputs=case.batch, forward_fn=forward)
-    kinds = (nn.modules.conv._ConvNd, nn.Linear)
-    groups = list(graph.get_all_groups(root_module_types=kinds))
-    row["graph_seconds"] = round(cpu_seconds() - started, 3)
-    row["groups"] = len(groups)
-    started = cpu_seconds()
-    row["channels_exact"] = 0
-    deadline = time.monotonic() + seconds
-    together = try_peer_groups(case, range(len(groups)))
-    row["cut_seconds"] = round(cpu_seconds() - started, 3)
-    if together is not None:
-        row["exact"], row["channels_exact"] = True, together
-        return row
-    row["exact"] = False
-    for index in range(len(groups)):
-        if time.monotonic() > deadline:
-            row["stopped_at"] = index
-            break
-        row["channels_exact"] += try_peer_groups(case, [index]) or 0
-    return row
-
-
-def try_peer_groups(case: Case, indices: Any) -> int | None:
-    """Output channels of these groups if the peer's cut equals its masked model, else None."""
-    import torch_pruning
-
-    model, masked = copy.deepcopy(case.model).eval(), copy.deepcopy(case.model).eval()
-    twins = dict(masked.named_modules())
-    kinds = (nn.modules.conv._ConvNd, nn.Linear)
-    try:
-        graph = torch_pruning.DependencyGraph()
-        graph.build_dependency(model, example_inputs=case.batch, forward_fn=case.predict)
-        names = {module: name for name, module in model.named_modules()}
-        groups = list(graph.get_all_groups(root_module_types=kinds))
-        channels, pruned = 0, []
-        for index in indices:
-            group = groups[index]
-            size = len(group[0].idxs)
-            whole = graph.get_pruning_group(
-                group[0].dep.target.module, group[0].dep.handler, list(range(0, size, 2))
-            )
-            if size < 2 or not graph.check_pruning_group(whole):
-                continue
-            mask_inputs(whole, names, twins)
-            pruned.append(whole)
-            channels += sum(
-                len(item.idxs) * 2
-                for item in whole
-                if isinstance(item.dep.target.module, kinds) and "out" in item.dep.handler.__name__
-            )
-        for whole in pruned:
-            whole.prune()
-        error = difference(run(case, model), run(case, masked))
-    except Exception:
-        return None
-    return channels if error <= case.tolerance else None
-
-
-def mask_inputs(group: Any, names: dict[nn.Module, str], twins: dict[str, nn.Module]) -> None:
-    """Zero, in the untouched copy, the weights that read the channels which the peer removes."""
-    with torch.no_grad():
-        for item in group:
-            module = item.dep.target.module
-            if "in_channels" not in item.dep.handler.__name__ or module not in names:
-                continue
-            twin = twins[names[module]]
-            if isinstance(twin, (nn.modules.conv._ConvNd, nn.Linear)):
-                dim = 0 if getattr(twin, "transposed", False) else 1
-                twin.weight.index_fill_(dim, torch.tensor(item.idxs), 0.0)
-
-
-def quiet() -> None:
-    """Third-party warnings are not what this benchmark is about."""
-    warnings.filterwarnings("ignore")

@@ -1,0 +1,124 @@
+"""torch-pruning on the same network: time, and the groups that its own cut gets right."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch_pruning
+from torch import nn
+from zoo_measure import Case, cpu_seconds, difference, run
+
+Row = dict[str, Any]
+KINDS = (nn.modules.conv._ConvNd, nn.Linear)
+
+
+def measure_peer(case: Case, layers: dict[str, str], seconds: float = 60) -> Iterator[Row]:
+    """Times its analysis and a cut of all its groups, and tries what it cuts and we do not.
+
+    A group counts as ours if we cut every layer that produces its channels. The others are cut
+    alone, by torch-pruning itself, and compared with the network whose weights that read these
+    channels are zero: what is equal is ``missed`` by us.
+
+    Args:
+        case: The network.
+        layers: Every layer -> why we leave its channels whole; empty if we cut them.
+        seconds: After so much wall time the groups that are left are counted as ``untried``.
+
+    Yields:
+        What is known so far: it may not come to an end.
+    """
+    row: Row = {}
+    started = cpu_seconds()
+    graph, groups = dependencies(case, copy.deepcopy(case.model).eval())
+    row["graph_seconds"] = round(cpu_seconds() - started, 3)
+    names = {module: name for name, module in graph.model.named_modules()}
+    produced = [producers(group, names) for group in groups]
+    sizes = [len(group[0].idxs) for group in groups]
+    row["channels_claimed"] = sum(
+        size * len(each) for size, each in zip(sizes, produced, strict=True)
+    )
+    foreign = [i for i, each in enumerate(produced) if any(layers.get(n, "-") for n in each)]
+    row |= {"groups": len(groups), "missed": [], "untried": len(foreign)}
+    yield row
+    started = cpu_seconds()
+    for group in groups:
+        halve(graph, group).prune()
+    row["cut_seconds"] = round(cpu_seconds() - started, 3)
+    yield row
+    deadline = time.monotonic() + seconds
+    for index in foreign:
+        if time.monotonic() > deadline:
+            break
+        row["untried"] -= 1
+        if is_exact(case, index):
+            reasons = [layers.get(name, "no layer of ours") for name in produced[index]]
+            row["missed"].append(
+                {
+                    "layers": produced[index],
+                    "channels": sizes[index] * len(produced[index]),
+                    "reason": next(reason for reason in reasons if reason),
+                }
+            )
+        yield row
+
+
+def dependencies(case: Case, model: nn.Module) -> tuple[Any, list[Any]]:
+    """Its graph of a model, and all its groups with at least two channels that it agrees to cut."""
+    graph = torch_pruning.DependencyGraph()
+    graph.build_dependency(model, example_inputs=case.batch, forward_fn=case.predict)
+    groups = list(graph.get_all_groups(root_module_types=KINDS))
+    return graph, [g for g in groups if len(g[0].idxs) > 1 and halve_is_allowed(graph, g)]
+
+
+def halve(graph: Any, group: Any) -> Any:
+    """Its group for every second channel."""
+    target = group[0].dep.target.module
+    return graph.get_pruning_group(
+        target, group[0].dep.handler, list(range(0, len(group[0].idxs), 2))
+    )
+
+
+def halve_is_allowed(graph: Any, group: Any) -> bool:
+    """Does it agree that something would be left?"""
+    return bool(graph.check_pruning_group(halve(graph, group)))
+
+
+def producers(group: Any, names: dict[nn.Module, str]) -> list[str]:
+    """Layers whose outputs the group removes."""
+    return [
+        names[item.dep.target.module]
+        for item in group
+        if isinstance(item.dep.target.module, KINDS) and "out_channels" in item.dep.handler.__name__
+    ]
+
+
+def is_exact(case: Case, index: int) -> bool:
+    """Does its cut of one group, on a fresh copy, equal the masked network?"""
+    model, masked = copy.deepcopy(case.model).eval(), copy.deepcopy(case.model).eval()
+    twins = dict(masked.named_modules())
+    try:
+        graph, groups = dependencies(case, model)
+        names = {module: name for name, module in model.named_modules()}
+        whole = halve(graph, groups[index])
+        mask_inputs(whole, names, twins)
+        whole.prune()
+        return difference(run(case, model), run(case, masked)) <= case.tolerance
+    except Exception:
+        return False
+
+
+def mask_inputs(group: Any, names: dict[nn.Module, str], twins: dict[str, nn.Module]) -> None:
+    """Zero, in the untouched copy, the weights that read the channels which it removes."""
+    with torch.no_grad():
+        for item in group:
+            module = item.dep.target.module
+            if "in_channels" not in item.dep.handler.__name__ or module not in names:
+                continue
+            twin = twins[names[module]]
+            if isinstance(twin, KINDS):
+                dim = 0 if getattr(twin, "transposed", False) else 1
+                twin.weight.index_fill_(dim, torch.tensor(item.idxs), 0.0)
