@@ -49,6 +49,8 @@ def measure_peer(case: Case, layers: dict[str, str], seconds: float = 60) -> Ite
         halve(graph, group).prune()
     row["cut_seconds"] = round(cpu_seconds() - started, 3)
     yield row
+    row["pruner_seconds"] = pruner_seconds(case, layers)
+    yield row
     deadline = time.monotonic() + seconds
     for index in foreign:
         if time.monotonic() > deadline:
@@ -64,6 +66,25 @@ def measure_peer(case: Case, layers: dict[str, str], seconds: float = 60) -> Ite
                 }
             )
         yield row
+
+
+def pruner_seconds(case: Case, layers: dict[str, str]) -> float | str:
+    """Its own way for users: a pruner built, half of every group cut, channels chosen at random."""
+    model = copy.deepcopy(case.model).eval()
+    outputs = [name for name, reason in layers.items() if reason == "it is an output of the model"]
+    started = cpu_seconds()
+    try:
+        torch_pruning.pruner.BasePruner(
+            model,
+            case.batch,
+            torch_pruning.importance.RandomImportance(),
+            pruning_ratio=0.5,
+            ignored_layers=[model.get_submodule(name) for name in outputs],
+            forward_fn=case.predict,
+        ).step()
+    except Exception as error:
+        return f"fails: {type(error).__name__}"
+    return round(cpu_seconds() - started, 3)
 
 
 def dependencies(case: Case, model: nn.Module) -> tuple[Any, list[Any]]:
