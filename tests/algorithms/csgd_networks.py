@@ -93,6 +93,26 @@ class Residual(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class Preactivated(nn.Module):
+    """A zero channel of the residual stream would be a constant at a padded conv."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 3, padding=1)
+        self.norm = nn.BatchNorm2d(12)
+        self.inner = nn.Conv2d(12, 8, 3, padding=1)
+        self.inner_norm = nn.BatchNorm2d(8)
+        self.outer = nn.Conv2d(8, 12, 3, padding=1)
+        self.last_norm = nn.BatchNorm2d(12)
+        self.fc = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.inner(torch.relu(self.norm(x)))
+        x = x + self.outer(torch.relu(self.inner_norm(y)))
+        return self.fc(torch.relu(self.last_norm(x)).mean((2, 3)))
+
+
 class Unnormalised(nn.Module):
     """No norm at all: conv biases must be tied."""
 
@@ -113,6 +133,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "depthwise": (Depthwise, ("norm1",)),
     "concatenated": (Concatenated, ("left", "right")),
     "residual": (Residual, ("norm", "inner_norm")),
+    "preactivated": (Preactivated, ("stem", "inner_norm")),
     "unnormalised": (Unnormalised, ("conv1", "conv2")),
 }
 """Name -> class and the names of all groups that can be merged."""
