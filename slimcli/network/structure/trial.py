@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,7 +101,9 @@ def _watched(model: nn.Module, log: _Log) -> Iterator[None]:
 
     handles = register_module_forward_pre_hook(enter), register_module_forward_hook(leave)
     try:
-        yield
+        with warnings.catch_warnings():  # what torch says of hooks like these on compiled models
+            warnings.filterwarnings("ignore", message="Using `torch.compile")
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -126,12 +129,16 @@ class Trial:
         self._use(torch.float64)
 
     def _use(self, dtype: torch.dtype) -> None:
-        """Takes a fresh copy of the model and its batch in another dtype."""
-        model, example = self._origin
+        """Runs in this dtype from now on."""
         self._dtype = dtype
-        self._reference = copy_as(model, dtype).eval()
+        model, example = self._origin
         self._example = Example(to_dtype(example.batch, dtype), example.predict)
-        unequal(self._reference, self._random)
+
+    def _fresh(self) -> nn.Module:
+        """A copy to be cut; only one is held at a time."""
+        model = copy_as(self._origin[0], self._dtype).eval()
+        unequal(model, self._random)
+        return model
 
     def run(self, model: nn.Module, record: Record | None = None) -> list[Tensor]:
         """The model's output tensors, same random numbers every time.
@@ -170,7 +177,7 @@ class Trial:
             groups: Prunable ones.
             thorough: Also compare the order of channels, and run the cut model in train mode.
         """
-        model = copy.deepcopy(self._reference)
+        model = self._fresh()
         with _watched(model, self._log):
             return self._attempt(model, groups, thorough)
 
