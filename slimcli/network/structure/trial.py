@@ -131,7 +131,7 @@ class Trial:
     def _use(self, dtype: torch.dtype) -> None:
         """Runs in this dtype from now on."""
         self._dtype = dtype
-        model, example = self._origin
+        example = self._origin[1]
         self._example = Example(to_dtype(example.batch, dtype), example.predict)
 
     def _fresh(self) -> nn.Module:
