@@ -56,6 +56,15 @@ def seconds(value: float) -> str:
     return f"{int(value // 3600)} h {int(value % 3600 // 60)} min"
 
 
+def counted(count: int, noun: str) -> str:
+    """A count with its noun.
+
+    >>> counted(1, "target"), counted(3, "target")
+    ('1 target', '3 targets')
+    """
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def _run_start(event: Event) -> str:
     word = "resumed" if event.get("resumed") else "run"
     return (
@@ -74,7 +83,7 @@ def _stage_start(event: Event) -> str:
 def _prepared(event: Event) -> str:
     parts = [f"model {large(event['params'])} params · {large(event['macs'], 'MACs')}"]
     if event["targets"]:
-        parts.append(f"{len(event['targets'])} targets")
+        parts.append(counted(len(event["targets"]), "target"))
     if event.get("goal"):
         goal = event["goal"]
         parts.append(f"goal {goal['name']} <= {large(goal['target'])}")

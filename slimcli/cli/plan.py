@@ -140,12 +140,14 @@ def _tell_goal(plan: Plan) -> None:
 
 def _tell_layers(stage: StageForecast, layers: bool) -> None:
     """How many layers can be cut, and why the others can't."""
+    from slimcli.artifacts.event_lines import counted
+
     rows = stage.plan.layers
     frozen = [row for row in rows if row.frozen_reason]
     prunable = [row for row in rows if row.channels_minimum < row.channels]
     console.result(
         f"layers     {len(rows)}: {len(prunable)} can be cut, {len(frozen)} frozen"
-        + (f" · {len(stage.plan.targets)} targets" if stage.plan.targets else "")
+        + (f" · {counted(len(stage.plan.targets), 'target')}" if stage.plan.targets else "")
     )
     if layers:
         console.table(

@@ -181,8 +181,9 @@ def call_order(name: str, function: Callable[..., Any], keywords: Mapping[str, A
         HookError: Its parameters do not fit.
     """
     roles = ROLES[name]
+    forward = getattr(function, "forward", None)  # a torch module's own __call__ takes anything
     try:
-        signature = inspect.signature(function)
+        signature = inspect.signature(forward if inspect.ismethod(forward) else function)
     except (TypeError, ValueError):
         return Order(tuple(range(len(roles))))
     parameters = _free(name, function, signature, keywords)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -197,6 +198,8 @@ def _fix_of_list(node: Node, annotation: Any, steps: list[Node]) -> str:
     """Brackets that are missing around one value, or around a list of lists."""
     if isinstance(plain(node), dict) or not accepts_list(annotation):
         return ""
+    if isinstance(plain(node), str) and str not in branches(item_annotation(annotation)):
+        return ""
     return f"write [{json.dumps(plain(node)) if steps else node.raw}]"
 
 
@@ -234,7 +237,6 @@ def _fix_of_text(value: str, kinds: tuple[Any, ...], annotation: Any) -> str:
 
 def _is_number(text: str) -> bool:
     try:
-        float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return False
-    return True

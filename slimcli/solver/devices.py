@@ -51,15 +51,13 @@ def _choose(training: TrainingConfig) -> tuple[str, Any]:
     """Accelerator and devices, as Fabric wants them."""
     if training.devices == "cpu" or (not training.devices and not torch.cuda.is_available()):
         return "cpu", training.num_processes or 1
-    if (
-        not torch.cuda.is_available()
-        or max(training.devices, default=0) >= torch.cuda.device_count()
-    ):
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if max(training.devices, default=0) >= count:
         raise MissingError(
             Problem(
                 "E-MISSING-GPU",
                 "config.devices names a GPU this machine does not have",
-                expected=f"ids below {torch.cuda.device_count()}",
+                expected=f"ids below {count}" if count else "no id: PyTorch finds no GPU",
                 received=str(list(training.devices)),
                 fix="devices: cpu, or [] for what there is",
             )

@@ -110,6 +110,18 @@ def test_a_class_with_call_is_constructed_with_its_keywords():
     assert bind("calculate_loss_function", Loss, {"weight": 3})(2, None) == 6
 
 
+def test_a_module_as_hook_is_bound_by_the_names_of_its_forward():
+    from torch import nn
+
+    class Loss(nn.Module):
+        def forward(self, data, prediction):
+            return ("loss", prediction, data)
+
+    assert bind("calculate_loss_function", Loss)("p", "d") == ("loss", "p", "d")
+    with pytest.raises(HookError, match="takes 1 argument"):
+        bind("predict_function", nn.ReLU)
+
+
 def test_a_collate_function_can_travel_to_worker_processes():
     assert pickle.loads(pickle.dumps(bind("collate_fn", len))) is len
 
