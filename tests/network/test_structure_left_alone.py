@@ -108,6 +108,43 @@ def test_a_layer_that_runs_in_train_mode_only_has_run() -> None:
     assert structure.notes == ()
 
 
+class Rewired(structures.Net):
+    """All layers run on the example; another batch would take another way through them."""
+
+    def __init__(self) -> None:
+        super().__init__(24)
+        pairs = {"a": (8, 16), "b": (16, 16), "c": (16, 16), "d": (16, 24)}
+        self.layers = nn.ModuleDict({name: structures.conv_bn(*w) for name, w in pairs.items()})
+
+    def forward(self, x: Tensor) -> Any:
+        is_bright = bool(x.mean() > 1)
+        layers = self.layers
+        x = layers["a"](self.stem(x))
+        x = layers["b"](x) if is_bright else layers["c"](x)
+        return self.head(layers["d"](F.relu(layers["b"](x) + x)).mean((2, 3)))
+
+
+def test_channels_that_another_batch_would_lay_upon_others_are_left_alone() -> None:
+    model, example, structure = analyzed(Rewired())
+    for name in ("layers.a.1", "layers.c.1"):
+        reason = structure.group(name).frozen_reason
+        assert reason.startswith("the next batch may take another way at network/test_structure")
+        assert reason.endswith("is_bright = bool(x.mean() > 1)")
+    assert [group.name for group in prunable(structure)] == ["stem.1", "layers.d.1"]
+    surgery.apply(model, [group.cut([0, 1]) for group in prunable(structure)])
+    assert outputs(model, Example(example.batch + 2, call))[0].shape == (2, 5)
+
+
+def test_a_value_that_is_read_where_no_other_way_fits_freezes_nothing() -> None:
+    class Checked(structures.Chain):
+        def forward(self, x: Tensor) -> Any:
+            assert bool(torch.isfinite(x).all())
+            return super().forward(x)
+
+    _, _, structure = analyzed(Checked())
+    assert [group.name for group in prunable(structure)] == ["stem.1", "a.1", "b.1"]
+
+
 class Recurrent(nn.Module):
     def __init__(self, kind: type[nn.Module]) -> None:
         super().__init__()

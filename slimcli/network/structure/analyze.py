@@ -8,7 +8,7 @@ from slimcli.network.count import samples_in
 from slimcli.network.example import Example
 from slimcli.network.structure.assemble import assemble
 from slimcli.network.structure.groups import build, first_choices
-from slimcli.network.structure.left_alone import freeze_uncuttable, freeze_unseen
+from slimcli.network.structure.left_alone import freeze_rewired, freeze_uncuttable, freeze_unseen
 from slimcli.network.structure.modes import (
     preserved_randomness,
     set_train_mode,
@@ -72,5 +72,6 @@ def trace(model: nn.Module, example: Example) -> Traced:
     merged = {key: norm for key, norm in {**in_train, **pairs}.items() if key not in clash}
     notes += [f"not followed: {each}" for each in dict.fromkeys(record.rule_errors)]
     notes += freeze_unseen(twin, record)
+    freeze_rewired(record)
     norm_after = {key: norm for key, norm in merged.items() if norm}
     return Traced(record, norm_after, tuple(notes), train_path_differs, consumers_in_eval)

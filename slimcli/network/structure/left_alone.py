@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from slimcli.network.holders import owner_of
-from slimcli.network.structure.planes import entries, labels_of
-from slimcli.network.structure.record import Record
+from slimcli.network.structure.groups import components, first_choices
+from slimcli.network.structure.planes import Labels, entries, labels_of
+from slimcli.network.structure.record import Hands, Record
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 DISTRIBUTED = (
@@ -64,7 +65,7 @@ def freeze_unseen(model: nn.Module, record: Record) -> list[str]:
     for dim in record.sources.dims:
         if dim.tensor in parameters and dim.tensor not in record.sources.seen:
             path = owner_of(*_divided(dim.tensor))[0]
-            path = dim.tensor if path in record.entered else path
+            path = dim.tensor if path in record.hands else path
             if path not in widths:
                 by_caller[_caller(path, record)].append(path)
             widths[path].add(dim.size)
@@ -73,6 +74,30 @@ def freeze_unseen(model: nn.Module, record: Record) -> list[str]:
         for path in paths:
             _freeze_widths(record, caller, path, widths[path])
     return [_note(record.unseen)] if record.unseen else []
+
+
+def freeze_rewired(record: Record) -> None:
+    """Freezes channels that another path through the user's code may lay upon others.
+
+    Where Python reads a value of a tensor, the next batch may take another way: the layers that
+    ran may then read each other's outputs. Only channels of one width can be meant, so that a width
+    that a single group has in the hands of that code is safe.
+    """
+    reads = dict(record.reads)
+    component = components(record, first_choices(record)) if reads else np.zeros(1, np.int64)
+    for path, line in reads.items():
+        hands = record.hands.get(path, Hands())
+        by_width: dict[int, list[Labels]] = defaultdict(list)
+        for plane in (plane for planes in hands.planes for plane in planes):
+            labels = labels_of(plane).reshape(-1).numpy()
+            for size in {size for size in plane.shape if size > 1}:
+                by_width[size].append(labels)
+        for size, found in by_width.items():
+            kinds = {component[labels].tobytes() for labels in found}
+            if len(kinds) > 1 or size in hands.plain_sizes:
+                reason = f"the next batch may take another way at {line}"
+                for labels in found:
+                    record.freeze_labels(labels, reason)
 
 
 def outputs_of(model: nn.Module, path: str) -> int:
@@ -94,7 +119,7 @@ def _divided(name: str) -> tuple[str, str]:
 
 def _caller(path: str, record: Record) -> str:
     """The nearest module around this one that ran, or itself."""
-    while path and path not in record.entered:
+    while path and path not in record.hands:
         path = path.rpartition(".")[0]
     return path
 
@@ -102,7 +127,7 @@ def _caller(path: str, record: Record) -> str:
 def _freeze_widths(record: Record, caller: str, path: str, widths: Iterable[int]) -> None:
     reason = f"{path} did not run on the example: it may read or make these channels"
     prefix = f"{caller}." if caller else ""
-    for planes in record.entered.get(caller, ()):
+    for planes in record.hands.get(caller, Hands()).planes:
         fitting = [plane for plane in planes if any(size in widths for size in plane.shape)]
         for plane in fitting:
             record.freeze_labels(entries(labels_of(plane)), reason)

@@ -81,13 +81,29 @@ class MacTerm:
 
 
 @dataclass
+class Hands:
+    """What the forward of a module has in its hands.
+
+    That is what it is called with, and what goes into and comes out of the modules it calls.
+
+    Attributes:
+        planes: Of every tensor with channels.
+        plain_sizes: Sizes that the channels of the other tensors may have.
+    """
+
+    planes: list[tuple[Tensor, ...]] = field(default_factory=list)
+    plain_sizes: set[int] = field(default_factory=set)
+
+
+@dataclass
 class Record:
     """Everything two traces (eval and train mode) found, in the terms of one set of labels.
 
     Attributes:
         static_calls: Mixing modules entered before the first operator whose result depends on the
             order of values (sorting, suppression of boxes); None if there is none.
-        entered: Path of every module that ran -> the planes of what it was called with.
+        hands: Path of every module that ran -> what its forward had in its hands.
+        reads: (path of the module that ran, the user's line) where Python got a tensor's value.
         unseen: Paths of layers that did not run.
     """
 
@@ -106,7 +122,8 @@ class Record:
     layers: dict[str, Labels] = field(default_factory=dict)
     rule_errors: list[str] = field(default_factory=list)
     static_calls: int | None = None
-    entered: dict[str, list[tuple[Tensor, ...]]] = field(default_factory=dict)
+    hands: dict[str, Hands] = field(default_factory=dict)
+    reads: list[tuple[str, str]] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
     order: int = 0
 

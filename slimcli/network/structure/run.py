@@ -21,7 +21,7 @@ from slimcli.network.structure import (
 )
 from slimcli.network.structure.modes import output_tensors
 from slimcli.network.structure.producing import MIXING
-from slimcli.network.structure.record import Record
+from slimcli.network.structure.record import Hands, Record
 from slimcli.network.structure.rules_pointwise import map_nodes
 from slimcli.network.structure.trace import Calls, Rule, Tracer, affine_node, flat_tensors
 
@@ -78,9 +78,9 @@ def _watch_modules(model: nn.Module, tracer: Tracer) -> list[Any]:
 
     def enter(path: str) -> Any:
         def hook(module: nn.Module, inputs: Any, keywords: Any) -> None:
+            _take(tracer, tracer.calls.top()[0], (inputs, keywords))
             stack.append((path, module))
-            arrived = tracer.record.entered.setdefault(path, [])
-            arrived += [tracer.planes_of(each) for each in flat_tensors((inputs, keywords))]
+            _take(tracer, path, (inputs, keywords))
             tracer.calls.mixing_entered += isinstance(module, MIXING)
 
         return hook
@@ -92,6 +92,7 @@ def _watch_modules(model: nn.Module, tracer: Tracer) -> list[Any]:
             node = affine_node(tracer.record, path)
             before = tracer.planes_of(inputs[0])
             tracer.relabel(output, tuple(map_nodes(tracer.record, p, node) for p in before))
+        _take(tracer, tracer.calls.top()[0], output)
 
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -101,3 +102,14 @@ def _watch_modules(model: nn.Module, tracer: Tracer) -> list[Any]:
         )
         handles.append(module.register_forward_hook(leave, always_call=True))
     return handles
+
+
+def _take(tracer: Tracer, path: str, value: Any) -> None:
+    """The forward of the module at this path has these tensors in its hands."""
+    hands = tracer.record.hands.setdefault(path, Hands())
+    for tensor in flat_tensors(value):
+        planes = tracer.planes_of(tensor)
+        if planes:
+            hands.planes.append(planes)
+        elif tensor.dim() > 1:  # channels come second, or last where there is no image
+            hands.plain_sizes |= {tensor.shape[1], tensor.shape[-1 if tensor.dim() < 4 else 1]}

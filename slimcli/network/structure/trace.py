@@ -138,6 +138,8 @@ _ORDER_DEPENDENT = frozenset(
     ("nonzero", "masked_select", "topk", "sort", "argsort", "unique2", "torchvision::nms")
 )
 
+_READS = frozenset(("_local_scalar_dense", "is_nonzero", "equal"))
+
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows labels through everything that runs inside its ``with`` block.
@@ -185,6 +187,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._back_up(inputs[0])
         if name in _ORDER_DEPENDENT and self.record.static_calls is None:
             self.record.static_calls = self.calls.mixing_entered
+        if name in _READS:
+            self.record.reads.append((self.calls.top()[0], user_line.current()))
         output = func(*args, **kwargs)
         self.ops.append((func.name(), tuple(each.shape for each in flat_tensors(output))))
         if not labelled:
