@@ -38,7 +38,8 @@ class RandomNet(nn.Module):
         self.add("stem", nn.Conv2d(3, 8, 3, padding=1))
         for number in range(steps):
             getattr(self, "plan_" + self.choose.choice(KINDS))(f"s{number}")
-        self.add("head", nn.Linear(self.widths[-1], 4))
+        self.places = self.choose.choice([1, 9])
+        self.add("head", nn.Linear(self.widths[-1] * self.places, 4))
 
     def add(self, name: str, layer: nn.Module) -> None:
         self.layers[name] = layer
@@ -120,7 +121,8 @@ class RandomNet(nn.Module):
     def plan_per_channel(self, name: str) -> None:
         source = self.pick()
         width = self.widths[source]
-        layers = [nn.PReLU(width), nn.Dropout2d(0.2), nn.InstanceNorm2d(width), nn.Dropout(0.2)]
+        layers = [nn.PReLU(width), nn.Dropout2d(0.2), nn.Dropout(0.2), nn.GroupNorm(width, width)]
+        layers += [nn.InstanceNorm2d(width, affine=True), nn.BatchNorm2d(width), nn.AlphaDropout()]
         self.add(name, self.choose.choice(layers))
         self.plan("layer", [source], name, width)
 
@@ -163,6 +165,23 @@ class RandomNet(nn.Module):
         self.add(name, nn.ModuleList([nn.Conv2d(width, 5, 1), nn.Conv2d(width, 5, 1)]))
         self.plan("affinity", [source], name, width)
 
+    def plan_attention(self, name: str) -> None:
+        source = self.pick()
+        width = self.widths[source]
+        self.add(name, nn.ModuleList([nn.Linear(width, 8) for _ in range(3)]))
+        self.plan("attention", [source], name, 8)
+
+    def plan_tied(self, name: str) -> None:
+        source = self.pick()
+        layers = nn.ModuleList([nn.Conv2d(self.widths[source], 6, 1) for _ in range(2)])
+        layers[1].weight = layers[0].weight
+        self.add(name, layers)
+        self.plan("tied", [source], name, 6)
+
+    def plan_glu(self, name: str) -> None:
+        source = self.pick(2)
+        self.plan("glu", [source], name, self.widths[source] // 2)
+
     def plan_reparametrized(self, name: str) -> None:
         source = self.pick()
         layer = nn.Conv2d(self.widths[source], 8, 3, padding=1)
@@ -170,33 +189,17 @@ class RandomNet(nn.Module):
         self.plan("layer", [source], name, 8)
 
     def step(self, kind: str, inputs: list[Tensor], name: str) -> Tensor:
-        x = inputs[0]
-        n, _, h, w = x.shape
         if kind in STEPS:
             return STEPS[kind](*inputs)
-        if kind == "layer":
-            return self.layers[name](x)
-        if kind == "twice":
-            return self.layers[name](F.relu(self.layers[name](x)))
-        if kind == "scale":
-            return x * self.scales[name]
-        if kind == "einsum":
-            return torch.einsum("nchw,oc->nohw", x, self.scales[name])
-        if kind == "pixels":
-            return F.pixel_unshuffle(self.layers[name](F.pixel_shuffle(x, 2)), 2)
-        if kind == "channels_last":
-            return self.layers[name](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        if kind == "affinity":
-            query, key = (layer(x).flatten(2) for layer in self.layers[name])
-            weights = (query.transpose(1, 2) @ key).softmax(-1)
-            return (x.flatten(2) @ weights.transpose(1, 2)).view(n, -1, h, w)
-        return x * torch.sigmoid(self.layers[name](x.mean((2, 3))))[:, :, None, None]
+        owned = self.scales[name] if name in self.scales else self.layers[name]
+        return OWNING_STEPS[kind](owned, inputs[0])
 
     def forward(self, x: Tensor) -> Any:
         maps = [self.layers["stem"](x)]
         for kind, sources, name in self.program:
             maps.append(self.step(kind, [maps[source] for source in sources], name))
-        return self.layers["head"](maps[-1].mean((2, 3)))
+        last = F.adaptive_max_pool2d(maps[-1], 3 if self.places == 9 else 1)
+        return self.layers["head"](last.flatten(1))
 
 
 def halves(x: Tensor) -> Tensor:
@@ -227,7 +230,38 @@ STEPS: dict[str, Any] = {
     "roll": lambda x: x.roll(1, 3),
     "pad": lambda x: F.pad(x, (1, 1, 1, 1))[:, :, 1:-1, 1:-1] + F.pad(x[:, :, 1:], (0, 0, 1, 0)),
     "resize": lambda x: F.interpolate(x[:, :, ::2, ::2], size=x.shape[2:], mode="bilinear"),
+    "glu": lambda x: F.glu(x, 1),
     "stack": lambda x: torch.stack([x, F.relu(x)]).amax(0),
+}
+
+
+def affinity(layers: Any, x: Tensor) -> Tensor:
+    """Every position becomes a mean over positions that are like it."""
+    query, key = (layer(x).flatten(2) for layer in layers)
+    weights = (query.transpose(1, 2) @ key).softmax(-1)
+    return (x.flatten(2) @ weights.transpose(1, 2)).view(x.shape[0], -1, *x.shape[2:])
+
+
+def attention(layers: Any, x: Tensor) -> Tensor:
+    """Two heads, fused; the scale is a number."""
+    n, _, h, w = x.shape
+    rows = x.flatten(2).transpose(1, 2)
+    parts = (layer(rows).view(n, h * w, 2, -1).transpose(1, 2) for layer in layers)
+    mixed = F.scaled_dot_product_attention(*parts, scale=0.5)
+    return mixed.transpose(1, 2).permute(0, 2, 3, 1).reshape(n, -1, h, w)
+
+
+OWNING_STEPS: dict[str, Any] = {
+    "layer": lambda layer, x: layer(x),
+    "twice": lambda layer, x: layer(F.relu(layer(x))),
+    "scale": lambda scale, x: x * scale,
+    "einsum": lambda weight, x: torch.einsum("nchw,oc->nohw", x, weight),
+    "pixels": lambda layer, x: F.pixel_unshuffle(layer(F.pixel_shuffle(x, 2)), 2),
+    "channels_last": lambda layer, x: layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),
+    "gate": lambda layer, x: x * torch.sigmoid(layer(x.mean((2, 3))))[:, :, None, None],
+    "tied": lambda layers, x: F.relu(layers[0](x)) + F.silu(layers[1](x)),
+    "affinity": affinity,
+    "attention": attention,
 }
 KINDS = [name[len("plan_") :] for name in vars(RandomNet) if name.startswith("plan_")]
 
