@@ -103,6 +103,39 @@ def test_a_parameter_that_was_not_used_counts_as_a_layer_that_did_not_run() -> N
     assert [group.name for group in prunable(structure)] == ["stem.1", "b.1"]
 
 
+def test_channels_made_with_a_parameter_of_the_module_around_it_are_left_alone_too() -> None:
+    class Functional(Branches):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(20, 12, 1, 1))
+            self.c, self.head = nn.Conv2d(20, 12, 1), nn.Linear(20, 5)
+
+        def forward(self, x: Tensor) -> Any:
+            y = F.relu(F.conv2d(self.b(self.a(self.stem(x))), self.weight))
+            y = F.relu(F.conv2d(self.c(y), self.weight)) if x.mean() > 1 else y
+            return self.head(y.mean((2, 3)))
+
+    _, _, structure = analyzed(Functional())
+    assert structure.group("weight").frozen_reason.startswith("c did not run on the example")
+    assert [group.name for group in prunable(structure)] == ["stem.1", "a.1"]
+
+
+def test_channels_inside_other_modules_are_out_of_reach_whatever_their_width() -> None:
+    class Inner(Branches):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c = structures.conv_bn(12, 12)
+            self.b = nn.Sequential(structures.conv_bn(16, 12), structures.conv_bn(12, 20))
+            self.head = nn.Linear(20, 5)
+
+        def forward(self, x: Tensor) -> Any:
+            x = self.a(self.stem(x))
+            return self.head(self.b(self.c(x) if x.shape[1] == 12 else x).mean((2, 3)))
+
+    _, _, structure = analyzed(Inner())
+    assert [group.name for group in prunable(structure)] == ["stem.1", "a.1", "b.0.1", "b.1.1"]
+
+
 def test_a_layer_that_runs_in_train_mode_only_has_run() -> None:
     _, _, structure = analyzed(structures.AuxHead())
     assert structure.notes == ()

@@ -53,8 +53,8 @@ def freeze_unseen(model: nn.Module, record: Record) -> list[str]:
     """Freezes what may meet a layer that did not run, and notes such layers in the record.
 
     Such a layer is called, if ever, by the nearest module around it that did run. Of the channels
-    that come into that module or are made or read inside it, those must stay that have the width
-    of one of the layer's dimensions.
+    that the forward of that module has in its hands or makes with its own parameters, those must
+    stay that have the width of one of the layer's dimensions.
 
     Returns:
         Notes for the user.
@@ -126,15 +126,14 @@ def _caller(path: str, record: Record) -> str:
 
 def _freeze_widths(record: Record, caller: str, path: str, widths: Iterable[int]) -> None:
     reason = f"{path} did not run on the example: it may read or make these channels"
-    prefix = f"{caller}." if caller else ""
     for planes in record.hands.get(caller, Hands()).planes:
         fitting = [plane for plane in planes if any(size in widths for size in plane.shape)]
         for plane in fitting:
             record.freeze_labels(entries(labels_of(plane)), reason)
     sources = record.sources
     for dim in sources.dims:
-        is_inside = any(name.startswith(prefix) for name in sources.names_of(dim.tensor))
-        if dim.size in widths and dim.tensor in sources.seen and is_inside:
+        is_its_own = any(_divided(name)[0] == caller for name in sources.names_of(dim.tensor))
+        if dim.size in widths and dim.tensor in sources.seen and is_its_own:
             record.freeze_labels(np.arange(dim.first, dim.first + dim.size), reason)
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from slimcli.network.structure.nodes import Kind, Node
-from slimcli.network.structure.planes import labels_of, pack
-from slimcli.network.structure.rules_pointwise import combine_nodes
 from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule
 
 
@@ -26,11 +23,7 @@ def weight_norm(op: Op) -> Sequence[Planes]:
         op.freeze_planes([*kept, *gains], "weight norm of a computed weight")
         return [NO_PLANES, NO_PLANES]
     op.record.join(gains[0], kept[0])
-    nodes = combine_nodes(
-        [gains[0], kept[0]],
-        lambda parents: op.record.table.add(Node(Kind.COMBINE, parents, (True, False))),
-    )
-    return [(pack(labels_of(gains[0]), nodes), *inputs), (kept[0],)]
+    return [(gains[0], *inputs), (kept[0],)]
 
 
 def measured(op: Op) -> Sequence[Planes]:
