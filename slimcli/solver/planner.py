@@ -25,6 +25,14 @@ from slimcli.solver.schedule import plan_schedule
 from slimcli.solver.step import checked_loss, move_batch
 
 UNINITIALIZED = (nn.UninitializedParameter, nn.UninitializedBuffer)
+CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 SINGLE_SAMPLE_WITH_NORM = "Expected more than 1 value per channel"
 
@@ -85,6 +93,31 @@ def _refuse_half(model: nn.Module, hooks: JobHooks) -> None:
         )
 
 
+def _refuse_double(job: Job, model: nn.Module) -> None:
+    """No runtime of ONNX files convolves in float64: the run would end without its file.
+
+    Raises:
+        HookError: Some convolutions are float64 and an ONNX file is asked for.
+    """
+    double = [
+        f"{name}.weight"
+        for name, each in model.named_modules()
+        if isinstance(each, CONVOLUTIONS) and each.weight.dtype is torch.float64
+    ]
+    if double and job.export.onnx:
+        raise HookError(
+            Problem(
+                "E-HOOK-MODEL",
+                "`model` returned a model with convolutions in float64, and no runtime takes an "
+                "ONNX file of it",
+                job.hooks.where("model"),
+                expected="float32 weights",
+                received=f"float64 in {double[0]} and {len(double) - 1} more",
+                fix="return model.float(), or train without that file: export: {onnx: false}",
+            )
+        )
+
+
 def teacher_model(hooks: JobHooks, seed: int, fabric: Fabric) -> nn.Module | None:
     """The teacher on the device, in eval mode and without gradients; None if there is none."""
     if hooks.teacher is None:
@@ -99,7 +132,9 @@ def start_weights(job: Job, model: nn.Module) -> nn.Module:
 
     Raises:
         RecipeError: They are not weights of this model.
+        HookError: Convolutions are float64 and an ONNX file is asked for.
     """
+    _refuse_double(job, model)
     if job.init_from is None:
         return model
     state = stored_weights(job.init_from)

@@ -413,3 +413,30 @@ def test_every_key_has_an_effect(common, change):
 def test_a_wrong_value_or_key_is_refused(keys):
     with pytest.raises(ValidationError):
         QATConfig(**keys)
+
+
+def test_the_plan_names_the_quantizer_each_layer_reads_and_who_shares_it():
+    compressor = QATCompressor(QATConfig())
+    plan = compressor.plan(build("residual"), example_of(), Schedule(1, 1, (0.1,)))
+    assert {row.name: row.group for row in plan.layers} == {
+        "conv1": "conv1.input",
+        "conv2": "conv2.input: conv2, + conv3",
+        "conv3": "conv3.input",
+        "fc": "fc.input",
+    }
+
+
+def test_the_plan_warns_of_float64_and_names_what_else_stays_float():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru, self.head = nn.GRU(3, 4, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.gru(x)[0][:, -1])
+
+    example = Example(torch.randn(2, 5, 3, dtype=torch.float64), lambda model, x: model(x))
+    plan = QATCompressor(QATConfig()).plan(Recurrent().double(), example, Schedule(1, 1, (0.1,)))
+    assert len(plan.warnings) == 1
+    assert plan.warnings[0].startswith("head.weight is float64, which ONNX cannot quantize")
+    assert plan.notes == ["stay float, only convolution and linear layers are quantized: gru (GRU)"]

@@ -91,6 +91,14 @@ def linear(kind: str, scale, axis: int | None, **attributes):
     )
 
 
+def transposed(axis: int):
+    """A MatMul that reads a weight stored [outputs, inputs] behind a Transpose."""
+    net = Micro()
+    flat = net.op("Flatten", net.op("GlobalAveragePool", "x"))
+    weight = net.weight(8, 16, scale=CHANNELS if axis else CHANNELS[:8], axis=axis)
+    return net.model(net.op("MatMul", net.qdq(flat), net.op("Transpose", weight, perm=[1, 0])))
+
+
 def deconv(scale, **attributes):
     net = Micro()
     weight = net.weight(16, 16, 2, 2, scale=scale, **attributes)
@@ -301,6 +309,7 @@ MORE_BAD = {
         ),
     ),
     "Q8 Gemm": ("Q8", lambda: linear("Gemm", CHANNELS, 1, transB=1)),
+    "Q8 transposed": ("Q8", lambda: transposed(1)),
     "P1 weight only": ("P1", lambda: operands(False, True)),
     "P2 norm": ("P2", lambda: norm(True)),
     "P4 other scale": ("P4", lambda: residual("other")),
@@ -312,6 +321,7 @@ MORE_BAD = {
 
 MORE_GOOD = {
     "Gemm per channel": lambda: linear("Gemm", CHANNELS[:8], 0, transB=1),
+    "MatMul behind Transpose": lambda: transposed(0),
     "norm in the middle": lambda: norm(False),
     "shortcut": lambda: shortcut(True),
     "equal scales in front of concat": lambda: concat(0.05, 0.05),

@@ -69,6 +69,13 @@ def test_a_sum_with_a_constant_is_no_residual():
     assert rules(net.model(total)) == set()
 
 
+def test_a_conv_that_others_read_too_is_no_side_that_fuses_with_a_sum():
+    net = Micro()
+    start = net.conv(net.qdq("x"))  # as the input of a block behind a strided conv without norm
+    inner = net.op("Mul", net.conv(net.qdq(start)), net.const(np.ones((1, 16, 1, 1))))
+    assert rules(net.model(net.op("Add", inner, start))) == set()
+
+
 def test_files_that_are_no_model_are_told(tmp_path):
     (tmp_path / "a.onnx").write_bytes(b"nonsense")
     with pytest.raises(RunError, match="no valid ONNX file"):

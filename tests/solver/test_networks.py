@@ -138,6 +138,15 @@ def test_weights_in_half_precision_are_refused_before_training(tmp_path: Path, d
     assert "bf16-mixed" in str(caught.value)
 
 
+def test_float64_convolutions_are_refused_before_training_where_onnx_is_asked(
+    tmp_path: Path,
+) -> None:
+    one = toys.with_hooks(toys.job(tmp_path), build_model=lambda: toys.Net().double())
+    with pytest.raises(HookError, match="received float64 in conv1") as caught:
+        run(replace(one, export=Export(onnx=True)))
+    assert "onnx: false" in str(caught.value)
+
+
 def test_norms_behind_convs_of_one_tied_weight_stay(tmp_path: Path) -> None:
     class Tied(toys.Net):
         def __init__(self) -> None:

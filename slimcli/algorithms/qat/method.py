@@ -53,7 +53,7 @@ from slimcli.network.quantize.freeze import (
 )
 from slimcli.network.quantize.insert import insert, remove
 from slimcli.network.quantize.layers import TRANSPOSED
-from slimcli.network.quantize.place import Placement, place
+from slimcli.network.quantize.place import Activation, Placement, place
 
 SCALE_SHARES = (0.25, 2.0)
 """Bounds of a learned scale, in calibrated scales: positive, and not so wide that codes vanish."""
@@ -71,10 +71,14 @@ class QATCompressor(Compressor):
         clone = copy.deepcopy(model)
         placement = place(clone, example, self.config.skip)
         plan = Plan(targets=list(placement.quantized), private=placement)
+        read = {name: each for each in placement.activations for name in each.readers}
         plan.layers = [
-            LayerPlan(each.name, each.type, each.channels, each.channels, "", each.reason)
+            LayerPlan(
+                each.name, each.type, each.channels, each.channels,
+                _shared(read.get(each.name)), each.reason,
+            )
             for each in placement.layers
-        ]
+        ]  # fmt: skip
         plan.macs, plan.params = count_macs(clone, example).total, count_params(model)
         plan.budget = {
             "quantized_layers": float(len(placement.quantized)),
@@ -83,6 +87,12 @@ class QATCompressor(Compressor):
         }
         plan.notes = [*placement.notes, *self._notes(model, placement)]
         plan.warnings = self._warnings(schedule)
+        double = _in_float64(model, placement)
+        if double:
+            plan.warnings.append(
+                f"{double} is float64, which ONNX cannot quantize: no model.onnx can be written; "
+                "return model.float() in the hook `model`"
+            )
         if not placement.quantized and not self.config.skip:
             plan.refusals.append(
                 Refusal("the model calls no convolution or linear layer that can be quantized")
@@ -105,6 +115,10 @@ class QATCompressor(Compressor):
                 f"{narrow} grouped convolutions have a channel count that is no multiple of 8: "
                 "int8 may not be faster there"
             )
+        others = _float_weights(model, placement)
+        if others:
+            listed = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if others[5:] else "")
+            notes.append(f"stay float, only convolution and linear layers are quantized: {listed}")
         return notes
 
     def _warnings(self, schedule: Schedule) -> list[str]:
@@ -242,6 +256,30 @@ class QATCompressor(Compressor):
                     fix="call calibrate(model, batches) after prepare",
                 )
             )
+
+
+def _shared(activation: Activation | None) -> str:
+    """The quantizer a layer reads, and who reads it too: ``conv2.input: conv2, + conv3``."""
+    if activation is None:
+        return ""
+    name = f"{activation.layer}.{activation.role}"
+    return name if len(activation.readers) == 1 else f"{name}: {', '.join(activation.readers)}"
+
+
+def _in_float64(model: nn.Module, placement: Placement) -> str:
+    """The first quantized weight in float64, or an empty string: QuantizeLinear takes float32."""
+    weights = (f"{name}.weight" for name in placement.quantized)
+    return next((each for each in weights if model.get_parameter(each).dtype == torch.float64), "")
+
+
+def _float_weights(model: nn.Module, placement: Placement) -> list[str]:
+    """Layers of other kinds that hold a matrix of weights, such as GRU and Embedding."""
+    known = {each.name for each in placement.layers}
+    return [
+        f"{name} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if name not in known and any(each.dim() > 1 for each in module.parameters(recurse=False))
+    ]
 
 
 def _audit(model: nn.Module, example: Example) -> None:

@@ -58,8 +58,18 @@ def _between(graph: Graph, node: onnx.NodeProto) -> Iterator[Broken]:
 
 
 def _conv_behind(graph: Graph, name: str) -> onnx.NodeProto | None:
-    """The int8 conv or linear whose plain output (norm allowed) a value is."""
-    node = graph.through(name, ("BatchNormalization", "Identity"))
+    """The int8 conv or linear whose plain output (norm allowed) a value is, for one reader only.
+
+    What others read as well is stored anyway, so an addition is not fused with its convolution.
+    """
+    node = graph.producers.get(name)
+    while len(graph.consumers.get(name, [])) == 1 and node is not None:
+        if node.op_type not in ("BatchNormalization", "Identity"):
+            break
+        name = node.input[0]
+        node = graph.producers.get(name)
+    if len(graph.consumers.get(name, [])) != 1:
+        return None
     return node if node is not None and node.op_type in HEAVY and graph.is_int8(node) else None
 
 

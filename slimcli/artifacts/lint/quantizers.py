@@ -158,19 +158,30 @@ def _reader(graph: Graph, node: onnx.NodeProto) -> Iterator[Broken]:
             yield "Q9", node, _axis_text(scale, node)
         if scale.ndim == 0 or attribute(node, "block_size", 0) or is_bias:
             continue
-        yield from _axis(node, reader, weight, scale)
+        yield from _axis(graph, node, reader, weight, scale)
 
 
 def _axis_text(scale: Array, node: onnx.NodeProto) -> str:
     return f"{scale.size} scales on axis {axis(node)}" if scale.ndim else "one scale"
 
 
+def _transposed(graph: Graph, node: onnx.NodeProto, where: int) -> int:
+    """Which axis an axis has become where the weight is read: behind transpositions of it."""
+    following = graph.consumers.get(node.output[0], [])
+    while len(following) == 1 and following[0].op_type == "Transpose":
+        order = list(attribute(following[0], "perm", []))
+        where = order.index(where) if where in order else where
+        following = graph.consumers.get(following[0].output[0], [])
+    return where
+
+
 def _axis(
-    node: onnx.NodeProto, reader: onnx.NodeProto, weight: Array, scale: Array
+    graph: Graph, node: onnx.NodeProto, reader: onnx.NodeProto, weight: Array, scale: Array
 ) -> Iterator[Broken]:
-    where = axis(node) % weight.ndim
-    if scale.size != weight.shape[where]:
-        yield "Q7", node, f"{scale.size} scales for {weight.shape[where]} channels"
+    counted = axis(node) % weight.ndim
+    where = _transposed(graph, node, counted)
+    if scale.size != weight.shape[counted]:
+        yield "Q7", node, f"{scale.size} scales for {weight.shape[counted]} channels"
     elif reader.op_type == "Conv" and where != 0:
         yield "Q7", node, f"scales on axis {where} of a conv weight"
     elif reader.op_type == "Gemm":
