@@ -201,11 +201,14 @@ class Refusal:
         what: One sentence with the numbers.
         key: The config key to change (``lasso_decay``), without ``config.``.
         fix: The value that works, or what to do.
+        is_for_any_model: The schedule alone forbids it, whatever the widths and weights: a later
+            stage is refused before the first one trains, even if a stage between cuts the model.
     """
 
     what: str
     key: str = ""
     fix: str = ""
+    is_for_any_model: bool = False
 
 
 @dataclass

@@ -261,16 +261,55 @@ def test_the_plan_says_what_goes_in_words_and_numbers() -> None:
 
 
 def test_a_share_of_macs_becomes_the_smallest_fraction_that_reaches_it() -> None:
-    _, plan = planned(build("residual"), schedule(), prune_rate=0.4)
+    _, plan = planned(build("residual"), schedule(), prune_rate=0.4, allocation="uniform")
     assert plan.goal.target <= 0.6 * plan.macs
     fraction = plan.settings["cluster_percent"]
     _, less = planned(build("residual"), schedule(), cluster_percent=fraction - 0.03)
     assert less.goal.target > 0.6 * plan.macs
 
 
+def alike(model: nn.Module) -> nn.Module:
+    """The same network, its inner filters copies of two, so that merging them costs nothing."""
+    with torch.no_grad():
+        for tensor in (model.inner.weight, model.inner_norm.weight, model.inner_norm.running_var):
+            tensor.copy_(tensor[:2].repeat(4, *[1] * (tensor.dim() - 1)))
+    return model
+
+
+def test_more_goes_from_layers_whose_filters_are_alike() -> None:
+    _, spread = planned(build("residual"), schedule(), prune_rate=0.3)
+    _, copies = planned(alike(build("residual")), schedule(), prune_rate=0.3)
+    assert widths(copies)["inner"] < widths(spread)["inner"]
+    assert widths(copies)["stem"] == 12 > widths(spread)["stem"]
+    assert copies.goal.target <= 0.7 * copies.macs
+    assert "per layer" in copies.settings["cluster_percent"]
+
+
+def test_the_allocation_is_the_mildest_that_is_enough_and_always_the_same() -> None:
+    plans = [planned(build("residual"), schedule(), prune_rate=0.4)[1] for _ in range(2)]
+    assert plans[0].goal == plans[1].goal
+    assert widths(plans[0]) == widths(plans[1])
+    channel = max(  # no group is cut by one channel more than it takes
+        plans[0].macs - plans[0].private.structure.macs_with({group.name: group.size - 1})
+        for group in plans[0].private.groups
+    )
+    assert 0.6 * plans[0].macs - channel <= plans[0].goal.target <= 0.6 * plans[0].macs
+
+
+def test_the_allocation_keeps_to_limits_ratios_and_skips() -> None:
+    keys = {"prune_rate": 0.2, "min_channels": 5, "round_to": 3}
+    _, plan = planned(alike(build("residual")), schedule(), **keys)
+    assert widths(plan)["inner"] == 6
+    assert plan.goal.target <= 0.8 * plan.macs
+    _, plan = planned(build("residual"), schedule(), prune_rate=0.2, skip=("stem",))
+    assert widths(plan)["stem"] == 12
+    assert plan.goal.target <= 0.8 * plan.macs
+
+
 def test_a_share_of_macs_out_of_reach_is_refused_with_what_is_possible() -> None:
     _, plan = planned(build("residual"), schedule(), prune_rate=0.9, min_channels=6)
     assert plan.refusals[0].key == "prune_rate"
+    assert "all_conv" not in plan.refusals[0].fix  # it is set already
     possible = float(plan.refusals[0].fix.split()[1].rstrip(","))
     _, again = planned(build("residual"), schedule(), prune_rate=possible, min_channels=6)
     assert again.refusals == []
@@ -352,6 +391,47 @@ def test_too_few_steps_are_refused() -> None:
     few = Schedule(1, 3, (0.02,) * 3)
     _, plan = planned(build("residual"), few)
     assert plan.refusals[0].key == "epoch"
+
+
+def test_a_refusal_names_only_what_is_too_far_apart_and_by_how_much() -> None:
+    # With norms that take a hundredth of each batch, statistics lag behind filters that have met.
+    model = build("residual")
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.01
+    keys = {"centri_strength": 10.0, "prune_epoch": 4}
+    _, plan = planned(model, schedule(momentum=0.0), **keys)
+    (refusal,) = plan.refusals
+    assert plan.budget["spread_at_merge"] <= plan.budget["spread_wanted"]
+    statistics = plan.budget["statistics_spread_at_merge"]
+    assert statistics > 0.03
+    told = f"their running statistics are {statistics:.2g} standard deviations apart, "
+    assert f"{told}{statistics / 0.03:.2g} times the 0.03 wanted" in refusal.what
+    assert "of their size" not in refusal.what
+
+
+def test_what_the_schedule_alone_forbids_is_told_apart_from_what_the_model_does() -> None:
+    _, few = planned(build("residual"), schedule(epochs=1, lr=1e-4))
+    assert [refusal.is_for_any_model for refusal in few.refusals] == [True]
+    _, far = planned(build("residual"), schedule(), prune_rate=0.9, min_channels=6)
+    assert [refusal.is_for_any_model for refusal in far.refusals] == [False]
+
+
+def test_where_nothing_can_be_clustered_each_reason_is_told_once_with_what_helps() -> None:
+    keys = {"auto_find_module_strategy": "linear_conv", "skip": ("inner*",)}
+    _, plan = planned(build("residual"), schedule(), **keys)
+    (refusal,) = plan.refusals
+    assert "1 left alone by skip (inner_norm)" in refusal.what
+    assert "1 not taken by linear_conv (norm)" in refusal.what
+    assert "it is an output of the model (fc)" in refusal.what
+    assert refusal.key == "auto_find_module_strategy"
+    assert "all_conv" in refusal.fix
+    _, plan = planned(build("residual"), schedule(), skip=("inner*", "stem"))
+    (refusal,) = plan.refusals
+    assert "2 left alone by skip" in refusal.what
+    assert (refusal.key, "all_conv" in refusal.fix) == ("skip", False)
+    _, plan = planned(build("residual").requires_grad_(False), schedule())
+    assert "requires_grad_(True)" in plan.refusals[0].fix
 
 
 def test_the_merge_comes_as_soon_as_filters_have_met_and_leaves_time_for_fine_tuning() -> None:

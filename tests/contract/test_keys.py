@@ -26,6 +26,7 @@ CHANGES: dict[str, dict[str, tuple[Any, dict[str, Any]]]] = {
     "csgd": {
         "cluster_percent": (0.5, {}),
         "prune_rate": (0.2, {"cluster_percent": None, "prune_rate": 0.4}),
+        "allocation": ("uniform", {"cluster_percent": None, "prune_rate": 0.4}),
         "prune_epoch": (2, {}),
         "centri_strength": (2.0, {}),
         "vector_strength": (0.9, {}),

@@ -5,6 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
+from slimcli.algorithms.csgd.allocation import (
+    Choices,
+    first_enough,
+    merge_costs,
+    per_layer,
+    uniform,
+)
 from slimcli.algorithms.csgd.config import CSGDConfig
 from slimcli.compressor import Plan, Refusal
 from slimcli.network.structure import Group, Structure
@@ -40,35 +50,60 @@ def lowest_widths(
 def widths_of(
     config: CSGDConfig,
     structure: Structure,
-    sizes: Mapping[str, int],
+    features: Mapping[str, NDArray[np.float64]],
     fixed: Mapping[str, float],
     plan: Plan,
 ) -> dict[str, int]:
-    """Channels each group keeps; refuses a prune_rate that is out of reach."""
+    """Channels each group keeps; refuses a prune_rate that is out of reach.
 
-    def at(fraction: float) -> dict[str, int]:
+    Args:
+        config: How much goes.
+        structure: The coupled groups of the model.
+        features: Group -> what its channels are compared by, (channels, numbers).
+        fixed: Group -> the fraction that ``prune_ratios`` gives it.
+        plan: Gets the fractions that were found, or the refusal.
+    """
+    sizes = {name: len(rows) for name, rows in features.items()}
+
+    def at(fractions: Mapping[str, float]) -> dict[str, int]:
         return {
-            name: _width(config, size, fixed.get(name, fraction)) for name, size in sizes.items()
+            name: _width(config, size, fixed.get(name, fractions.get(name, 0.0)))
+            for name, size in sizes.items()
         }
 
     if config.cluster_percent is not None:
-        return at(config.cluster_percent)
+        return at(dict.fromkeys(sizes, config.cluster_percent))
     assert config.prune_rate is not None
     target = (1 - config.prune_rate) * structure.macs
-    free = [size for name, size in sizes.items() if name not in fixed]
-    fractions = sorted({removed / size for size in free for removed in range(1, size)}) or [0.0]
-    low, high = 0, len(fractions) - 1
-    while low < high:  # the first fraction that is enough
-        middle = (low + high) // 2
-        enough = structure.macs_with(at(fractions[middle])) <= target
-        low, high = (low, middle) if enough else (middle + 1, high)
-    widths = at(fractions[low])
+    free = {name: rows for name, rows in features.items() if name not in fixed}
+    choices = _choices(config, structure, free)
+    chosen = first_enough(
+        choices.count, lambda number: structure.macs_with(at(choices.at(number))) <= target
+    )
+    fractions = choices.at(chosen)
+    widths = at(fractions)
     reached = structure.macs_with(widths)
     if reached > target:
         plan.refusals.append(_out_of_reach(config, structure.macs, reached, bool(fixed)))
     if free:
-        plan.settings["cluster_percent"] = round(fractions[low], 4)
+        low, high = min(fractions.values()), max(fractions.values())
+        plan.settings["cluster_percent"] = (
+            round(low, 4) if low == high else f"{low:.3g} to {high:.3g}, per layer"
+        )
     return widths
+
+
+def _choices(
+    config: CSGDConfig, structure: Structure, free: Mapping[str, NDArray[np.float64]]
+) -> Choices:
+    """The sets of fractions that the planner may choose from, mildest first."""
+    sizes = {name: len(rows) for name, rows in free.items()}
+    if config.allocation == "uniform":
+        return uniform(sizes)
+    saved = {
+        name: structure.macs - structure.macs_with({name: size - 1}) for name, size in sizes.items()
+    }
+    return per_layer({name: merge_costs(rows) for name, rows in free.items()}, saved)
 
 
 def _out_of_reach(config: CSGDConfig, macs: int, reached: int, has_fixed: bool) -> Refusal:
@@ -77,7 +112,11 @@ def _out_of_reach(config: CSGDConfig, macs: int, reached: int, has_fixed: bool) 
         f"prune_rate {config.prune_rate} is out of reach: with every selected layer at its "
         f"smallest, {reached:,} of {macs:,} MACs are left"
     )
-    fix = f"prune_rate: {possible}, or auto_find_module_strategy: all_conv"
+    fix = f"prune_rate: {possible}"
+    if config.prune_module_names is None and config.auto_find_module_strategy == "linear_conv":
+        fix += ", or auto_find_module_strategy: all_conv"
+    if config.min_channels > 1:
+        fix += ", or a smaller min_channels"
     return Refusal(what, "prune_rate", f"{fix}, or less in prune_ratios" if has_fixed else fix)
 
 

@@ -106,9 +106,16 @@ class Question:
         """Predicted spread after some steps in units of what is wanted; at most 1 is good."""
         if not steps:
             return math.inf if self.start.largest else 0.0
+        parameters, statistics = self.at_merge(strength, steps)
+        return max(parameters / TOLERANCE, statistics / STATISTICS_TOLERANCE)
+
+    def at_merge(self, strength: float, steps: int) -> tuple[float, float]:
+        """Predicted spread of parameters and statistics after some steps, without lucky swings."""
+        if not steps:
+            return max(self.start.kernel, self.start.vector), self.start.statistics
         parameters, statistics = self.spreads(strength, steps)
         last = -max(1, steps // 10)  # momentum may swing through zero just at the end
-        return max(max(parameters[last:]) / TOLERANCE, statistics[-1] / STATISTICS_TOLERANCE)
+        return max(parameters[last:]), statistics[-1]
 
     @property
     def strongest(self) -> float:
@@ -149,6 +156,7 @@ def _with_strength(
             f"{max(question.rates):g} allows at most {question.strongest:.3g}",
             "centri_strength",
             f"centri_strength: {question.strongest * 0.5:.3g}",
+            is_for_any_model=True,
         )
         return Collapse(latest, latest * schedule.steps_per_epoch, strength, form, refusal=refusal)
     epochs = [latest] if config.prune_epoch != "auto" else range(1, latest + 1)
@@ -182,17 +190,44 @@ def _too_weak(
 ) -> Refusal:
     """Says how far the filters stay apart, and what would bring them together."""
     what = (
-        f"the filters do not meet: at the merge after epoch {found.epoch} they are "
-        f"{found.spread:.2g} apart (wanted {TOLERANCE:g}), their statistics "
-        f"{found.statistics_spread:.2g} (wanted {STATISTICS_TOLERANCE:g})"
+        f"the filters do not meet: at the merge after epoch {found.epoch} "
+        f"{what_misses(found.spread, found.statistics_spread)}"
     )
     excess = functools.partial(question.excess, steps=found.step)
     works = strength_for(excess, 1.0, question.strongest)
     if works is not None:
-        return Refusal(what, "centri_strength", f"centri_strength: {works:g}, or auto")
+        return Refusal(what, "centri_strength", f"centri_strength: {works:g}, or auto", True)
     if config.prune_epoch != "auto":
-        return Refusal(what, "prune_epoch", "prune_epoch: auto, or more epochs")
-    return Refusal(what, "centri_strength", "centri_strength: auto, or more epochs")
+        return Refusal(what, "prune_epoch", "prune_epoch: auto, or more epochs", True)
+    return Refusal(what, "centri_strength", "centri_strength: auto, or more epochs", True)
+
+
+def what_misses(
+    spread: float,
+    statistics: float,
+    wanted: tuple[float, float] = (TOLERANCE, STATISTICS_TOLERANCE),
+) -> str:
+    """Which filters or running statistics are too far apart, and by how much; only those.
+
+    Args:
+        spread: Of the parameters.
+        statistics: Of the running statistics.
+        wanted: The largest of each that is good.
+
+    >>> what_misses(0.0, 0.06)
+    'their running statistics are 0.06 standard deviations apart, 2 times the 0.03 wanted'
+    >>> what_misses(0.002, 0.0)
+    'they are 0.002 of their size apart, 20 times the 0.0001 wanted'
+    """
+    misses = [
+        f"{who} are {value:.2g} {unit} apart, {value / limit:.2g} times the {limit:g} wanted"
+        for who, value, unit, limit in (
+            ("they", spread, "of their size", wanted[0]),
+            ("their running statistics", statistics, "standard deviations", wanted[1]),
+        )
+        if value > limit
+    ]
+    return ", and ".join(misses)
 
 
 def _with_auto(config: CSGDConfig, schedule: Schedule, question: Question, form: str) -> Collapse:
@@ -215,10 +250,10 @@ def _with_auto(config: CSGDConfig, schedule: Schedule, question: Question, form:
             return _answer(asked, Collapse(epoch, step, strength, each, warnings=warnings))
     found = _answer(asked, Collapse(epoch, step, asked.strongest, each))
     refusal = Refusal(
-        f"no pull brings the filters together in {step} steps: they stay {found.spread:.2g} apart "
-        f"(wanted {TOLERANCE:g}), their statistics {found.statistics_spread:.2g} "
-        f"(wanted {STATISTICS_TOLERANCE:g})",
+        f"no pull brings the filters together in {step} steps: "
+        f"{what_misses(*asked.at_merge(asked.strongest, step))}",
         "epoch" if config.prune_epoch == "auto" else "prune_epoch",
         "more epochs before the merge",
+        is_for_any_model=True,
     )
     return replace(found, refusal=refusal)

@@ -25,6 +25,11 @@ class CSGDConfig(AlgorithmConfig):
         lt=1,
         description="fraction of the MACs to remove; the planner finds the fraction per layer",
     )
+    allocation: Literal["per_layer", "uniform"] = Field(
+        "per_layer",
+        description="how prune_rate is spread: per_layer takes more from layers whose filters are "
+        "alike, for the MACs that saves; uniform takes one fraction from all",
+    )
     prune_epoch: int | Literal["auto"] = Field(
         "auto",
         description="the merge comes after this many full epochs; auto: as soon as the filters "

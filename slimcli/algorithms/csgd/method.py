@@ -27,6 +27,7 @@ from torch import nn
 
 from slimcli.algorithms.csgd.budget import LIMIT, STATISTICS_LIMIT
 from slimcli.algorithms.csgd.clustering import Clusters
+from slimcli.algorithms.csgd.collapse import what_misses
 from slimcli.algorithms.csgd.config import ALGORITHM, CSGDConfig
 from slimcli.algorithms.csgd.planning import (
     Analysis,
@@ -163,9 +164,9 @@ class CSGDCompressor(Compressor):
                 Problem(
                     "E-CSGD-SPREAD",
                     "the filters have not met, so merging them would change the model",
-                    expected=f"a spread of at most {LIMIT:g}, running statistics at most "
-                    f"{STATISTICS_LIMIT:g}",
-                    received=f"{spread:.3g} and {statistics:.3g}",
+                    expected=f"at most {LIMIT:g} of their size apart, their running statistics "
+                    f"at most {STATISTICS_LIMIT:g} standard deviations",
+                    received=what_misses(spread, statistics, (LIMIT, STATISTICS_LIMIT)),
                     fix="centri_strength: auto, a later prune_epoch, or more epochs",
                 )
             )

@@ -14,13 +14,13 @@ from slimcli.algorithms.csgd.amounts import fixed_ratios, lowest_widths, removal
 from slimcli.algorithms.csgd.clustering import Clusters
 from slimcli.algorithms.csgd.collapse import Collapse, Start, find_collapse
 from slimcli.algorithms.csgd.config import CSGDConfig
+from slimcli.algorithms.csgd.selection import explain_nothing, find_groups
 from slimcli.algorithms.csgd.ties import Tie, distance, distance_in
-from slimcli.compressor import Goal, LayerPlan, Plan, Refusal, Schedule
+from slimcli.compressor import Goal, LayerPlan, Plan, Schedule
 from slimcli.network.cuts import Slot
 from slimcli.network.example import Example
 from slimcli.network.fuse import norm_as_scale
 from slimcli.network.structure import Group, Structure, analyze
-from slimcli.network.widths import skipped
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ def make_plan(config: CSGDConfig, model: nn.Module, example: Example, schedule: 
     features = {group.name: group_features(model, structure, group) for group in groups}
     clusters: dict[str, Clusters] = {}
     if not groups:
-        _explain_nothing(config, plan, reasons)
+        explain_nothing(config, model, structure, plan)
     elif schedule.epochs == 0:
         clusters = {name: clustering.duplicates(each) for name, each in features.items()}
         plan.notes.append("epoch: 0 merges only filters that are equal already")
     else:
-        widths = widths_of(config, structure, sizes, fixed, plan)
+        widths = widths_of(config, structure, features, fixed, plan)
         clusters = {
             name: clustering.cluster(
                 features[name], widths[name], config.cluster_method, schedule.seed
@@ -78,32 +78,6 @@ def make_plan(config: CSGDConfig, model: nn.Module, example: Example, schedule: 
     collapse = _collapse(config, model, schedule, plan, groups, clusters)
     plan.private = Analysis(structure, tuple(groups), clusters, collapse)
     return plan
-
-
-def find_groups(
-    config: CSGDConfig, model: nn.Module, structure: Structure
-) -> tuple[list[Group], dict[str, str]]:
-    """Groups to cluster, and why other selected groups can't be (group name -> reason)."""
-    names = config.prune_module_names
-    if names is not None and not names:
-        return [], {}
-    chosen = structure.select(config.auto_find_module_strategy, names)
-    frozen = {name for name, each in model.named_parameters() if not each.requires_grad}
-    alone = skipped(config.skip, chosen)
-    groups, reasons = [], {}
-    for group in chosen:
-        untrained = sorted(frozen & {slot.tensor for slot in (*group.producers, *group.followers)})
-        if group.name in alone:
-            reasons[group.name] = "left alone by skip"
-        elif group.frozen_reason:
-            reasons[group.name] = group.frozen_reason
-        elif not group.exact_duplicate:
-            reasons[group.name] = group.duplicate_reason or "merging duplicates would not be exact"
-        elif untrained:
-            reasons[group.name] = f"{untrained[0]} is not trained (requires_grad is False)"
-        elif group.size > 1:
-            groups.append(group)
-    return groups, reasons
 
 
 def tied_slots(model: nn.Module, group: Group) -> list[tuple[Slot, str]]:
@@ -172,23 +146,6 @@ def _layers(
             reason = layer.frozen_reason or reasons.get(layer.group, "") or "not selected"
         rows.append(LayerPlan(layer.name, layer.type, layer.channels, lowest, layer.group, reason))
     return rows
-
-
-def _explain_nothing(config: CSGDConfig, plan: Plan, reasons: Mapping[str, str]) -> None:
-    """Nothing is clustered: wanted by the recipe, or a reason to stop."""
-    is_switched_off = config.prune_module_names == () or "*" in config.skip
-    if is_switched_off or config.cluster_percent == 0:
-        plan.warnings.append("no layer is selected: this trains without compressing")
-        return
-    told = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:5])
-    plan.refusals.append(
-        Refusal(
-            f"no layer can be clustered with {config.auto_find_module_strategy}"
-            + (f" ({told})" if told else ""),
-            "auto_find_module_strategy",
-            "auto_find_module_strategy: all_conv, or prune_module_names: [] to only train",
-        )
-    )
 
 
 def _collapse(
