@@ -1,4 +1,9 @@
-"""Where a channel must be made zero, and whether the zero survives to its readers."""
+"""Where a channel must be made zero, and whether the zero survives to its readers.
+
+Only the sites are zero. The shift of a norm further on (behind the sum of a residual stream) is not
+zeroed with them, because no algorithm does so: the constant that it makes of a zero is taken up by
+a bias or ends the matter. Equal channels need none of this, they stay equal to their readers.
+"""
 
 from __future__ import annotations
 
