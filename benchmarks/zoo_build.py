@@ -52,9 +52,28 @@ def build(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> zoo_m
     model = model.to(dtype)
     batch = [each.to(dtype) for each in batch] if isinstance(batch, list) else batch.to(dtype)
     zoo_measure.jitter(model, seed)
-    return zoo_measure.Case(
-        model.eval(), batch, lambda net, data: net(data), zoo_measure.TOLERANCES[dtype]
-    )
+    predict = dense_predictions if hasattr(model, "anchor_generator") else predictions
+    return zoo_measure.Case(model.eval(), batch, predict, zoo_measure.TOLERANCES[dtype])
+
+
+def predictions(net: torch.nn.Module, data: Any) -> Any:
+    """What the network returns."""
+    return net(data)
+
+
+def dense_predictions(net: torch.nn.Module, data: Any) -> Any:
+    """What a one-stage detector's head says of all its boxes.
+
+    Which of them survive jumps: random weights give hundreds of boxes equal scores and overlaps,
+    and rounding alone decides their order.
+    """
+    seen: list[Any] = []
+    handle = net.head.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    try:
+        net(data)
+    finally:
+        handle.remove()
+    return seen
 
 
 def build_torchvision(name: str) -> tuple[Any, Any]:

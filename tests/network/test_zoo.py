@@ -53,7 +53,7 @@ def test_zeroed_equals_cut_the_files_load_and_training_goes_on(tmp_path: Path, n
     outputs = sum(group.zero_reason == "it is an output of the model" for group in structure.groups)
     assert row["groups_prunable"] / (row["groups"] - outputs) >= NETWORKS[name], row["reasons"]
     assert row["error"] <= case.tolerance
-    assert "rcnn" in name or "retina" in name or "ssd" in name or row["effect"] > 1e-6
+    assert row["effect"] > 1e-7  # layer scales begin at 1e-6
     assert cut is not None
     zoo_measure.save(case, cut, tmp_path)
     assert zoo_measure.reload_error(zoo_build.build(name, seed=1), tmp_path) == 0.0
