@@ -13,8 +13,8 @@ from torch import nn
 
 from slimcli.artifacts import verify
 from slimcli.artifacts.events import EventLog
-from slimcli.compressor import Compressor, Plan, Schedule
-from slimcli.errors import Problem, VerificationError
+from slimcli.compressor import Compressor, Plan, Refusal, Schedule
+from slimcli.errors import Problem, RecipeError, VerificationError
 from slimcli.network.example import Example
 from slimcli.solver import planner
 from slimcli.solver.data import Sharding
@@ -38,7 +38,7 @@ class StageForecast:
         plan: What its compressor plans on today's weights.
         schedule: Its learning rates.
         is_certain: No compressing stage comes before it, so that its plan is about the very model
-            it will get, but for the weights.
+            it will get, but for the weights; or it is refused, and would be with any model.
         metrics: The metrics of one validation batch.
         notices: What to know about the data.
         trial: What a trial step and deployment showed, by name; empty without a trial.
@@ -116,15 +116,28 @@ def refuse_later_stages(
     """Stop before the first stage where a later one is certain to fail.
 
     Certain are the stages up to and with the first compressing one: the model they get is the one
-    at hand, but for the weights.
+    at hand, but for the weights. Of the others only what no model could change is certain.
 
     Raises:
         GoalError: A later stage refuses.
     """
+    is_certain = True
     for before, stage in zip(job.stages, job.stages[1:], strict=False):
-        if before.compressor.compresses:
-            return
-        planner.refuse(stage, look(job, stage, fabric, datasets, model).plan)
+        is_certain = is_certain and not before.compressor.compresses
+        try:
+            plan = look(job, stage, fabric, datasets, model).plan
+        except RecipeError:
+            if is_certain:
+                raise
+            continue  # names may mean something only in the model of the stage before
+        if not is_certain:
+            plan.refusals = for_any_model(plan)
+        planner.refuse(stage, plan)
+
+
+def for_any_model(plan: Plan) -> list[Refusal]:
+    """The refusals that another model would not change."""
+    return [refusal for refusal in plan.refusals if refusal.is_for_any_model]
 
 
 def _stage(
@@ -134,6 +147,8 @@ def _stage(
     model = planner.start_weights(job, planner.fresh_model(job.hooks, job.stages[0].training.seed))
     model.to(fabric.device)
     seen = look(job, stage, fabric, datasets, model)
+    if not is_certain and (refusals := for_any_model(seen.plan)):
+        seen.plan.refusals, is_certain = refusals, True
     result = StageForecast(
         stage.name,
         stage.algorithm,

@@ -1,0 +1,54 @@
+"""What is refused before the first stage of several trains."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from slimcli.algorithms.finetune.config import FinetuneConfig
+from slimcli.algorithms.finetune.method import FinetuneCompressor
+from slimcli.compressor import Plan, Refusal, Schedule
+from slimcli.errors import GoalError
+from slimcli.network.example import Example
+from slimcli.solver.forecast import forecast
+from slimcli.solver.job import Job, StageJob
+from slimcli.solver.stages import run
+from tests.solver import toys
+
+
+def refusing(is_for_any_model: bool) -> type[FinetuneCompressor]:
+    class Refusing(FinetuneCompressor):
+        def plan(self, model: nn.Module, example: Example, schedule: Schedule) -> Plan:
+            too_few = Refusal("5 steps are too few", "epoch", "more", is_for_any_model)
+            return Plan(refusals=[too_few])
+
+    return Refusing
+
+
+def chain(folder: Path, last: type[Any]) -> Job:
+    """A stage that cuts the model, and a second one."""
+    one = toys.job(folder, toys.Cutter)
+    second = StageJob("2-toy", "toy", last, FinetuneConfig(), one.stages[0].training)
+    return replace(one, stages=(*one.stages, second))
+
+
+def test_what_no_model_could_change_is_refused_before_a_stage_that_cuts_trains(
+    tmp_path: Path,
+) -> None:
+    job = chain(tmp_path, refusing(is_for_any_model=True))
+    with pytest.raises(GoalError, match="5 steps are too few"):
+        run(job)
+    assert list(tmp_path.rglob("handover")) == []
+    assert [stage.is_certain for stage in forecast(job)] == [True, True]
+
+
+def test_what_another_model_may_change_waits_until_the_cut_model_is_there(tmp_path: Path) -> None:
+    job = chain(tmp_path, refusing(is_for_any_model=False))
+    assert [stage.is_certain for stage in forecast(job)] == [True, False]
+    with pytest.raises(GoalError, match="5 steps are too few"):
+        run(job)
+    assert list(tmp_path.rglob("handover"))
