@@ -7,6 +7,7 @@ Colour never carries meaning alone.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -14,7 +15,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from statistics import median
@@ -114,6 +115,32 @@ def _stdout() -> TextIO:
     return _results or sys.stdout
 
 
+def _write(text: str) -> None:
+    """A line or block to stdout.
+
+    Raises:
+        RunError: It goes to a file on a disk that is full.
+        BrokenPipeError: Nobody reads it any more.
+    """
+    try:
+        print(text, flush=True, file=_stdout())
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        from slimcli.errors import Problem, RunError
+
+        _abandon_stdout()
+        what = f"can't write the result: {error.strerror}"
+        fix = "send stdout to a disk with space; what a run made is in its folder"
+        raise RunError(Problem("E-STDOUT", what, "stdout", fix=fix)) from error
+
+
+def _abandon_stdout() -> None:
+    """What is still in the buffer must not fail once more when Python ends."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), _stdout().fileno())
+
+
 def command(*words: object) -> str:
     """A command of slim to paste into a shell.
 
@@ -126,19 +153,19 @@ def command(*words: object) -> str:
 def result(text: str) -> None:
     """One line or block of the result, to stdout."""
     if is_main_process():
-        print(text, flush=True, file=_stdout())
+        _write(text)
 
 
 def document(value: Any) -> None:
     """The result as one JSON document, to stdout."""
     if is_main_process():
-        print(json.dumps(value, indent=2, ensure_ascii=False), flush=True, file=_stdout())
+        _write(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def json_line(value: dict[str, Any]) -> None:
     """One event as one line of JSON, to stdout."""
     if is_main_process():
-        print(json.dumps(value, ensure_ascii=False), flush=True, file=_stdout())
+        _write(json.dumps(value, ensure_ascii=False))
 
 
 def say(text: str, style: str = "") -> None:
@@ -181,7 +208,14 @@ def table(
     for row in listed:
         drawn.add_row(*(str(cell) for cell in row))
     if is_main_process() and (to_stdout or not _settings.quiet):
-        terminal(_stdout() if to_stdout else sys.stderr).print(drawn)
+        screen = terminal(_stdout() if to_stdout else sys.stderr)
+        screen.file = drawing = io.StringIO()
+        screen.print(drawn)
+        text = "\n".join(line.rstrip() for line in drawing.getvalue().splitlines())
+        if to_stdout:
+            _write(text)
+        else:
+            print(text, file=sys.stderr)
 
 
 def error(problem: SlimError) -> None:
@@ -225,14 +259,15 @@ class RunDisplay:
         self._last_tick = 0.0
         self._step_seconds: deque[float] = deque(maxlen=self.WINDOW)
         self._warnings = 0
+        self._is_heard = True
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Show one event."""
         if event["event"] == "tick":
             self._tick(event)
             return
-        if self._settings.json:
-            json_line(event)
+        if self._settings.json and self._is_heard:
+            self._json_line(event)
         if event["event"] in ("cut", "epoch_end", "stage_start"):
             self._step_seconds.clear()  # steps get faster after a cut; the estimate starts anew
             self._last_tick = 0.0
@@ -244,6 +279,15 @@ class RunDisplay:
         if event["event"] == "run_end" and self._warnings and not self._settings.json:
             plural = "warning" if self._warnings == 1 else "warnings"
             self._line(f"{self._warnings} {plural}, see {event['folder']}/log.txt")
+
+    def _json_line(self, event: dict[str, Any]) -> None:
+        """A reader that went away (``| head``) must not end hours of training."""
+        try:
+            json_line(event)
+        except BrokenPipeError:
+            self._is_heard = False
+            _abandon_stdout()
+            warn("nobody reads stdout any more: the run goes on, its events are in events.jsonl")
 
     def _line(self, text: str) -> None:
         self._last_line = time.monotonic()

@@ -148,6 +148,11 @@ class SlimGroup(click.Group):
         """Runs a command and exits with the code its outcome has (``slim explain exit-codes``)."""
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, standalone_mode, **extra)
+        stopping.open_closed_streams()
+        # No list(...): that name is a command's module here once it has been imported.
+        words = [*(sys.argv[1:] if args is None else args)]
+        if "--json" in words[: words.index("--") if "--" in words else None]:
+            console.configure(json=True)  # known before a word behind which it stands is refused
         # Before torch is loaded: threads that spin while they wait slow a busy machine tenfold.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         try:

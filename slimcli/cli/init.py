@@ -73,7 +73,10 @@ def command(folder: Path, algo: str, task: str, full: bool, force: bool) -> None
         what = f"cannot write {error.filename}: {error.strerror}"
         fix = "name a folder that can be written: slim init FOLDER"
         raise RecipeError(Problem("E-INIT-WRITE", what, fix=fix)) from None
-    console.result(str(recipe))
+    if console.settings().json:
+        console.document({"version": 1, "recipe": str(recipe), "hooks": str(hooks)})
+    else:
+        console.result(str(recipe))
     console.say(f"{hooks}  lines to change are marked # EDIT")
     enter = "" if folder == Path(".") else f"cd {shlex.quote(str(folder))} && "
     console.say(f"Next: {enter}slim run recipe.yaml")

@@ -69,13 +69,25 @@ def command(
         console.say(f"to train longer: {longer}")
         if console.settings().quiet:
             console.result(str(folder.path))
-        elif not console.settings().json:
+        elif console.settings().json:
+            console.json_line(_ending(folder))
+        else:
             show_result(folder.path, summary.read(folder.summary))
         return
     if after_changes(before, after):
         path = run_folder.write_changed_recipe(folder, after.to_yaml(folder.path))
         console.say(f"the changed recipe is {path}")
     start(after, resume=folder.path, max_steps=max_steps)
+
+
+def _ending(folder: RunFolder) -> dict[str, object]:
+    """The event with which the run ended, once more."""
+    from slimcli.artifacts import events
+
+    log = folder.path / "events.jsonl"
+    ends = [each for each in events.read(log) if each["event"] == "run_end"] if log.exists() else []
+    done = {"status": "finished", "exit_code": 0, "folder": str(folder.path)}
+    return ends[-1] if ends else {"v": 1, "event": "run_end", **done}
 
 
 def after_changes(before: Recipe, after: Recipe) -> list[tuple[str, object, object]]:

@@ -1,11 +1,14 @@
-"""Ctrl-C and SIGTERM outside of training: exit codes 130 and 143, whenever they come."""
+"""A command and what is around it: signals outside of training (130, 143), closed streams."""
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 STOPPED = {130: "interrupted", 143: "terminated"}
@@ -31,6 +34,17 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def open_closed_streams() -> None:
+    """A stream that was closed before the start (``2>&-``, some daemons) takes all and keeps none.
+
+    Python has None in its place, which nobody can print to.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            nothing = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+            setattr(sys, name, nothing)
 
 
 def exit_code_of(error: BaseException) -> int:
