@@ -93,7 +93,7 @@ def test_nms_is_known():
         result = boxes[kept]
     assert seen.operators == ["torchvision::nms"]
     assert seen.is_behind([result])
-    assert len(seen.inputs) == 2
+    assert len(seen.inputs) == 3  # boxes, scores, and the boxes again where some are picked
 
 
 def test_ops_that_torch_tags_are_known():
@@ -101,3 +101,55 @@ def test_ops_that_torch_tags_are_known():
         where = torch.nonzero(torch.tensor([0.0, 1.0]))
     assert seen.operators == ["aten::nonzero"]
     assert seen.is_behind([where])
+
+
+class Proposals(nn.Module):
+    """As a region proposal network: the best by score, then those that are large enough."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.sizes, self.score = nn.Linear(4, 2), nn.Linear(4, 1)
+
+    def forward(self, x):
+        best = self.score(x)[:, 0].topk(6).indices
+        sizes = self.sizes(x)[best]
+        return sizes[((sizes[:, 0] > 0) & (sizes[:, 1] > -9)).nonzero()[:, 0]]
+
+
+def tied_batch():
+    """Two samples with nearly one score and quite different sizes."""
+    model, batch = Proposals(), torch.randn(8, 4)
+    with torch.no_grad():
+        model.score.weight.copy_(torch.tensor([[1.0, 0, 0, 0]]))
+        model.sizes.bias += 3
+    batch[:2, 0] = torch.tensor([2.0, 2.0 + 1e-6])
+    return model, batch
+
+
+def test_a_model_that_gives_the_same_boxes_is_compared_by_its_boxes():
+    model, batch = tied_batch()
+    found = seam(model, copy.deepcopy(model), batch)
+    assert (found.ok, found.max_abs, found.notes) == (True, 0.0, ())
+
+
+def test_two_nearly_equal_scores_that_change_places_are_no_difference():
+    model, batch = tied_batch()
+    other = copy.deepcopy(model)
+    swapped = batch.clone()
+    swapped[:2, 0] = torch.tensor([2.0 + 1e-6, 2.0])
+    with torch.no_grad():
+        assert not torch.allclose(model(batch), other(swapped), atol=0.1)
+    found = verify.compare(lambda b: call(model, b), lambda b: call(other, swapped), [batch])
+    assert found.ok, str(found)
+    assert found.max_abs < 1e-5
+    assert "not compared" in str(found)
+
+
+def test_a_difference_in_what_is_ordered_or_masked_is_found():
+    model, batch = tied_batch()
+    for name in ("score", "sizes"):
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            other.get_submodule(name).weight[0] *= -1.5
+        assert not seam(model, other, batch).ok, name
