@@ -285,6 +285,15 @@ def test_more_goes_from_layers_whose_filters_are_alike() -> None:
     assert "per layer" in copies.settings["cluster_percent"]
 
 
+def test_a_fraction_too_small_for_any_filter_is_said_and_allocation_needs_a_rate() -> None:
+    _, plan = planned(build("residual"), schedule(), cluster_percent=0.001)
+    assert any("no filter is removed: cluster_percent 0.001" in each for each in plan.warnings)
+    _, plan = planned(build("residual"), schedule(), cluster_percent=0.5)
+    assert not any("no filter is removed" in each for each in plan.warnings)
+    with pytest.raises(ValueError, match="allocation spreads prune_rate"):
+        CSGDConfig(cluster_percent=0.5, allocation="uniform")
+
+
 def test_the_allocation_is_the_mildest_that_is_enough_and_always_the_same() -> None:
     plans = [planned(build("residual"), schedule(), prune_rate=0.4)[1] for _ in range(2)]
     assert plans[0].goal == plans[1].goal

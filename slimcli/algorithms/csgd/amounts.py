@@ -131,3 +131,21 @@ def removal_notes(sizes: Mapping[str, int], kept: Mapping[str, int]) -> list[str
         f"filters, keeps {kept[name]}"
         for name, size in sizes.items()
     ]
+
+
+def removes_nothing(config: CSGDConfig, sizes: Mapping[str, int]) -> str:
+    """What to tell where rounding, or a fraction of 0, leaves every layer whole.
+
+    >>> removes_nothing(CSGDConfig(cluster_percent=0.01), {"conv1": 8, "conv2": 16})
+    'no filter is removed: cluster_percent 0.01 of 16 filters is less than one'
+    """
+    start = "no filter is removed"
+    if config.cluster_percent:
+        widest = max(sizes.values())
+        if config.cluster_percent * widest < 1:
+            return (
+                f"{start}: cluster_percent {config.cluster_percent:g} of {widest} filters is less "
+                "than one"
+            )
+        return f"{start}: min_channels and round_to keep every layer as it is"
+    return f"{start}: this trains without compressing"

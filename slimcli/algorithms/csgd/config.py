@@ -74,6 +74,11 @@ class CSGDConfig(AlgorithmConfig):
         """Exactly one key says how much goes, unless nothing is selected."""
         if self.cluster_percent is not None and self.prune_rate is not None:
             raise ValueError("cluster_percent and prune_rate both say how much goes; fix: keep one")
+        if self.cluster_percent is not None and self.allocation != "per_layer":
+            raise ValueError(
+                "allocation spreads prune_rate, and cluster_percent is given; fix: remove "
+                "allocation, or give prune_rate instead of cluster_percent"
+            )
         if self.cluster_percent is None and self.prune_rate is None:
             raise ValueError(
                 "cluster_percent is required; fix: cluster_percent: 0.25 (removes a quarter of "

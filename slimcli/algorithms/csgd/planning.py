@@ -10,7 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from slimcli.algorithms.csgd import clustering
-from slimcli.algorithms.csgd.amounts import fixed_ratios, lowest_widths, removal_notes, widths_of
+from slimcli.algorithms.csgd.amounts import (
+    fixed_ratios,
+    lowest_widths,
+    removal_notes,
+    removes_nothing,
+    widths_of,
+)
 from slimcli.algorithms.csgd.clustering import Clusters
 from slimcli.algorithms.csgd.collapse import Collapse, Start, find_collapse
 from slimcli.algorithms.csgd.config import CSGDConfig
@@ -75,6 +81,8 @@ def make_plan(config: CSGDConfig, model: nn.Module, example: Example, schedule: 
     if kept:
         plan.goal = Goal("macs", float(structure.macs_with(kept)))
         plan.notes += removal_notes(sizes, kept)
+        if kept == sizes:
+            plan.warnings.append(removes_nothing(config, sizes))
     collapse = _collapse(config, model, schedule, plan, groups, clusters)
     plan.private = Analysis(structure, tuple(groups), clusters, collapse)
     return plan
