@@ -27,6 +27,9 @@ LARGE = (
     "vgg",
     "3d",
     "rcnn",
+    "mvit",
+    "r2plus1d",
+    "mc3",
 )
 
 
