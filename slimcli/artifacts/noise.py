@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimcli.artifacts import nested, verify
+from slimcli.artifacts import nested
+from slimcli.artifacts.leaf import RELATIVE_LIMIT, as_tensor
+from slimcli.artifacts.seam import Run, Seam, exact_arithmetic, runner
 
 DISTURBANCES = (1e-7, 1e-6, 1e-5)
 FLOOR_CAP_DECIBEL = 36.0
@@ -67,12 +69,12 @@ def decibel(signal: float, noise: float) -> float:
 
 def compare_quantized(
     model: nn.Module,
-    candidate: verify.Run,
+    candidate: Run,
     predict: Predict,
     batches: Iterable[Any],
     *,
     names: tuple[str, str] = ("deploy", "onnx"),
-) -> verify.Seam:
+) -> Seam:
     """The seam between a fake-quantized model and a file made from it.
 
     Right is a signal-to-noise ratio of at least what the model has against itself with its inputs
@@ -89,10 +91,10 @@ def compare_quantized(
     energies: dict[str, _Energy] = {}
     notes: dict[str, None] = {}
     count = 0
-    with verify.exact_arithmetic():
+    with exact_arithmetic():
         for batch in batches:
             count += 1
-            ours = dict(nested.leaves(verify.runner(model, predict)(batch)))
+            ours = dict(nested.leaves(runner(model, predict)(batch)))
             theirs = dict(nested.leaves(candidate(batch)))
             if ours.keys() != theirs.keys():
                 return _broken(names, f"outputs {sorted(ours)} became {sorted(theirs)}", count)
@@ -115,7 +117,7 @@ def _add(
     disturbed: dict[float, Any],
 ) -> str:
     """Adds one output of one batch; returns what could not be compared."""
-    left, right = verify.as_tensor(reference), verify.as_tensor(candidate)
+    left, right = as_tensor(reference), as_tensor(candidate)
     if left is None or right is None or left.shape != right.shape:
         energies.setdefault(where, _Energy()).noise = math.inf
         return f"{where or 'output'}: expected {_form(reference)}, received {_form(candidate)}"
@@ -151,14 +153,14 @@ def _disturbed(model: nn.Module, predict: Predict, batch: Any, epsilon: float) -
 
     handle = model.register_forward_pre_hook(change, with_kwargs=True)
     try:
-        return verify.runner(model, predict)(batch)
+        return runner(model, predict)(batch)
     finally:
         handle.remove()
 
 
 def _seam(
     energies: dict[str, _Energy], names: tuple[str, str], count: int, notes: tuple[str, ...]
-) -> verify.Seam:
+) -> Seam:
     def headroom(item: tuple[str, _Energy]) -> float:
         return decibel(item[1].signal, item[1].noise) - item[1].required_decibel
 
@@ -167,11 +169,9 @@ def _seam(
     said = f"{measured:.1f} dB, at least {worst.required_decibel:.1f} dB required"
     relative = worst.largest / worst.peak if worst.peak else worst.largest
     ok = all(each.is_ok for each in energies.values())
-    return verify.Seam(
-        *names, worst.largest, relative, worst.limit, ok, where, count, (*notes, said)
-    )
+    return Seam(*names, worst.largest, relative, worst.limit, ok, where, count, (*notes, said))
 
 
-def _broken(names: tuple[str, str], note: str, count: int) -> verify.Seam:
-    limit = verify.RELATIVE_LIMIT
-    return verify.Seam(*names, math.inf, math.inf, limit, False, "", count, (note,))
+def _broken(names: tuple[str, str], note: str, count: int) -> Seam:
+    limit = RELATIVE_LIMIT
+    return Seam(*names, math.inf, math.inf, limit, False, "", count, (note,))

@@ -6,127 +6,24 @@ models only as callables; it judges nothing but numbers and writes no file.
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from slimcli.artifacts import nested
+from slimcli.artifacts import nested, noise
 from slimcli.artifacts.data_dependent import Watch
 from slimcli.artifacts.leaf import RELATIVE_LIMIT, Worst, as_tensor, compare_leaf
+from slimcli.artifacts.seam import Run, Runner, Seam, evaluating, exact_arithmetic, runner
 from slimcli.network.example import Example
-
-Run = Callable[[Any], Any]
 
 __all__ = [
     "RELATIVE_LIMIT", "Difference", "Run", "Runner", "Seam", "as_tensor", "compare",
     "compare_values", "evaluating", "exact_arithmetic", "first_difference", "locate", "record",
     "runner",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Seam:
-    """How far two forms of one model are apart, at the output that is furthest from equal.
-
-    Attributes:
-        source: Name of the reference (``deploy``).
-        target: Name of what was made from it (``onnx``).
-        max_abs: Largest absolute difference; inf where no number can be given.
-        max_rel: ``max_abs`` over the largest magnitude of that output in the reference.
-        limit: Largest ``max_abs`` allowed there.
-        ok: Whether every compared output of every batch is within its limit.
-        where: Path of that output (``boxes.0``); empty for a bare tensor.
-        batches: Number of batches compared.
-        notes: What was not compared, and why something can't be equal.
-    """
-
-    source: str
-    target: str
-    max_abs: float
-    max_rel: float
-    limit: float
-    ok: bool
-    where: str = ""
-    batches: int = 0
-    notes: tuple[str, ...] = ()
-
-    def summary(self) -> dict[str, Any]:
-        """The entry of ``summary.json``; a difference that is no number becomes null.
-
-        >>> Seam("deploy", "onnx", math.inf, math.inf, 1e-4, False).summary()["max_abs"] is None
-        True
-        """
-        return {
-            "from": self.source,
-            "to": self.target,
-            "max_abs": self.max_abs if math.isfinite(self.max_abs) else None,
-            "max_rel": self.max_rel if math.isfinite(self.max_rel) else None,
-            "limit": self.limit,
-            "ok": self.ok,
-        }
-
-    def __str__(self) -> str:
-        """``deploy -> onnx: 2.4e-06 (limit 1.0e-04)``."""
-        place = f" at output {self.where}" if self.where else ""
-        text = f"{self.source} -> {self.target}: {self.max_abs:.1e} (limit {self.limit:.1e}){place}"
-        return "; ".join([text, *self.notes])
-
-
-@contextlib.contextmanager
-def exact_arithmetic() -> Iterator[None]:
-    """Float32 that is float32: no TF32, no autocast, no gradients. Settings are put back."""
-    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        cpu, cuda = (torch.autocast(device, enabled=False) for device in ("cpu", "cuda"))
-        with cpu, cuda, torch.no_grad():
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = cudnn
-
-
-@contextlib.contextmanager
-def evaluating(*models: Any) -> Iterator[None]:
-    """Every module of the models in eval mode; each gets its own mode back."""
-    modules = [m for model in models if isinstance(model, nn.Module) for m in model.modules()]
-    modes = [module.training for module in modules]
-    for module in modules:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
-
-
-@dataclass(frozen=True)
-class Runner:
-    """A model as a callable batch -> prediction, run in eval mode.
-
-    Attributes:
-        model: A module or a file that is called like one.
-        predict: The user's predict function.
-    """
-
-    model: Any
-    predict: Callable[[Any, Any], Any]
-
-    def __call__(self, batch: Any) -> Any:
-        """The prediction for one batch."""
-        with evaluating(self.model):
-            return self.predict(self.model, batch)
-
-
-def runner(model: Any, predict: Callable[[Any, Any], Any]) -> Runner:
-    """A callable batch -> prediction for ``compare``; the model runs in eval mode."""
-    return Runner(model, predict)
 
 
 def compare(
@@ -156,8 +53,6 @@ def compare(
         The seam at the output with the largest share of its limit. Comparing nothing is not ok.
     """
     if isinstance(reference, Runner) and is_quantized_file(getattr(candidate, "model", None)):
-        from slimcli.artifacts import noise
-
         model, predict = reference.model, reference.predict
         return noise.compare_quantized(model, candidate, predict, batches, names=names)
     worst, count = Worst(), 0

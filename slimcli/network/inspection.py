@@ -9,8 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from slimcli.network.cuts import Slot
-from slimcli.network.structure import Group, Structure
-from slimcli.network.structure.strategies import STRATEGIES
+from slimcli.network.structure import STRATEGIES, Group, Structure, select_groups
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,8 @@ class GroupFacts:
 def facts_of(structure: Structure) -> list[GroupFacts]:
     """All groups, frozen ones included, in network order."""
     chosen = {
-        strategy: {group.name for group in structure.select(strategy)} for strategy in STRATEGIES
+        strategy: {group.name for group in select_groups(structure, strategy)}
+        for strategy in STRATEGIES
     }
     return [
         _facts(structure, group, tuple(each for each in STRATEGIES if group.name in chosen[each]))

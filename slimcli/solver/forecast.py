@@ -22,8 +22,9 @@ from slimcli.solver.datasets import Data, build_data, generate_datasets
 from slimcli.solver.devices import make_fabric
 from slimcli.solver.evaluation import Evaluator
 from slimcli.solver.job import Job, StageJob
-from slimcli.solver.loop import Subject, Surroundings, Trainer
+from slimcli.solver.loop import Trainer
 from slimcli.solver.step import move_batch
+from slimcli.solver.subject import Subject, Surroundings
 
 TRIAL_STEPS = 3
 
@@ -170,7 +171,7 @@ def _stage(
         evaluator=seen.evaluator,
         events=EventLog(None),
         check_stop=lambda: None,
-        save=lambda trainer, is_best: None,
+        save=lambda is_best: None,
     )
     return replace(result, trial=_trial(subject, around))
 

@@ -9,22 +9,15 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
-from lightning_fabric import Fabric
-from torch import nn
 from torch.optim import Optimizer
 
-from slimcli.artifacts.events import EventLog
-from slimcli.compressor import Compressor, Plan, Progress, Schedule
+from slimcli.compressor import Progress
 from slimcli.network import surgery
 from slimcli.network.cuts import Cut
-from slimcli.network.example import Example
 from slimcli.solver.data import Batch
-from slimcli.solver.datasets import Data
-from slimcli.solver.evaluation import Averages, Evaluator, is_better, missing_keyword
-from slimcli.solver.job import JobHooks, StageJob
+from slimcli.solver.evaluation import Averages, is_better, missing_keyword
 from slimcli.solver.optimizers import check_groups
 from slimcli.solver.schedule import (
     LearningRates,
@@ -35,52 +28,7 @@ from slimcli.solver.schedule import (
 )
 from slimcli.solver.state import Best, Position
 from slimcli.solver.step import Stepper
-
-
-@dataclass
-class Subject:
-    """What is trained.
-
-    Attributes:
-        model: The raw model, prepared, on its device.
-        compressor: The algorithm at work on it.
-        plan: What was planned.
-        example: A small batch on the device.
-    """
-
-    model: nn.Module
-    compressor: Compressor
-    plan: Plan
-    example: Example
-
-
-@dataclass
-class Surroundings:
-    """What the loop works with and does not own.
-
-    Attributes:
-        fabric: Devices, precision, processes.
-        stage: The stage's keys.
-        hooks: The user's functions.
-        data: Sources of batches.
-        schedule: The planned learning rates.
-        evaluator: Runs the user's metric.
-        events: Where everything is reported.
-        check_stop: Raises where a signal asked to stop.
-        save: Writes the last checkpoint; told whether this model is also the best.
-        teacher: A model whose predictions the loss pulls towards; None: no teacher.
-    """
-
-    fabric: Fabric
-    stage: StageJob
-    hooks: JobHooks
-    data: Data
-    schedule: Schedule
-    evaluator: Evaluator
-    events: EventLog
-    check_stop: Callable[[], None]
-    save: Callable[[Trainer, bool], None]
-    teacher: nn.Module | None = None
+from slimcli.solver.subject import Subject, Surroundings
 
 
 class Trainer:
@@ -296,5 +244,5 @@ class Trainer:
         return bool(self.around.fabric.broadcast(due)) if self.around.fabric.world_size > 1 else due
 
     def _save(self, is_best: bool) -> None:
-        self.around.save(self, is_best)
+        self.around.save(is_best)
         self._last_save = time.monotonic()

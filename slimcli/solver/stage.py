@@ -15,7 +15,7 @@ from slimcli.errors import GoalError, Problem, RunError
 from slimcli.network.example import Example
 from slimcli.solver import planner, requirements
 from slimcli.solver.devices import make_fabric
-from slimcli.solver.loop import Subject, Surroundings, Trainer
+from slimcli.solver.loop import Trainer
 from slimcli.solver.optimizers import optimizer_state
 from slimcli.solver.randomness import rng_state
 from slimcli.solver.restore import restore
@@ -23,6 +23,7 @@ from slimcli.solver.run import Run
 from slimcli.solver.schedule import schedule_keys
 from slimcli.solver.state import load_model_state, model_state, position_state
 from slimcli.solver.step import NotFinite, not_finite_error
+from slimcli.solver.subject import Subject, Surroundings
 
 
 class Stage:
@@ -71,7 +72,7 @@ class Stage:
             Subject(model, compressor, self.plan, self.example), self._surroundings()
         )
         if stored is None:
-            self.save(self.trainer, False)
+            self.save(False)
         else:
             restore(self.trainer, stored)
 
@@ -184,9 +185,9 @@ class Stage:
 
     # Checkpoints
 
-    def save(self, trainer: Trainer, is_best: bool) -> None:
+    def save(self, is_best: bool) -> None:
         """Write last.pt, and the best checkpoint if this is it."""
-        run, subject = self.run, trainer.subject
+        run, trainer, subject = self.run, self.trainer, self.trainer.subject
         if not run.is_main:
             return
         run.write_summary("running", None)

@@ -139,7 +139,7 @@ def _all_stages(current: Run, stored: dict[str, Any] | None) -> None:
         try:
             stage.train()
         except StopRequested:
-            stage.save(stage.trainer, False)
+            stage.save(False)
             if current.fabric.world_size > 1:
                 current.fabric.barrier()  # a process that ends early would take the first with it
             raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,7 @@ from slimcli.solver.data import Batch
 from slimcli.solver.distill import pull
 from slimcli.solver.job import JobHooks
 from slimcli.solver.randomness import seed_all
-
-if TYPE_CHECKING:
-    from slimcli.solver.loop import Subject, Surroundings
+from slimcli.solver.subject import Subject, Surroundings
 
 
 @dataclass

@@ -15,7 +15,7 @@ from slimcli.network import surgery
 from slimcli.network.count import count_macs
 from slimcli.network.cuts import Cut
 from slimcli.network.example import Example
-from slimcli.network.structure import Structure, analyze, zero_channels
+from slimcli.network.structure import Structure, analyze, select_groups, zero_channels
 from slimcli.network.structure.analyze import trace
 from slimcli.network.structure.modes import output_tensors
 from slimcli.network.structure.recheck import first_disorder
@@ -121,7 +121,7 @@ def test_channels_that_arrive_at_a_border_as_constants_can_be_merged_but_not_rem
         "a removed channel would arrive at a as a constant that no bias can take up"
     )
     assert group.constants == ()
-    assert "stem.1" in [each.name for each in structure.select("all_bn")]
+    assert "stem.1" in [each.name for each in select_groups(structure, "all_bn")]
     random = torch.Generator().manual_seed(0)
     for _ in range(3):
         order = torch.randperm(group.size, generator=random).tolist()
@@ -310,21 +310,21 @@ def resnet50() -> Structure:
 
 def test_resnet_50_has_the_32_inner_norms_and_the_published_macs() -> None:
     structure = resnet50()
-    chosen = [group.name for group in structure.select("linear_bn")]
+    chosen = [group.name for group in select_groups(structure, "linear_bn")]
     blocks = [f"layer{n}.{i}" for n, count in enumerate((3, 4, 6, 3), 1) for i in range(count)]
     assert chosen == [f"{block}.bn{i}" for block in blocks for i in (1, 2)]
     assert structure.macs == 4_089_184_256  # conv and fc, as in the ResRep paper (4.089 G)
-    assert len(structure.select("all_bn")) == 37
+    assert len(select_groups(structure, "all_bn")) == 37
     assert len(structure.conv_batch_norms) == 53
 
 
 def test_names_select_with_and_without_self() -> None:
     _, _, structure = network("Residual")
-    assert [g.name for g in structure.select("linear_bn", ["self.a.1"])] == ["a.1"]
-    assert [g.name for g in structure.select("linear_conv", ["a.0"])] == ["a.1"]
-    both = structure.select("linear_bn", ["c.1", "skip.0"])
+    assert [g.name for g in select_groups(structure, "linear_bn", ["self.a.1"])] == ["a.1"]
+    assert [g.name for g in select_groups(structure, "linear_conv", ["a.0"])] == ["a.1"]
+    both = select_groups(structure, "linear_bn", ["c.1", "skip.0"])
     assert [g.name for g in both] == ["c.1"]
-    assert structure.select("linear_bn", []) == []
+    assert select_groups(structure, "linear_bn", []) == []
 
 
 @pytest.mark.parametrize(
@@ -341,14 +341,14 @@ def test_a_name_that_cannot_be_cut_is_an_error(
 ) -> None:
     _, _, structure = network(network_name)
     with pytest.raises(RecipeError) as error:
-        structure.select("linear_bn", names)
+        select_groups(structure, "linear_bn", names)
     assert message in str(error.value)
 
 
 def test_an_unknown_strategy_names_the_known_ones() -> None:
     _, _, structure = network("Chain")
     with pytest.raises(RecipeError, match="linear_bn, all_bn, linear_conv, all_conv"):
-        structure.select("linear")
+        select_groups(structure, "linear")
 
 
 def test_a_whole_attention_layer_is_exact_or_frozen() -> None:

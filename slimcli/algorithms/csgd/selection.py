@@ -8,7 +8,7 @@ from torch import nn
 
 from slimcli.algorithms.csgd.config import CSGDConfig
 from slimcli.compressor import Plan, Refusal
-from slimcli.network.structure import Group, Structure
+from slimcli.network.structure import Group, Structure, select_groups
 from slimcli.network.widths import skipped
 
 SKIPPED = "left alone by skip"
@@ -24,7 +24,7 @@ def find_groups(
     names = config.prune_module_names
     if names is not None and not names:
         return [], {}
-    chosen = structure.select(config.auto_find_module_strategy, names)
+    chosen = select_groups(structure, config.auto_find_module_strategy, names)
     alone = skipped(config.skip, chosen)
     groups, reasons = [], {}
     for group in chosen:

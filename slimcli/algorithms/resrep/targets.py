@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from slimcli.algorithms.resrep.compactor import NAME
-from slimcli.network.structure import Group, Structure
+from slimcli.network.structure import Group, Structure, select_groups
 from slimcli.network.widths import skipped
 
 Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -80,7 +80,7 @@ def find_targets(
     Raises:
         RecipeError: A name cannot be pruned, or a skip pattern fits nothing.
     """
-    selected = structure.select(strategy, names)
+    selected = select_groups(structure, strategy, names)
     alone = skipped(skip, selected)
     targets, reasons = [], {}
     for group in selected:

@@ -5,6 +5,7 @@ a compactor row of zero does.
 """
 
 from slimcli.network.structure.analyze import analyze
+from slimcli.network.structure.strategies import STRATEGIES, select_groups
 from slimcli.network.structure.structure import (
     ConvBatchNorm,
     Group,
@@ -15,11 +16,13 @@ from slimcli.network.structure.structure import (
 )
 
 __all__ = [
+    "STRATEGIES",
     "ConvBatchNorm",
     "Group",
     "LayerRow",
     "Site",
     "Structure",
     "analyze",
+    "select_groups",
     "zero_channels",
 ]

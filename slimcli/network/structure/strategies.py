@@ -14,7 +14,17 @@ STRATEGIES = ("linear_bn", "all_bn", "linear_conv", "all_conv")
 def select_groups(
     structure: Structure, strategy: str, names: Sequence[str] | None = None
 ) -> list[Group]:
-    """Groups by strategy, or by name; see ``Structure.select``."""
+    """Groups chosen by a strategy, or by name.
+
+    Args:
+        structure: All groups.
+        strategy: ``linear_bn``, ``linear_conv`` (one producer, one consumer) or ``all_bn``,
+            ``all_conv`` (every group that can be cut).
+        names: Module paths, with or without a leading ``self.``; the strategy is then ignored.
+
+    Raises:
+        RecipeError: A name matches nothing, can't be cut, or names only a part of a group.
+    """
     if names is not None:
         return _named(structure, names)
     if strategy not in STRATEGIES:

@@ -197,21 +197,6 @@ class Structure:
                 return group
         raise KeyError(name)
 
-    def select(self, strategy: str, names: Sequence[str] | None = None) -> list[Group]:
-        """Groups chosen by a strategy, or by name.
-
-        Args:
-            strategy: ``linear_bn``, ``linear_conv`` (one producer, one consumer) or ``all_bn``,
-                ``all_conv`` (every group that can be cut).
-            names: Module paths, with or without a leading ``self.``; the strategy is then ignored.
-
-        Raises:
-            RecipeError: A name matches nothing, can't be cut, or names only a part of a group.
-        """
-        from slimcli.network.structure.strategies import select_groups
-
-        return select_groups(self, strategy, names)
-
 
 def zero_channels(model: nn.Module, group: Group, channels: Sequence[int]) -> None:
     """Makes channels of a group zero at its sites, in place: like a compactor row of zeros."""
