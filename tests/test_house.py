@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -36,20 +37,23 @@ def part_of(path: Path) -> str:
     return relative.parts[0].removesuffix(".py")
 
 
-def imported_parts(path: Path) -> Iterator[tuple[int, str]]:
-    """Line and part of the package for every import in a file, lazy ones included."""
+def imported_names(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and dotted name for every import in a file, lazy ones and those for types included."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        else:
-            continue
-        for name in names:
-            pieces = name.split(".")
-            if pieces[0] == "slimcli" and len(pieces) > 1:
-                yield node.lineno, pieces[1]
+            yield node.lineno, node.module
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def imported_parts(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and part of the package for every import in a file."""
+    for line, name in imported_names(path):
+        pieces = name.split(".")
+        if pieces[0] == "slimcli" and len(pieces) > 1:
+            yield line, pieces[1]
 
 
 @pytest.mark.parametrize("part", sorted(FORBIDDEN))
@@ -62,6 +66,20 @@ def test_imports_point_one_way(part: str) -> None:
         if other in FORBIDDEN[part]
     ]
     assert wrong == []
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    files = {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path
+        for path in SOURCES
+        if path.name != "__init__.py"
+    }
+    arrows = {
+        name: {other for _, other in imported_names(path) if other in files}
+        for name, path in files.items()
+    }
+    assert sum(map(len, arrows.values())) > 500
+    list(TopologicalSorter(arrows).static_order())  # raises CycleError, which names the circle
 
 
 @pytest.mark.parametrize("part", NAMELESS)
