@@ -88,7 +88,7 @@ def export(name: str, folder: Path) -> Iterator[Row]:
 
 
 STEPS: dict[str, tuple[tuple[Step, int], ...]] = {
-    "cut": ((measure, 900), (reload, 300), (compare, 30)),
+    "cut": ((measure, 900), (reload, 300), (compare, 15)),
     "onnx": ((export, 900),),
 }
 """What is done to each network, each in a process of its own, with its limit in seconds of CPU."""
