@@ -133,6 +133,22 @@ def test_the_macs_of_the_plan_are_those_of_the_merged_model(network: str) -> Non
     assert count_macs(model, example()).total == plan.goal.target
 
 
+def assert_members_are_alike(compressor: CSGDCompressor, model: nn.Module) -> None:
+    """Kernels, scales, shifts and running statistics of the two ends of every cluster."""
+    norms = [name for name, each in model.named_modules() if isinstance(each, nn.BatchNorm2d)]
+    for name in set(norms) & set(compressor._clusters):
+        norm = model.get_submodule(name)
+        ends = [(members[0], members[-1]) for members in compressor._clusters[name]]
+        first, last = (torch.tensor(each) for each in zip(*ends, strict=True))
+        for tensor in (norm.weight, norm.bias):
+            apart = (tensor[first] - tensor[last]).norm() / tensor.norm()
+            assert apart < 2 * MET, (name, apart)
+        unit = (norm.running_var + norm.eps).sqrt()
+        assert (
+            (norm.running_mean[first] - norm.running_mean[last]) / unit[first]
+        ).abs().max() < 0.1
+
+
 @pytest.mark.slow
 def test_filters_meet_in_training_as_planned_and_merge(network: str) -> None:
     nesterov = network in ("residual", "depthwise")  # the others without
@@ -151,6 +167,7 @@ def test_filters_meet_in_training_as_planned_and_merge(network: str) -> None:
         assert not compressor.may_save(model, at(epoch, plan_for))
     spread = compressor.status(model)["spread"]
     assert spread <= 1.1 * plan.budget["spread_at_merge"]
+    assert_members_are_alike(compressor, model)
     cuts = compressor.before_epoch(model, at(merge_epoch, plan_for))
     model.eval()
     projected = model(images(5))
@@ -163,31 +180,141 @@ def test_filters_meet_in_training_as_planned_and_merge(network: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
-def test_with_an_adaptive_optimizer_the_contraction_brings_filters_together(
-    kind: type[torch.optim.Optimizer],
+@pytest.mark.parametrize("weight_decay", [1e-4, 0.1])
+def test_with_an_adaptive_optimizer_filters_come_together_as_planned(
+    kind: type[torch.optim.Optimizer], weight_decay: float
 ) -> None:
+    """Also where decay is all that moves a parameter: biases in front of a norm."""
     plan_for = schedule(epochs=6, lr=0.001, is_sgd=False)
-    compressor, model = ready(build("residual"), plan_for)
-    # Adam makes a full step out of the decay of a bias that a norm cancels: such stay apart.
-    groups = compressor.param_groups(model, GroupDefaults(0.001, no_decay=("bias",)))
+    compressor, plan = planned(build("residual"), plan_for)
+    model = compressor.prepare(build("residual"), example(), plan)
+    groups = compressor.param_groups(model, GroupDefaults(0.001, weight_decay=weight_decay))
     optimizer = kind(groups, lr=0.001)
     decays = {name: group["weight_decay"] for group in groups for name in group["names"]}
-    assert decays["stem.weight"] == decays["fc.weight"] == 1e-4  # the optimizer's own affair
+    assert decays["stem.weight"] == decays["fc.weight"] == weight_decay  # the optimizer's affair
     for epoch in range(4):
         train_epoch(compressor, model, optimizer, epoch, plan_for)
-    assert compressor.status(model)["spread"] < MET
+    spread = compressor.status(model)["spread"]
+    assert spread == pytest.approx(plan.budget["spread_at_merge"], rel=1e-6)
     cuts = compressor.before_epoch(model, at(4, plan_for))
     assert [str(cut) for cut in cuts] == ["norm (12 -> 6)", "inner_norm (8 -> 4)"]
 
 
-def test_a_skipped_step_contracts_nothing() -> None:
+def test_a_skipped_step_leaves_every_bit_of_a_contracted_model() -> None:
     plan_for = schedule(is_sgd=False)
     compressor, model = ready(build("residual"), plan_for)
     before = copy.deepcopy(model.state_dict())
+    compressor.after_backward(model, at(0, plan_for))
+    assert not torch.equal(before["stem.weight"], model.state_dict()["stem.weight"])
     compressor.after_step(model, at(0, plan_for), skipped=True)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    compressor.after_backward(model, at(0, plan_for))
     compressor.after_step(model, at(0, plan_for), skipped=False)
     assert not torch.equal(before["stem.weight"], model.state_dict()["stem.weight"])
+
+
+@pytest.mark.parametrize("is_sgd", [True, False])
+def test_running_statistics_are_not_touched_in_training(is_sgd: bool) -> None:
+    plan_for = schedule(is_sgd=is_sgd)
+    compressor, model = ready(build("residual"), plan_for)
+    model(images()).square().mean().backward()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    compressor.after_backward(model, at(0, plan_for))
+    compressor.after_step(model, at(0, plan_for), skipped=False)
+    assert len(before) == 9
+    assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
+
+
+def mean_over(clusters: Any, values: Tensor) -> Tensor:
+    """The paper's F x F matrix of means times the values, (F, ...)."""
+    matrix = torch.zeros(len(values), len(values), dtype=torch.float64)
+    for members in clusters:
+        for row in members:
+            matrix[row, list(members)] = 1 / len(members)
+    return torch.einsum("ij,j...->i...", matrix, values)
+
+
+def test_every_tied_tensor_of_a_network_gets_the_papers_gradient() -> None:
+    """``M G + eta W + eps (W - M W)``; stem and block output share the clusters of their group."""
+    compressor, model = ready(build("residual"), centri_strength=3.0, vector_strength=0.5)
+    compressor.param_groups(model, GroupDefaults(0.1, weight_decay=0.01))
+    model(images()).square().mean().backward()
+    loss = {name: each.grad.clone() for name, each in model.named_parameters()}
+    compressor.after_backward(model, at(0, schedule()))
+    stream, inside = (compressor._clusters[name] for name in ("norm", "inner_norm"))
+    layers = {"stem": stream, "norm": stream, "outer": stream, "outer_norm": stream}
+    for layer, clusters in {**layers, "inner": inside, "inner_norm": inside}.items():
+        for name in (f"{layer}.weight", f"{layer}.bias"):
+            values = model.get_parameter(name).detach()
+            pull = 3.0 if values.dim() > 1 else 1.5
+            expected = mean_over(clusters, loss[name]) + 0.01 * values
+            expected += pull * (values - mean_over(clusters, values))
+            assert (model.get_parameter(name).grad - expected).abs().max() < 1e-13, name
+    assert torch.equal(model.fc.weight.grad, loss["fc.weight"])
+
+
+def test_with_no_loss_the_mean_of_a_cluster_decays_once_a_step() -> None:
+    compressor, model = ready(build("residual"))
+    groups = compressor.param_groups(model, GroupDefaults(0.1, weight_decay=0.01, momentum=0.0))
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    clusters = compressor._clusters["norm"]
+    start = mean_over(clusters, model.stem.weight.detach())
+    free = model.fc.weight.detach().clone()
+    for _ in range(20):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        compressor.after_backward(model, at(0, schedule()))
+        optimizer.step()
+    left = (1 - 0.1 * 0.01) ** 20
+    assert (mean_over(clusters, model.stem.weight.detach()) - left * start).abs().max() < 1e-13
+    assert (model.fc.weight.detach() - left * free).abs().max() < 1e-13
+
+
+def test_the_merge_leaves_the_mean_of_each_cluster_in_every_tensor() -> None:
+    """Filters within the limit of each other, but not equal: a projection makes them so."""
+    compressor, model = ready(build("residual"))
+    tie_by_hand(compressor, model)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor += 1e-4 * tensor.abs().mean() * torch.randn_like(tensor)
+    before = copy.deepcopy(model)
+    clusters = compressor._clusters["norm"]
+    firsts = [members[0] for members in clusters]
+    merge(compressor, model)
+    assert 0 < compressor.status(model)["spread_at_merge"] < MET
+    for name in ("stem.bias", "norm.weight", "norm.bias", "outer.bias", "outer_norm.bias"):
+        expected = mean_over(clusters, before.get_parameter(name).detach())[firsts]
+        assert (model.get_parameter(name) - expected).abs().max() < 1e-13, name
+        assert not torch.equal(expected, before.get_parameter(name)[firsts])
+    for name in ("norm.running_mean", "outer_norm.running_var"):
+        expected = mean_over(clusters, before.get_buffer(name))[firsts]
+        assert (model.get_buffer(name) - expected).abs().max() < 1e-13, name
+        assert not torch.equal(expected, before.get_buffer(name)[firsts])
+
+
+def test_every_layer_of_a_coupled_group_has_a_say_in_its_clusters() -> None:
+    """The stem's filters are all alike; those that write into the stem's channels are not."""
+    model = build("residual")
+    with torch.no_grad():
+        for tensor in (model.stem.weight, model.norm.weight, model.norm.running_var):
+            tensor.copy_(tensor[:1].expand_as(tensor))
+        for tensor in (model.outer.weight, model.outer_norm.weight, model.outer_norm.running_var):
+            tensor[6:] = tensor[:6].flip(0)
+    _, plan = planned(model, schedule())
+    assert plan.private.clusters["norm"] == ((0, 11), (1, 10), (2, 9), (3, 8), (4, 7), (5, 6))
+
+
+@pytest.mark.parametrize("method", ["kmeans", "even"])
+@pytest.mark.parametrize(("fraction", "left"), [(0.0, (12, 8)), (0.99, (1, 1))])
+def test_all_filters_or_one_may_stay(fraction: float, left: tuple[int, int], method: str) -> None:
+    keys = {"cluster_percent": fraction, "cluster_method": method}
+    compressor, model = ready(build("residual"), **keys)
+    tie_by_hand(compressor, model)
+    expected = model.eval()(images(5))
+    merge(compressor, model)
+    assert (model.stem.out_channels, model.inner.out_channels) == left
+    assert relative(model(images(5)), expected) < EXACT
 
 
 def test_weight_decay_of_tied_tensors_is_in_the_update_rule_once() -> None:

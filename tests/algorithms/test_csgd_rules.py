@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,14 @@ from slimcli.algorithms.csgd.clustering import (
     duplicates,
     labels_of,
 )
-from slimcli.algorithms.csgd.ties import Tie, centripetal_gradient, contract, distance, project
+from slimcli.algorithms.csgd.ties import (
+    Tie,
+    centripetal_gradient,
+    distance,
+    gather_at_means,
+    project,
+    spread_again,
+)
 from slimcli.network.cuts import Slot
 
 EXACT = 1e-12
@@ -113,37 +121,39 @@ def test_without_momentum_each_step_leaves_one_minus_lr_times_force() -> None:
     assert left == pytest.approx([0.969, 0.969**2, 0.969**3])
 
 
-def test_adam_needs_the_contraction_and_follows_it() -> None:
-    """With averaged gradients both filters make the same adaptive step; the rest is contraction."""
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        (torch.optim.Adam, {"weight_decay": 0.1}),
+        (torch.optim.AdamW, {"weight_decay": 0.1}),
+        (torch.optim.RMSprop, {"weight_decay": 0.1, "momentum": 0.9}),
+        (torch.optim.SGD, {"weight_decay": 0.1, "momentum": 0.9}),
+    ],
+)
+def test_distances_contract_as_the_budget_says_and_means_train_as_ever(
+    kind: Any, keys: dict[str, float]
+) -> None:
+    """Whatever the optimizer makes of weight decay: members make the same step from their mean."""
     torch.manual_seed(4)
     weight = nn.Parameter(torch.randn(4, 5, dtype=torch.float64))
-    optimizer = torch.optim.Adam([weight], lr=0.01)
+    alone = nn.Parameter(weight.detach().view(2, 2, 5).mean(1))
+    optimizer, other = kind([weight], lr=0.01, **keys), kind([alone], lr=0.01, **keys)
     tie = Tie(plain_slot(4), ((0, 1), (2, 3)), False)
-    start = (weight[0] - weight[1]).detach()
+    start = (weight[::2] - weight[1::2]).detach()
     predicted = remaining([0.01] * 50, 20.0, Dynamics(False, 0.9, False))
     for _ in range(50):
         weight.grad = torch.randn_like(weight)
         with torch.no_grad():
             centripetal_gradient(tie, weight.grad, weight, 0.0)
+            alone.grad = weight.grad[::2].clone()
+            own = gather_at_means(tie, weight)
             optimizer.step()
-            contract(tie, weight, 0.01 * 20.0)
-    difference = (weight[0] - weight[1]).detach()
+            spread_again(tie, weight, own, 0.01 * 20.0)
+        other.step()
+    difference = (weight[::2] - weight[1::2]).detach()
     assert (difference - predicted[-1] * start).abs().max() < EXACT
+    assert (weight.detach().view(2, 2, 5).mean(1) - alone).abs().max() < EXACT
     assert predicted[-1] == pytest.approx(0.8**50)
-
-
-def test_decay_is_applied_once() -> None:
-    weight = nn.Parameter(torch.randn(4, 5, dtype=torch.float64))
-    start = weight.detach().mean(0).clone()
-    optimizer = torch.optim.SGD([weight], lr=0.1)
-    tie = Tie(plain_slot(4), ((0, 1, 2, 3),), False)
-    for _ in range(20):
-        weight.grad = torch.zeros_like(weight)
-        with torch.no_grad():
-            centripetal_gradient(tie, weight.grad, weight, STRENGTH)
-            weight.grad.add_(weight, alpha=DECAY)
-        optimizer.step()
-    assert (weight.detach().mean(0) - start * (1 - 0.1 * DECAY) ** 20).abs().max() < EXACT
 
 
 def test_a_projection_makes_members_equal_bit_for_bit() -> None:

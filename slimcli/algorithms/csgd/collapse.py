@@ -202,6 +202,16 @@ def _too_weak(
     return Refusal(what, "centri_strength", "centri_strength: auto, or more epochs", True)
 
 
+def in_words(value: float) -> str:
+    """A number as people write it, two digits of it.
+
+    >>> in_words(9234.5), in_words(745.0), in_words(2.04), in_words(0.000123)
+    ('9,200', '740', '2', '0.00012')
+    """
+    rounded = float(f"{value:.2g}")
+    return f"{rounded:,.0f}" if rounded >= 10 else f"{rounded:g}"
+
+
 def what_misses(
     spread: float,
     statistics: float,
@@ -218,9 +228,12 @@ def what_misses(
     'their running statistics are 0.06 standard deviations apart, 2 times the 0.03 wanted'
     >>> what_misses(0.002, 0.0)
     'they are 0.002 of their size apart, 20 times the 0.0001 wanted'
+    >>> what_misses(0.92, 120.0).split(", and ")[0]
+    'they are 0.92 of their size apart, 9,200 times the 0.0001 wanted'
     """
     misses = [
-        f"{who} are {value:.2g} {unit} apart, {value / limit:.2g} times the {limit:g} wanted"
+        f"{who} are {in_words(value)} {unit} apart, {in_words(value / limit)} times the {limit:g} "
+        "wanted"
         for who, value, unit, limit in (
             ("they", spread, "of their size", wanted[0]),
             ("their running statistics", statistics, "standard deviations", wanted[1]),

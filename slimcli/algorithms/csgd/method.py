@@ -12,8 +12,9 @@ Differs from the paper: clusters are found on all kernels of a coupled group, sc
 behind each (paper: the leader's raw kernels); vectors get the full pull (paper: a tenth, after
 which they stay measurably apart); whether filters meet is computed before training; at the merge
 their distance is measured, refused above a limit, and set to zero by a projection that takes the
-running statistics along; with other optimizers than SGD the pull is a contraction after the step,
-because adaptive steps cancel it.
+running statistics along; with other optimizers than SGD, whose adaptive steps cancel a pull in the
+gradient, the step is taken from the means of the clusters, and distances are put back, contracted,
+after it: so they shrink as planned whatever the optimizer does with gradients and weight decay.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from slimcli.algorithms.csgd.budget import LIMIT, STATISTICS_LIMIT
 from slimcli.algorithms.csgd.clustering import Clusters
@@ -38,10 +39,11 @@ from slimcli.algorithms.csgd.planning import (
 from slimcli.algorithms.csgd.ties import (
     Tie,
     centripetal_gradient,
-    contract,
     distance,
+    gather_at_means,
     project,
     size_of,
+    spread_again,
 )
 from slimcli.compressor import (
     Compressor,
@@ -75,6 +77,7 @@ class CSGDCompressor(Compressor):
         """The model as it is; only names and clusters are taken down."""
         self._analysis: Analysis = plan.private
         self._decay: dict[str, float] = {}
+        self._own: list[Tensor] = []
         self._merge_epoch = self._analysis.collapse.epoch
         self._strength = self._analysis.collapse.strength
         self._form = self._analysis.collapse.form
@@ -119,7 +122,10 @@ class CSGDCompressor(Compressor):
         return self._merge(model) if is_time and not self._merged else []
 
     def after_backward(self, model: nn.Module, progress: Progress) -> None:
-        """Gradients: the mean over each cluster, pull (SGD), weight decay of tied tensors."""
+        """Gradients: the mean over each cluster, pull (SGD), weight decay of tied tensors.
+
+        Without the pull in the gradient, tied channels wait at their mean for the step.
+        """
         parameters = dict(model.named_parameters())
         with torch.no_grad():
             if not self._merged:
@@ -128,20 +134,26 @@ class CSGDCompressor(Compressor):
                     if values.grad is not None:
                         pull = self._pull(tie) if self._form == "gradient" else 0.0
                         centripetal_gradient(tie, values.grad, values, pull)
+                if self._form != "gradient":
+                    self._own = [gather_at_means(tie, parameters[tie.tensor]) for tie in self._ties]
             for name, decay in self._decay.items():
                 values = parameters[name]
                 if values.grad is not None:
                     values.grad.add_(values, alpha=decay)
 
     def after_step(self, model: nn.Module, progress: Progress, skipped: bool) -> None:
-        """The contraction, where the pull is not in the gradient."""
-        if skipped or self._merged or self._form == "gradient":
-            return
+        """Where the pull is not in the gradient: distances come back, contracted."""
         parameters = dict(model.named_parameters())
         with torch.no_grad():
-            for tie in self._ties:
-                fraction = min(1.0, progress.learning_rate * self._pull(tie))
-                contract(tie, parameters[tie.tensor], fraction)
+            # Last in, first out: two ties may hold entries of the same tensor.
+            for tie, own in reversed(list(zip(self._ties, self._own, strict=False))):
+                values = parameters[tie.tensor]
+                if skipped:
+                    tie.scatter(values, own)
+                else:
+                    fraction = min(1.0, progress.learning_rate * self._pull(tie))
+                    spread_again(tie, values, own, fraction)
+        self._own = []
 
     def _pull(self, tie: Tie) -> float:
         """Strength of the pull on one tensor."""

@@ -97,12 +97,33 @@ def centripetal_gradient(tie: Tie, gradient: Tensor, values: Tensor, strength: f
     tie.scatter(gradient, pulled.add_(own, alpha=strength))
 
 
-def contract(tie: Tie, values: Tensor, fraction: float) -> None:
-    """Takes every channel that fraction of the way to its cluster's mean, in place."""
-    if not tie.count:
-        return
+def gather_at_means(tie: Tie, values: Tensor) -> Tensor:
+    """Sets every channel to the mean of its cluster, in place.
+
+    An optimizer that steps from here moves all members of a cluster alike, whatever it makes of
+    gradients, and of weight decay in them.
+
+    Returns:
+        What the tied entries were, (entries, rest), for :func:`spread_again`.
+    """
     own = tie.gather(values)
-    tie.scatter(values, torch.lerp(own, tie.means(own), fraction))
+    if tie.count:
+        tie.scatter(values, tie.means(own))
+    return own
+
+
+def spread_again(tie: Tie, values: Tensor, own: Tensor, fraction: float) -> None:
+    """Gives channels at their mean back their old distances from it, a fraction closer; in place.
+
+    Args:
+        tie: Which channels are tied.
+        values: The parameter, equal within each cluster.
+        own: What :func:`gather_at_means` returned.
+        fraction: Part of the way to the mean; 1 leaves all at the mean.
+    """
+    if tie.count:
+        apart = own - tie.means(own)
+        tie.scatter(values, tie.gather(values).add_(apart, alpha=1.0 - fraction))
 
 
 def project(tie: Tie, values: Tensor) -> None:
