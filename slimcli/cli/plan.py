@@ -139,28 +139,52 @@ def _tell_goal(plan: Plan) -> None:
 
 
 def _tell_layers(stage: StageForecast, layers: bool) -> None:
-    """How many layers can be cut, and why the others can't."""
-    from slimcli.artifacts.event_lines import counted
-
-    rows = stage.plan.layers
-    frozen = [row for row in rows if row.frozen_reason]
-    prunable = [row for row in rows if row.channels_minimum < row.channels]
-    console.result(
-        f"layers     {len(rows)}: {len(prunable)} can be cut, {len(frozen)} frozen"
-        + (f" · {counted(len(stage.plan.targets), 'target')}" if stage.plan.targets else "")
-    )
+    """How many layers are cut or changed, and why the others aren't."""
+    plan = stage.plan
+    cuts = _cuts(plan)
+    console.result(f"layers     {len(plan.layers)}{_counts(plan, cuts)}")
     if layers:
-        console.table(
-            ("layer", "type", "channels", "at least", "group", "frozen because"),
-            [
-                (r.name, r.type, r.channels, r.channels_minimum, r.group, r.frozen_reason)
-                for r in rows
-            ],
-        )
+        console.table(*_table(plan, cuts))
+        return
+    if not cuts and not plan.targets:
         return
     reasons: dict[str, list[str]] = {}
-    for row in frozen:
-        reasons.setdefault(row.frozen_reason, []).append(row.name)
+    for row in plan.layers:
+        if row.frozen_reason:
+            reasons.setdefault(row.frozen_reason, []).append(row.name)
     for reason, names in reasons.items():
         listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
-        console.result(f"  frozen   {listed}: {reason}")
+        console.result(f"  {'frozen' if cuts else 'left out':<9}{listed}: {reason}")
+
+
+def _cuts(plan: Plan) -> bool:
+    """Whether the algorithm removes channels, even if here it can remove none."""
+    narrower = any(row.channels_minimum < row.channels for row in plan.layers)
+    return narrower or plan.reachable_macs is not None
+
+
+def _counts(plan: Plan, cuts: bool) -> str:
+    """What happens to how many layers; empty if nothing happens to any."""
+    from slimcli.artifacts.event_lines import counted
+
+    targets = counted(len(plan.targets), "target")
+    out = sum(bool(row.frozen_reason) for row in plan.layers)
+    if cuts:
+        prunable = sum(row.channels_minimum < row.channels for row in plan.layers)
+        shown = f": {prunable} can be cut, {out} frozen"
+        return f"{shown} · {targets}" if plan.targets else shown
+    if not plan.targets:
+        return ""
+    return f": {targets}, {out} left out" if out else f": {targets}"
+
+
+def _table(plan: Plan, cuts: bool) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
+    """Head and rows, one a layer; without cuts no widths to reach."""
+    if cuts:
+        return ("layer", "type", "channels", "at least", "group", "frozen because"), [
+            (r.name, r.type, r.channels, r.channels_minimum, r.group, r.frozen_reason)
+            for r in plan.layers
+        ]
+    return ("layer", "type", "channels", "group", "left out because"), [
+        (r.name, r.type, r.channels, r.group, r.frozen_reason) for r in plan.layers
+    ]
