@@ -96,23 +96,31 @@ def _refuse_half(model: nn.Module, hooks: JobHooks) -> None:
 def _refuse_double(job: Job, model: nn.Module) -> None:
     """No runtime of ONNX files convolves in float64: the run would end without its file.
 
+    Nor can a file hold linear layers in float64 where the last algorithm makes its own for it.
+
     Raises:
-        HookError: Some convolutions are float64 and an ONNX file is asked for.
+        HookError: Such layers are float64 and an ONNX file is asked for.
     """
-    double = [
-        f"{name}.weight"
+    last = job.stages[-1]
+    kinds = (*CONVOLUTIONS, nn.Linear) if last.compressor.deploys_to == "onnx" else CONVOLUTIONS
+    double = {
+        f"{name}.weight": each
         for name, each in model.named_modules()
-        if isinstance(each, CONVOLUTIONS) and each.weight.dtype is torch.float64
-    ]
+        if isinstance(each, kinds) and each.weight.dtype is torch.float64
+    }
     if double and job.export.onnx:
+        convolves = any(isinstance(each, CONVOLUTIONS) for each in double.values())
         raise HookError(
             Problem(
                 "E-HOOK-MODEL",
                 "`model` returned a model with convolutions in float64, and no runtime takes an "
-                "ONNX file of it",
+                "ONNX file of it"
+                if convolves
+                else "`model` returned a model with linear layers in float64, and the operators "
+                f"that {last.algorithm} writes to an ONNX file take float32",
                 job.hooks.where("model"),
                 expected="float32 weights",
-                received=f"float64 in {double[0]} and {len(double) - 1} more",
+                received=f"float64 in {next(iter(double))} and {len(double) - 1} more",
                 fix="return model.float(), or train without that file: export: {onnx: false}",
             )
         )
@@ -132,7 +140,7 @@ def start_weights(job: Job, model: nn.Module) -> nn.Module:
 
     Raises:
         RecipeError: They are not weights of this model.
-        HookError: Convolutions are float64 and an ONNX file is asked for.
+        HookError: Layers are float64 and an ONNX file is asked for that can't hold them.
     """
     _refuse_double(job, model)
     if job.init_from is None:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import slimcli
+from slimcli.algorithms.qat.config import QATConfig
+from slimcli.algorithms.qat.method import QATCompressor
 from slimcli.artifacts import checkpoint
 from slimcli.artifacts.event_lines import line_of
 from slimcli.errors import HookError
@@ -145,6 +147,27 @@ def test_float64_convolutions_are_refused_before_training_where_onnx_is_asked(
     with pytest.raises(HookError, match="received float64 in conv1") as caught:
         run(replace(one, export=Export(onnx=True)))
     assert "onnx: false" in str(caught.value)
+
+
+def test_float64_linear_layers_are_refused_only_where_the_algorithm_makes_its_own_onnx(
+    tmp_path: Path,
+) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(36, 3)).double()
+
+    def predict(model: nn.Module, data: Any) -> Any:
+        return model(data[0].double())
+
+    one = toys.with_hooks(toys.job(tmp_path, epoch=1), build_model=build, predict_function=predict)
+    stage = replace(one.stages[0], algorithm="qat", compressor=QATCompressor, config=QATConfig())
+    quantized, asked = replace(one, stages=(stage,)), Export(onnx=True)
+    with pytest.raises(HookError, match=r"operators that qat writes .* take float32") as caught:
+        run(replace(quantized, export=asked))
+    assert "received float64 in 1.weight" in str(caught.value)
+    assert not list(tmp_path.rglob("*.pt"))
+    assert run(quantized).summary["final"]["file_bytes"] == {}
+    plain = run(replace(one, export=asked)).summary["final"]["file_bytes"]
+    assert plain["model.onnx"] > 0
 
 
 def test_norms_behind_convs_of_one_tied_weight_stay(tmp_path: Path) -> None:
