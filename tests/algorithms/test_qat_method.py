@@ -12,8 +12,7 @@ from slimcli.algorithms.qat.method import QATCompressor
 from slimcli.compressor import GroupDefaults, Progress, Schedule, registry
 from slimcli.errors import RunError
 from slimcli.network.example import Example
-from slimcli.network.fuse import fuse_conv_norm
-from slimcli.network.quantize.fake_quant import WEIGHT_LOW, FakeQuant, Phase, quantizers
+from slimcli.network.quantize.fake_quant import Phase, quantizers
 
 from .qat_networks import NETWORKS, Residual, build, example_of, predict
 
@@ -146,21 +145,6 @@ def test_channel_granularity_gives_conv_and_linear_one_scale_for_each_output():
         assert made.axis == 0
         assert torch.equal(made.amax, weight.detach().abs().flatten(1).amax(1))
         assert len(made.scale) == outputs
-
-
-def test_folding_a_batch_norm_scales_channel_scales_and_keeps_the_codes():
-    _, model = started(build("residual"), weight_granularity="channel")
-    conv, norm, made = model.conv1, model.bn1, model.conv1.weight_quantizer
-    codes = made.codes(conv.weight.detach())
-    plain = nn.Conv2d(3, 8, 3, padding=1, bias=False)
-    plain.load_state_dict({"weight": conv.weight})
-    weight, _ = fuse_conv_norm(plain, norm)
-    folded = FakeQuant("folded", WEIGHT_LOW, channels=8)
-    gain = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach().abs()
-    folded.set_amax(made.amax * gain)
-    difference = (folded.codes(weight.detach().float()).int() - codes.int()).abs()
-    assert (difference == 0).float().mean() >= 0.999  # ties may fall the other way
-    assert difference.max() <= 1
 
 
 def test_frozen_scales_stay_while_weights_train():
@@ -397,14 +381,14 @@ EFFECTS = [
 
 
 @pytest.mark.parametrize(("common", "change"), EFFECTS)
-def test_every_key_has_an_effect(common, change):
+def test_every_key_of_training_has_an_effect(common, change):
     losses = []
     for keys in (common, common | change):
         compressor, model = started(build("residual"), **keys)
         losses.append(train(compressor, model, range(2)))
     assert losses[0] != losses[1]
     tested = {key for _, keys in EFFECTS for key in keys}
-    assert tested == set(QATConfig.model_fields)
+    assert tested == set(QATConfig.model_fields) - {"bn_export"}  # acts after training
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ CHANGES: dict[str, dict[str, tuple[Any, dict[str, Any]]]] = {
         "scale": ("lsq", {}),
         "freeze_scale_epoch": (1, {"scale": "ema"}),
         "freeze_bn_epoch": (2, {}),
+        "bn_export": ("fold", {}),
         "skip": (["first"], {}),
     },
     "resrep": {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from slimcli.compressor import AlgorithmConfig, AlgorithmInfo
 
@@ -41,11 +41,29 @@ class QATConfig(AlgorithmConfig):
         ge=0,
         description="epoch at whose start batch statistics stop moving; null: never",
     )
+    bn_export: Literal["keep", "fold"] = Field(
+        "keep",
+        description="batch norms behind quantized layers in model.onnx: as nodes, which TensorRT "
+        "folds itself, or folded into weight scales and biases; fold needs weight_granularity: "
+        "channel",
+    )
     skip: tuple[str, ...] = Field(
         (),
         description="layers that stay float: module names, glob patterns, type names, "
         "`first`, `last`",
     )
+
+    @model_validator(mode="after")
+    def _exact_fold(self) -> QATConfig:
+        """One scale for a whole layer can't take up a factor for each of its channels."""
+        if self.bn_export == "fold" and self.weight_granularity == "tensor":
+            raise ValueError(
+                "bn_export: fold scales each output channel by its own gamma/sigma, which one "
+                "weight scale for the whole layer can't hold: the int8 codes would not be those "
+                "that were trained; fix: weight_granularity: channel, or bn_export: keep "
+                "(TensorRT folds batch norms itself)"
+            )
+        return self
 
 
 ALGORITHM = AlgorithmInfo(

@@ -2,9 +2,9 @@
 
 Ranges come from a calibration pass before training. Then the network trains through its fake
 quantizers (straight-through gradient inside the range, none outside), with scales frozen, following
-the data, or learned. Batch norms stay: TensorRT folds them, and folding
-them here would move the codes of per-tensor weights. What deploys is a copy whose quantizers show
-an exporter ONNX QuantizeLinear and DequantizeLinear.
+the data, or learned. What deploys is a copy whose quantizers show an exporter ONNX QuantizeLinear
+and DequantizeLinear. Its batch norms stay, because TensorRT folds them; on request they are folded
+in what the exporter sees, where that leaves the codes of the weights what they are.
 
 Learned scales: "Learned Step Size Quantization", arXiv 1902.08153. Differs from the paper: a scale
 starts from calibration, not from the mean magnitude; the gradient mask is that of the rounded code;
@@ -45,6 +45,7 @@ from slimcli.network.example import Example
 from slimcli.network.quantize.audit import float_readers
 from slimcli.network.quantize.calibrate import collector, finite_magnitude, not_finite
 from slimcli.network.quantize.fake_quant import FakeQuant, Phase, quantizers, scale_of, set_phase
+from slimcli.network.quantize.fold import fold
 from slimcli.network.quantize.freeze import (
     batch_statistics,
     freeze_statistics,
@@ -52,7 +53,8 @@ from slimcli.network.quantize.freeze import (
     remove_switches,
 )
 from slimcli.network.quantize.insert import insert, remove
-from slimcli.network.quantize.layers import TRANSPOSED
+from slimcli.network.quantize.layers import TRANSPOSED, first_in_float64, other_weights
+from slimcli.network.quantize.norms import NormBehind
 from slimcli.network.quantize.place import Activation, Placement, place
 
 SCALE_SHARES = (0.25, 2.0)
@@ -65,6 +67,8 @@ class QATCompressor(Compressor):
     info = ALGORITHM
     deploys_to: ClassVar[str] = "onnx"
     config: QATConfig
+    norms: tuple[NormBehind, ...] = ()
+    """Batch norms that are folded in a file; known from ``prepare`` on."""
 
     def plan(self, model: nn.Module, example: Example, schedule: Schedule) -> Plan:
         """Which layers become int8, and why the others stay float."""
@@ -87,7 +91,9 @@ class QATCompressor(Compressor):
         }
         plan.notes = [*placement.notes, *self._notes(model, placement)]
         plan.warnings = self._warnings(schedule)
-        double = _in_float64(model, placement)
+        if self.config.bn_export == "fold":
+            plan.notes += _norm_notes(placement.norms)
+        double = first_in_float64(model, placement.layers)
         if double:
             plan.warnings.append(
                 f"{double} is float64, which ONNX cannot quantize: no model.onnx can be written; "
@@ -115,7 +121,7 @@ class QATCompressor(Compressor):
                 f"{narrow} grouped convolutions have a channel count that is no multiple of 8: "
                 "int8 may not be faster there"
             )
-        others = _float_weights(model, placement)
+        others = other_weights(model, placement.layers)
         if others:
             listed = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if others[5:] else "")
             notes.append(f"stay float, only convolution and linear layers are quantized: {listed}")
@@ -136,6 +142,8 @@ class QATCompressor(Compressor):
         insert(model, plan.private, self.config.weight_granularity, self.config.scale)
         if self.config.freeze_bn_epoch is not None:
             make_freezable(model)
+        if self.config.bn_export == "fold":
+            self.norms = tuple(each for each in plan.private.norms if not each.reason)
         return model
 
     def calibrate(self, model: nn.Module, batches: Iterable[Example]) -> None:
@@ -239,10 +247,15 @@ class QATCompressor(Compressor):
         return plain
 
     def deploy(self, model: nn.Module) -> nn.Module:
-        """A copy in eval mode that computes the fake-quantized function and exports with Q/DQ."""
+        """A copy in eval mode that computes the fake-quantized function and exports with Q/DQ.
+
+        With ``bn_export: fold`` an exporter sees the folded network; the copy itself computes what
+        was trained, bit for bit.
+        """
         self._require_calibrated(model)
         exportable = copy.deepcopy(model).eval()
         set_phase(exportable, Phase.EXPORT)
+        fold(exportable, self.norms)
         return exportable
 
     def _require_calibrated(self, model: nn.Module) -> None:
@@ -266,20 +279,21 @@ def _shared(activation: Activation | None) -> str:
     return name if len(activation.readers) == 1 else f"{name}: {', '.join(activation.readers)}"
 
 
-def _in_float64(model: nn.Module, placement: Placement) -> str:
-    """The first quantized weight in float64, or an empty string: QuantizeLinear takes float32."""
-    weights = (f"{name}.weight" for name in placement.quantized)
-    return next((each for each in weights if model.get_parameter(each).dtype == torch.float64), "")
-
-
-def _float_weights(model: nn.Module, placement: Placement) -> list[str]:
-    """Layers of other kinds that hold a matrix of weights, such as GRU and Embedding."""
-    known = {each.name for each in placement.layers}
+def _norm_notes(norms: tuple[NormBehind, ...]) -> list[str]:
+    """How many batch norms ``bn_export: fold`` folds, and why the others stay."""
+    kept: dict[str, list[str]] = {}
+    for each in norms:
+        if each.reason:
+            kept.setdefault(each.reason, []).append(each.layer)
+    count = sum(not each.reason for each in norms)
+    if not norms:
+        return ["bn_export: fold changes nothing: no batch norm reads a quantized layer's output"]
     return [
-        f"{name} ({type(module).__name__})"
-        for name, module in model.named_modules()
-        if name not in known and any(each.dim() > 1 for each in module.parameters(recurse=False))
-    ]
+        f"bn_export: fold: {count} of {len(norms)} batch norms behind quantized layers are folded "
+        "in model.onnx",
+        *(f"keeps its batch norm in model.onnx: {', '.join(names)}: {reason}"
+          for reason, names in kept.items()),
+    ]  # fmt: skip
 
 
 def _audit(model: nn.Module, example: Example) -> None:

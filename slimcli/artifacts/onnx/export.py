@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from slimcli.artifacts.onnx.runtime import STRUCTURE_KEY, OnnxModel, is_quantize
 from slimcli.artifacts.onnx.torch_export import Graph, to_graph
 from slimcli.errors import Problem, RunError, VerificationError
 from slimcli.network.example import Example
-from slimcli.network.quantize import fake_quant
+from slimcli.network.quantize import fake_quant, fold
 
 DEFAULT_OPSET = 19
 
@@ -66,6 +66,7 @@ class OnnxReport:
         quantizers: Name, tensor, granularity and scale of each quantizer.
         codes: Module against file, code by code; None without quantizers.
         findings: What the linter says; nothing that a runtime would refuse or misread.
+        folded_norms: Quantized layer -> the batch norm that its weight scale and bias hold.
     """
 
     path: Path
@@ -84,6 +85,7 @@ class OnnxReport:
     quantizers: tuple[dict[str, Any], ...] = ()
     codes: CodeReport | None = None
     findings: tuple[lint.Finding, ...] = ()
+    folded_norms: Mapping[str, str] = field(default_factory=dict)
 
 
 def export(
@@ -118,6 +120,8 @@ def export(
     with verify.exact_arithmetic(), verify.evaluating(flat):
         graph = _graph(flat, call, batch, opset)
     tidy.tidy(graph.model, [name for name, _ in model.named_modules() if name])
+    norms = fold.folded_norms(model)
+    tidy.note_outputs(graph.model, norms)
     _require_pairs(model, graph)
     quantizers = qdq.finish(graph.model) if is_quantized(graph.model) else []
     findings = tuple(lint.lint(graph.model))
@@ -132,6 +136,7 @@ def export(
             raise VerificationError(replace(problem, where=str(failed)))
         report = _report(staged, opset, graph, batch, seam)
         report = replace(report, quantizers=tuple(quantizers), codes=codes, findings=findings)
+        report = replace(report, folded_norms=norms)
         staged.publish(_sidecar(report))
     return report
 

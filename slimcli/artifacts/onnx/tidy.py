@@ -7,7 +7,7 @@ every viewer report by node name, so a name should say which layer it is.
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import onnx
 
@@ -39,6 +39,20 @@ def tidy(model: onnx.ModelProto, modules: Iterable[str]) -> None:
         del value.metadata_props[:]
     graph.doc_string = ""
     del graph.metadata_props[:]
+
+
+def note_outputs(model: onnx.ModelProto, norms: Mapping[str, str]) -> None:
+    """Notes at the nodes of a layer that they compute what the norm behind it did.
+
+    Args:
+        model: A tidy model, changed in place.
+        norms: Path of a layer -> path of the norm that was folded into it.
+    """
+    for node in nodes(model.graph):
+        layer = node.name.rpartition("/")[0]
+        if layer in norms:
+            del node.metadata_props[:]
+            node.metadata_props.add(key=OUTPUT_OF_KEY, value=norms[layer])
 
 
 def nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:

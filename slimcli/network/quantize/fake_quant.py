@@ -75,6 +75,7 @@ class FakeQuant(nn.Module):
 
     Buffers: ``amax`` (largest magnitude that is represented), ``scale``, ``zero_point`` (int8
     zeros), ``batches_seen`` and ``phase_code``. ``scale`` is a parameter with the ``lsq`` policy.
+    ``folded_scale`` is what exporters see instead of ``scale``, where something was folded in.
     All shapes are fixed from the start, so that a state loads before the first forward.
 
     Args:
@@ -90,6 +91,7 @@ class FakeQuant(nn.Module):
     zero_point: Tensor
     batches_seen: Tensor
     phase_code: Tensor
+    folded_scale: Tensor | None
 
     def __init__(
         self,
@@ -114,6 +116,7 @@ class FakeQuant(nn.Module):
             self.scale = nn.Parameter(torch.ones(shape))
         else:
             self.register_buffer("scale", torch.ones(shape))
+        self.register_buffer("folded_scale", None)
         self._phase = Phase.OFF
         self.register_load_state_dict_post_hook(_restore_phase)  # type: ignore[no-untyped-call]
 
@@ -153,7 +156,8 @@ class FakeQuant(nn.Module):
             return x
         if self._phase is Phase.EXPORT and is_traced():
             axis = None if self.channels is None else self.axis
-            return quantize_nodes(x, self.scale.detach(), self.zero_point, axis)
+            scale = self.scale if self.folded_scale is None else self.folded_scale
+            return quantize_nodes(x, scale.detach(), self.zero_point, axis)
         if self._phase is Phase.TRAIN and self.training and self.policy == "ema":
             self._follow(x)
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
@@ -163,11 +167,15 @@ class FakeQuant(nn.Module):
         """The int8 codes of ``x``."""
         return quantize(x, self._scale_for(x), self.low).to(torch.int8)
 
-    def _scale_for(self, x: Tensor) -> Tensor:
-        scale = self.scale.to(x.dtype)
+    def for_each_slice(self, scale: Tensor, x: Tensor) -> Tensor:
+        """A scale of this quantizer in the dtype of ``x`` and in a shape that multiplies it."""
+        scale = scale.to(x.dtype)
         if self.channels is None:
             return scale
         return scale.reshape([-1 if dim == self.axis else 1 for dim in range(x.dim())])
+
+    def _scale_for(self, x: Tensor) -> Tensor:
+        return self.for_each_slice(self.scale, x)
 
     def _round_trip(self, x: Tensor) -> Tensor:
         scale = self._scale_for(x)

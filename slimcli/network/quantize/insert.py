@@ -26,7 +26,7 @@ from slimcli.network.quantize.record import Path, replaced
 from slimcli.network.quantize.rewrite import rewrite
 
 Granularity = Literal["tensor", "channel"]
-_SUBCLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+_SUBCLASSES: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
 
 class QuantizedWeight(nn.Module):
@@ -138,11 +138,11 @@ def _add_activation(
 def become(module: nn.Module, mixin: type[nn.Module]) -> None:
     """Makes a module's class a subclass of ``mixin`` and its class; :func:`restore` undoes it."""
     original = type(module)
-    if original not in _SUBCLASSES:
+    if (mixin, original) not in _SUBCLASSES:
         made = type(original.__name__, (mixin, original), {"slim_original": original})
         made.__module__ = original.__module__
-        _SUBCLASSES[original] = made
-    module.__class__ = _SUBCLASSES[original]
+        _SUBCLASSES[mixin, original] = made
+    module.__class__ = _SUBCLASSES[mixin, original]
 
 
 def restore(model: nn.Module) -> None:

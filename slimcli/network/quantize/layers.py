@@ -7,6 +7,7 @@ import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from slimcli.errors import Problem, RecipeError
@@ -86,6 +87,22 @@ def input_path(call: Call) -> tuple[int | str, ...] | None:
     """Where a layer's one activation stands among its arguments."""
     first = [path for path in call.inputs if path in ((0, 0), (1, "input"))]
     return first[0] if first and len(call.inputs) == 1 else None
+
+
+def first_in_float64(model: nn.Module, layers: Sequence[Layer]) -> str:
+    """The first quantized weight in float64, or an empty string: QuantizeLinear takes float32."""
+    weights = (f"{layer.name}.weight" for layer in layers if not layer.reason)
+    return next((each for each in weights if model.get_parameter(each).dtype == torch.float64), "")
+
+
+def other_weights(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
+    """Layers of other kinds that hold a matrix of weights, such as GRU and Embedding."""
+    known = {each.name for each in layers}
+    return [
+        f"{name} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if name not in known and any(each.dim() > 1 for each in module.parameters(recurse=False))
+    ]
 
 
 def _skipped(

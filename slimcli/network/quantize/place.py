@@ -26,6 +26,7 @@ from torch import nn
 
 from slimcli.network.example import Example
 from slimcli.network.quantize.layers import Layer, heavy_layers, input_path
+from slimcli.network.quantize.norms import NormBehind, norms_behind
 from slimcli.network.quantize.record import Call, Op, Path, Record, record_forward
 from slimcli.network.quantize.rewrite import Rewriter
 
@@ -93,11 +94,13 @@ class Placement:
         layers: All convolution and linear layers.
         activations: The quantizers of activations, in the order in which they run.
         notes: What a reader of the plan should know.
+        norms: Batch norms that read the output of a quantized layer.
     """
 
     layers: tuple[Layer, ...]
     activations: tuple[Activation, ...]
     notes: tuple[str, ...] = ()
+    norms: tuple[NormBehind, ...] = ()
 
     @property
     def quantized(self) -> tuple[str, ...]:
@@ -163,7 +166,8 @@ def place(model: nn.Module, example: Example, skip: Sequence[str] = ()) -> Place
     needs = _needs(record, layers)
     placer = _Placer(record, Rewriter(model, record, example))
     chosen = placer.choose(needs)
-    return Placement(tuple(layers), tuple(chosen), tuple(dict.fromkeys(placer.notes)))
+    norms = norms_behind(model, record, layers)
+    return Placement(tuple(layers), tuple(chosen), tuple(dict.fromkeys(placer.notes)), norms)
 
 
 def _needs(record: Record, layers: Sequence[Layer]) -> dict[int, list[_Need]]:
