@@ -104,6 +104,35 @@ def test_a_block_equals_its_plain_conv_over_odd_geometries(name: str) -> None:
             assert_equal_to_its_plain_conv(name, geometry)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (7, 7), (3, 5), (1, 3)])
+def test_acnet_equals_its_plain_conv_over_the_whole_grid(
+    kernel: tuple[int, int], mode: str
+) -> None:
+    """Every padding from none (a crop) to the kernel's size, stride and dilation up to three."""
+    height, width = kernel
+    paddings = range(max(kernel) + 1) if mode == "zeros" else range(0, max(kernel) + 1, 2)
+    groups = (1, 2, 4) if mode == "zeros" else (1, 4)
+    seen = 0
+    for padding, stride, dilation, parts in itertools.product(
+        paddings, (1, 2, 3), (1, 2, 3), groups
+    ):
+        if dilation * (max(kernel) - 1) + 1 > 17 + 2 * padding:
+            continue  # the kernel is larger than the padded image: torch refuses it
+        geometry = {
+            "kernel_size": (height, width),
+            "padding": padding,
+            "stride": stride,
+            "dilation": dilation,
+            "groups": parts,
+            "padding_mode": mode,
+        }
+        assert_equal_to_its_plain_conv("acnet_cr", geometry)
+        seen += 1
+    assert seen >= 36
+
+
 def assert_equal_to_its_plain_conv(name: str, geometry: dict[str, object]) -> None:
     block = trained(name, **geometry)
     plain = plain_conv(block)
@@ -183,6 +212,14 @@ def test_corners_need_a_kernel_with_four_of_them() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(BLOCKS))
+def test_a_norm_without_statistics_is_refused_not_misfused(name: str) -> None:
+    norm = nn.BatchNorm2d(8, track_running_stats=False)
+    block = build(name, nn.Conv2d(4, 8, 3), norm).eval()
+    with pytest.raises(ValueError, match="no running statistics"):
+        plain_conv(block)
+
+
+@pytest.mark.parametrize("name", sorted(BLOCKS))
 def test_norms_without_scale_are_fused(name: str) -> None:
     torch.manual_seed(4)
     norm = nn.BatchNorm2d(8, affine=False).double()
@@ -202,12 +239,21 @@ def test_the_gradient_of_the_fused_kernel_is_that_of_the_branches() -> None:
     ((block(x) - target) ** 2).sum().backward()
     ((plain(x) - target) ** 2).sum().backward()
     column, row = block.sides
-    for branch, part in (
-        (column, plain.weight.grad[:, :, :, 1:2]),
-        (row, plain.weight.grad[:, :, 1:2, :]),
+    for conv, norm, part in (
+        (block.square, block.norm, plain.weight.grad),
+        (column.conv, column.norm, plain.weight.grad[:, :, :, 1:2]),
+        (row.conv, row.norm, plain.weight.grad[:, :, 1:2, :]),
     ):
-        scale = branch.norm.weight / (branch.norm.running_var + branch.norm.eps).sqrt()
-        torch.testing.assert_close(branch.conv.weight.grad, part * scale.view(-1, 1, 1, 1))
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        torch.testing.assert_close(conv.weight.grad, part * scale.view(-1, 1, 1, 1))
+        torch.testing.assert_close(norm.bias.grad, plain.bias.grad)
+        unscaled = part * conv.weight.detach()  # gamma scales the kernel, and shifts by the mean
+        gamma = unscaled.sum((1, 2, 3)) + plain.bias.grad * ((bias_of(conv)) - norm.running_mean)
+        torch.testing.assert_close(norm.weight.grad, gamma / (norm.running_var + norm.eps).sqrt())
+
+
+def bias_of(conv: nn.Conv2d) -> Tensor | float:
+    return 0.0 if conv.bias is None else conv.bias.detach()
 
 
 def test_depthwise_with_more_outputs_than_inputs_is_fused() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from slimcli.algorithms.finetune.config import FinetuneConfig
 from slimcli.algorithms.finetune.method import FinetuneCompressor
 from slimcli.compressor import Plan, Refusal, Schedule
-from slimcli.errors import GoalError
+from slimcli.errors import GoalError, Problem, RecipeError
 from slimcli.network.example import Example
 from slimcli.solver.forecast import forecast
 from slimcli.solver.job import Job, StageJob
@@ -52,3 +52,28 @@ def test_what_another_model_may_change_waits_until_the_cut_model_is_there(tmp_pa
     with pytest.raises(GoalError, match="5 steps are too few"):
         run(job)
     assert list(tmp_path.rglob("handover"))
+
+
+class Naming(FinetuneCompressor):
+    """Its recipe names a layer that the user's own model does not have."""
+
+    def plan(self, model: nn.Module, example: Example, schedule: Schedule) -> Plan:
+        raise RecipeError(Problem("E-NAME", "no layer is called layer9", fix="another name"))
+
+
+def test_a_name_that_a_cut_model_may_have_waits_for_that_model(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no layer is called layer9"):
+        run(chain(tmp_path, Naming))
+    assert list(tmp_path.rglob("handover"))
+
+
+def test_a_name_that_the_model_at_hand_must_have_is_refused_before_any_training(
+    tmp_path: Path,
+) -> None:
+    job = chain(tmp_path, Naming)
+    plain = StageJob(
+        "1-finetune", "finetune", FinetuneCompressor, FinetuneConfig(), job.stages[0].training
+    )
+    with pytest.raises(RecipeError, match="no layer is called layer9"):
+        run(replace(job, stages=(plain, job.stages[1])))
+    assert list(tmp_path.rglob("handover")) == []
