@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from slimcli.algorithms.csgd.allocation import merge_costs, per_layer
 from slimcli.algorithms.csgd.budget import Dynamics, delayed, remaining, strength_for
 from slimcli.algorithms.csgd.clustering import (
     cluster,
@@ -209,6 +210,26 @@ def test_a_count_out_of_range_is_refused() -> None:
 def test_only_equal_filters_are_duplicates() -> None:
     features = np.array([[1.0, 2.0], [1.0, 2.0], [1.0, 2.0 + 1e-15 * 4], [0.0, 0.0], [-0.0, 0.0]])
     assert duplicates(features) == ((0, 1), (2,), (3, 4))
+
+
+def test_of_two_layers_that_lose_alike_the_one_that_saves_more_macs_gives_first() -> None:
+    costs = {"small": [0.1, 0.3], "large": [0.2, 0.3]}
+    choices = per_layer(costs, {"small": 1, "large": 4})
+    assert [choices.at(number) for number in range(choices.count)] == [
+        {"small": 0.0, "large": pytest.approx(1 / 3)},  # 0.05 a MAC
+        {"small": 0.0, "large": pytest.approx(2 / 3)},  # 0.075 a MAC
+        {"small": pytest.approx(1 / 3), "large": pytest.approx(2 / 3)},
+        {"small": pytest.approx(2 / 3), "large": pytest.approx(2 / 3)},
+    ]
+
+
+def test_the_costs_of_all_merges_are_what_the_mean_of_all_filters_leaves_out() -> None:
+    features = np.random.default_rng(3).normal(size=(7, 20))
+    costs = merge_costs(features)
+    spread = np.square(features - features.mean(0)).sum() / np.square(features).sum()
+    assert len(costs) == 6
+    assert costs == sorted(costs)
+    assert sum(costs) == pytest.approx(spread)
 
 
 def test_labels_name_the_cluster_of_each_channel() -> None:
