@@ -32,6 +32,8 @@ LARGE = (
     "mc3",
 )
 
+ROI_KINDS = ("box", "mask", "keypoint")
+
 
 def names() -> list[str]:
     """``torchvision/NAME`` and ``timm/NAME``; the large ones last."""
@@ -55,7 +57,8 @@ def build(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> zoo_m
     model = model.to(dtype)
     batch = [each.to(dtype) for each in batch] if isinstance(batch, list) else batch.to(dtype)
     zoo_measure.jitter(model, seed)
-    predict = dense_predictions if hasattr(model, "anchor_generator") else predictions
+    is_detector = hasattr(model, "anchor_generator") or hasattr(model, "rpn")
+    predict = dense_predictions if is_detector else predictions
     return zoo_measure.Case(model.eval(), batch, predict, zoo_measure.TOLERANCES[dtype])
 
 
@@ -65,17 +68,23 @@ def predictions(net: torch.nn.Module, data: Any) -> Any:
 
 
 def dense_predictions(net: torch.nn.Module, data: Any) -> Any:
-    """What a one-stage detector's head says of all its boxes.
+    """What a detector's heads say of all their boxes.
 
-    Which of them survive jumps: random weights give hundreds of boxes equal scores and overlaps,
-    and rounding alone decides their order.
+    Which of them survive jumps, or none does: random weights give hundreds of boxes equal scores
+    and overlaps, and rounding alone decides their order.
     """
     seen: list[Any] = []
-    handle = net.head.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    paths = ("head", "rpn.head", *(f"roi_heads.{kind}_predictor" for kind in ROI_KINDS))
+    heads = [module for path, module in net.named_modules() if path in paths]
+    handles = [
+        head.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        for head in heads
+    ]
     try:
         net(data)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return seen
 
 
