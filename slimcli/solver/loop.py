@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from slimcli.compressor import Progress
 from slimcli.network import surgery
 from slimcli.network.cuts import Cut
+from slimcli.solver import cut_seam
 from slimcli.solver.data import Batch
 from slimcli.solver.evaluation import Averages, is_better, missing_keyword
 from slimcli.solver.optimizers import check_groups
@@ -180,8 +181,9 @@ class Trainer:
         if not cuts:
             return
         subject = self.subject
-        surgery.apply(subject.model, cuts, optimizer=self.optimizer, example=subject.example)
-        subject.compressor.after_cut(subject.model, cuts)
+        with cut_seam.measured(subject.model, subject.example, self.around.events.emit):
+            surgery.apply(subject.model, cuts, optimizer=self.optimizer, example=subject.example)
+            subject.compressor.after_cut(subject.model, cuts)
         self.stepper.wrap()
         for cut in cuts:
             self.around.events.emit(
