@@ -54,7 +54,8 @@ def measure(name: str, folder: Path) -> Iterator[Row]:
     yield {"forward_seconds": round(zoo_measure.cpu_seconds() - started, 3)}
     ours, structure, cut = zoo_measure.measure_ours(case)
     yield {"ours": ours, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
-    (folder / "layers.json").write_text(json.dumps(zoo_measure.layers(structure)))
+    norms = [pair.norm for pair in structure.conv_batch_norms]
+    (folder / "ours.json").write_text(json.dumps([zoo_measure.layers(structure), norms]))
     if cut is not None:
         zoo_measure.save(case, cut, folder)
         yield {"train_uncut": zoo_measure.train_step(case, copy.deepcopy(case.model))}
@@ -75,8 +76,8 @@ def compare(name: str, folder: Path) -> Iterator[Row]:
     import zoo_build
     import zoo_peer
 
-    layers = json.loads((folder / "layers.json").read_text())
-    for part in zoo_peer.measure_peer(zoo_build.build(name), layers):
+    layers, norms = json.loads((folder / "ours.json").read_text())
+    for part in zoo_peer.measure_peer(zoo_build.build(name), layers, norms):
         yield {"peer": part}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -21,8 +22,7 @@ def page(rows: list[Row], exports: list[Row], engine: str) -> str:
         "Random weights, statistics and constants made unequal, float64 (float32 over 300 M "
         "parameters), one thread, one process a network.",
         "",
-        f"- {sum(row['engine'] == engine for row in rows)} of the {len(rows)} rows were measured "
-        "with the engine as it is now, the others with an earlier one.",
+        engines(rows, engine),
         *exactness(rows, good, files),
         *speed(good),
         *shortfalls(rows, good, files),
@@ -38,6 +38,13 @@ def page(rows: list[Row], exports: list[Row], engine: str) -> str:
         *(line(row, files.get(row["name"])) for row in rows),
     ]
     return "\n".join(parts) + "\n"
+
+
+def engines(rows: list[Row], engine: str) -> str:
+    """Which code the rows were measured with: a long sweep outlives some of its commits."""
+    counts = Counter(row["engine"] for row in rows).most_common()
+    versions = ", ".join(f"{count} with {version}" for version, count in counts)
+    return f"- Measured with these versions of `slimcli/network` (now {engine}): {versions}."
 
 
 def exactness(rows: list[Row], good: list[Row], files: dict[str, Row]) -> list[str]:

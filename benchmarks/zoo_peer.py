@@ -16,16 +16,19 @@ Row = dict[str, Any]
 KINDS = (nn.modules.conv._ConvNd, nn.Linear)
 
 
-def measure_peer(case: Case, layers: dict[str, str], seconds: float = 60) -> Iterator[Row]:
+def measure_peer(
+    case: Case, layers: dict[str, str], norms: list[str], seconds: float = 60
+) -> Iterator[Row]:
     """Times its analysis and a cut of all its groups, and tries what it cuts and we do not.
 
     A group counts as ours if we cut every layer that produces its channels. The others are cut
-    alone, by torch-pruning itself, and compared with the network whose weights that read these
-    channels are zero: what is equal is ``missed`` by us.
+    alone, by torch-pruning itself, and compared with the network in which these channels are zero
+    at the layers that make them: what is equal is ``missed`` by us.
 
     Args:
         case: The network.
         layers: Every layer -> why we leave its channels whole; empty if we cut them.
+        norms: Those that directly follow a layer, where its channels are made zero.
         seconds: After so much wall time the groups that are left are counted as ``untried``.
 
     Yields:
@@ -56,7 +59,7 @@ def measure_peer(case: Case, layers: dict[str, str], seconds: float = 60) -> Ite
         if time.monotonic() > deadline:
             break
         row["untried"] -= 1
-        if is_exact(case, index):
+        if is_exact(case, index, norms):
             reasons = [layers.get(name, "no layer of ours") for name in produced[index]]
             row["missed"].append(
                 {
@@ -117,29 +120,36 @@ def producers(group: Any, names: dict[nn.Module, str]) -> list[str]:
     ]
 
 
-def is_exact(case: Case, index: int) -> bool:
-    """Does its cut of one group, on a fresh copy, equal the masked network?"""
-    model, masked = copy.deepcopy(case.model).eval(), copy.deepcopy(case.model).eval()
-    twins = dict(masked.named_modules())
+def is_exact(case: Case, index: int, norms: list[str]) -> bool:
+    """Does its cut of one group, on a fresh copy, equal the zeroed network?"""
+    model, zeroed = copy.deepcopy(case.model).eval(), copy.deepcopy(case.model).eval()
+    twins = dict(zeroed.named_modules())
     try:
         graph, groups = dependencies(case, model)
         names = {module: name for name, module in model.named_modules()}
         whole = halve(graph, groups[index])
-        mask_inputs(whole, names, twins)
+        zero_outputs(whole, names, twins, norms)
         whole.prune()
-        return difference(run(case, model), run(case, masked)) <= case.tolerance
+        return difference(run(case, model), run(case, zeroed)) <= case.tolerance
     except Exception:
         return False
 
 
-def mask_inputs(group: Any, names: dict[nn.Module, str], twins: dict[str, nn.Module]) -> None:
-    """Zero, in the untouched copy, the weights that read the channels which it removes."""
+def zero_outputs(
+    group: Any, names: dict[nn.Module, str], twins: dict[str, nn.Module], norms: list[str]
+) -> None:
+    """Zero, in the untouched copy, the layers that make the channels, and the norms behind them."""
     with torch.no_grad():
         for item in group:
             module = item.dep.target.module
-            if "in_channels" not in item.dep.handler.__name__ or module not in names:
+            if "out_channels" not in item.dep.handler.__name__ or module not in names:
                 continue
             twin = twins[names[module]]
-            if isinstance(twin, KINDS):
-                dim = 0 if getattr(twin, "transposed", False) else 1
-                twin.weight.index_fill_(dim, torch.tensor(item.idxs), 0.0)
+            if not isinstance(twin, KINDS) and names[module] not in norms:
+                continue
+            index = torch.tensor(item.idxs)
+            for name in ("weight", "bias"):
+                tensor = getattr(twin, name, None)
+                if isinstance(tensor, torch.Tensor):
+                    is_kernel = getattr(twin, "transposed", False) and name == "weight"
+                    tensor.index_fill_(1 if is_kernel else 0, index, 0.0)
