@@ -20,6 +20,7 @@ from slimcli.solver.config import TrainingConfig
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 QUICKSTART = ROOT / "benchmarks" / "quickstart.json"
+ZOO = ROOT / "benchmarks" / "zoo.jsonl"
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -83,11 +84,27 @@ def quickstart() -> str:
     return table(head, rows) + f"\n\n{text} (`benchmarks/quickstart.md`)."
 
 
+def zoo() -> str:
+    """Counts over the known networks that were measured."""
+    lines = ZOO.read_text(encoding="utf-8").splitlines()
+    rows = list({row["name"]: row for row in map(json.loads, lines)}.values())
+    cut = [row for row in rows if row.get("ours", {}).get("groups_prunable")]
+    exact = sum(row["ours"]["exact"] for row in cut)
+    loaded = sum(row.get("deploy_error") == 0.0 for row in cut)
+    return (
+        f"Tried on {len(rows)} known networks with random weights: {len(cut)} of them have "
+        f"channels that can be cut. Half of each group of channels was cut at random; {exact} of "
+        f"the {len(cut)} then equal the network with these channels at zero, and {loaded} are the "
+        "same, bit for bit, when another process loads their deploy files (`benchmarks/zoo.md`)."
+    )
+
+
 def parts() -> dict[str, str]:
     return {
         "quickstart": quickstart(),
         "algorithms": algorithms(),
         "exit-codes": exit_codes(),
+        "zoo": zoo(),
         "summary": table(("field", "meaning"), [(f"`{k}`", v) for k, v in FIELDS.items()]),
         "training-keys": table(("key", "default", ""), key_rows(dict(TrainingConfig.model_fields))),
         "algorithm-keys": algorithm_keys(),
