@@ -12,6 +12,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from slimcli.network.example import Example
 from slimcli.network.structure import Group, Structure, analyze
 
 from . import structures
@@ -206,3 +207,29 @@ def test_heads_whose_number_or_size_is_fixed_in_the_code_are_frozen_with_the_lin
 
 def tensors(group: Group) -> list[str]:
     return sorted(slot.tensor for slot in group.producers)
+
+
+def test_pooling_to_a_pixel_in_channels_last_keeps_its_channels():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)
+    ).to(dtype=torch.float64, memory_format=torch.channels_last)
+    batch = torch.randn(2, 3, 8, 8, dtype=torch.float64).to(memory_format=torch.channels_last)
+    structure = analyze(model, Example(batch, lambda network, data: network(data)))
+    assert next((each.name, each.zero_reason) for each in structure.groups) == ("0", "")
+
+
+def test_memory_that_is_read_in_another_order_freezes():
+    class Transposed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 1), nn.Linear(8 * 64, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.first(x).clone()
+            y.as_strided_((2, 8, 8, 8), (512, 1, 64, 8))
+            return self.last(y.flatten(1))
+
+    example = Example(torch.rand(2, 3, 8, 8), lambda network, data: network(data))
+    first = analyze(Transposed(), example).groups[0]
+    assert first.frozen_reason.startswith("as_strided reads memory in an order of its own at ")

@@ -29,6 +29,23 @@ def same(op: Op) -> Sequence[Planes]:
     return [op.planes(op.args[0])]
 
 
+def restrided(op: Op) -> Sequence[Planes]:
+    """``as_strided_`` of pooled pixels: only the strides of axes of size one change.
+
+    Pooling to one pixel ends so where the memory format is channels last. What the strides were
+    before is not known any more, so that an image of more pixels is not followed.
+    """
+    tensor, size, stride = op.args[0], list(op.args[1]), list(op.args[2])
+    planes, dense = op.planes(tensor), torch.empty(size, device="meta").stride()
+    is_pixel = len(size) > 2 and all(n == 1 for n in size[2:])
+    is_dense = all(n == 1 or a == b for n, a, b in zip(size, stride, dense, strict=True))
+    is_same = all(plane.dim() == len(size) for plane in planes) and list(tensor.shape) == size
+    if not (is_pixel and is_dense and is_same and op.output is tensor):
+        op.freeze([tensor], f"{op.name} reads memory in an order of its own")
+        return []
+    return [planes]
+
+
 def executed(op: Op) -> Sequence[Planes]:
     """The operator itself is run on each plane."""
     tensor, rest, kwargs = op.args[0], op.args[1:], op.kwargs
@@ -273,6 +290,7 @@ RULES: dict[str, Rule] = {
     **_table(same, "clone contiguous detach alias lift lift_fresh lift_fresh_copy _to_copy to"),
     **_table(same, "_conj _neg_view resolve_conj resolve_neg view_as _autocast_to_full_precision"),
     **_table(same, "_autocast_to_reduced_precision positive"),
+    "as_strided": restrided,
     **_table(executed, "permute transpose t expand squeeze unsqueeze movedim moveaxis"),
     **_table(executed, "pixel_shuffle pixel_unshuffle diagonal"),
     **_table(viewed, "view _unsafe_view reshape _reshape_alias unflatten flatten"),
