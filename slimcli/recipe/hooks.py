@@ -194,7 +194,7 @@ def _guarded(load: Callable[[], ModuleType], name: str, where: str) -> ModuleTyp
 def _files(recipe: Recipe, before: set[str], targets: list[Path]) -> tuple[Path, ...]:
     """The user's files among the modules that were imported, and the hooks' own."""
     found = dict.fromkeys(path.resolve() for path in targets if is_users(str(path)))
-    for name in sorted(set(sys.modules) - before):
+    for name in sorted(set(sys.modules) - before - {"__mp_main__"}):  # joblib's name for __main__
         file = getattr(sys.modules[name], "__file__", None)
         if not file or not is_users(file):
             continue

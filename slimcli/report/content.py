@@ -49,12 +49,12 @@ class Content:
 
 
 def read_content(folder: Path) -> Content:
-    """Read a run folder.
+    """Read a run folder; fields that an earlier version did not write yet are empty.
 
     Raises:
         RunError: It has no summary, or a damaged one.
     """
-    found = summary.read(folder / "summary.json")
+    found = {**summary.empty("", "", 0), **summary.read(folder / "summary.json")}
     log = folder / "events.jsonl"
     info = registry().get(found["algorithm"])
     command = folder / "command.txt"

@@ -25,6 +25,20 @@ def test_hooks_take_our_order(folder):
     assert hooks.files == (folder.path / "my_hooks.py",)
 
 
+def test_the_command_that_runs_is_no_hook_file(folder, monkeypatch):
+    """joblib, which scikit-learn imports, gives the main module a second name."""
+    source = folder.path / "my_hooks.py"
+    command = folder.path / "bin_slim"
+    command.touch()
+    lines = "import sys, types\nmain = types.ModuleType('__mp_main__')\n"
+    lines += f"main.__file__ = {str(command)!r}\nsys.modules['__mp_main__'] = main\n"
+    recipe = folder.recipe()
+    source.write_text(source.read_text() + lines)
+    monkeypatch.delitem(sys.modules, "__mp_main__", raising=False)
+    assert resolve(load(recipe)).files == (source,)
+    assert sys.modules.pop("__mp_main__").__file__ == str(command)
+
+
 @pytest.mark.parametrize(
     "function",
     [

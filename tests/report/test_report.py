@@ -113,6 +113,12 @@ def test_a_run_that_made_nothing_still_has_a_report(tmp_path: Path) -> None:
     assert "svg" not in page.tags
 
 
+def test_a_summary_of_an_earlier_version_still_has_a_report(tmp_path: Path) -> None:
+    found = compressed()
+    del found["changes"], found["notes"]
+    assert "acc" in page_of(folder(tmp_path, found, [])).text
+
+
 def test_the_report_shows_layers_reasons_seams_changes_and_how_to_load(tmp_path: Path) -> None:
     page = page_of(folder(tmp_path, compressed(), epochs()))
     for text in ("64 → 20", "it is an output", "2.0e-06", "config.lr", "recipe.yaml:3"):
