@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from slimcli.network.structure import Group
 
 EVERYTHING = "*"
+LEFT_ALONE = "left alone by skip"
 
 
 def kept(size: int, fraction: float, minimum: int = 1, round_to: int = 1) -> int:
@@ -159,3 +160,19 @@ def _nearest(pattern: str, groups: Sequence[Group]) -> str:
     names = list(dict.fromkeys(name for group in groups for name in names_of(group)))
     close = difflib.get_close_matches(pattern.removeprefix("self."), names, n=3, cutoff=0.4)
     return f"did you mean {', '.join(close)}?" if close else ""
+
+
+def by_reason(reasons: Mapping[str, str]) -> str:
+    """Each reason once, with how many groups it holds for and some of their names.
+
+    >>> by_reason({"a": "left alone by skip", "b": "an output", "c": "left alone by skip"})
+    '2 left alone by skip (a, c); 1 an output (b)'
+    """
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    ordered = sorted(names.items(), key=lambda each: -len(each[1]))
+    return "; ".join(
+        f"{len(each)} {reason} ({', '.join(each[:3])}{', ...' if each[3:] else ''})"
+        for reason, each in ordered
+    )

@@ -93,24 +93,14 @@ class Residual(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-class Preactivated(nn.Module):
+class Preactivated(Residual):
     """A zero channel of the residual stream would be a constant at a padded conv."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 12, 3, padding=1)
-        self.norm = nn.BatchNorm2d(12)
-        self.inner = nn.Conv2d(12, 8, 3, padding=1)
-        self.inner_norm = nn.BatchNorm2d(8)
-        self.outer = nn.Conv2d(8, 12, 3, padding=1)
-        self.last_norm = nn.BatchNorm2d(12)
-        self.fc = nn.Linear(12, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         y = self.inner(torch.relu(self.norm(x)))
         x = x + self.outer(torch.relu(self.inner_norm(y)))
-        return self.fc(torch.relu(self.last_norm(x)).mean((2, 3)))
+        return self.fc(torch.relu(self.outer_norm(x)).mean((2, 3)))
 
 
 class Unnormalised(nn.Module):

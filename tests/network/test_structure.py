@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.library import custom_op
 
 from slimcli.errors import RecipeError
 from slimcli.network import surgery
@@ -233,7 +234,7 @@ def test_a_size_fixed_in_the_users_code_freezes_with_its_line(how: str, line: st
     assert structure.group("stem.1").is_prunable
 
 
-@torch.library.custom_op("slimtest::scale", mutates_args=())
+@custom_op("structures::scale", mutates_args=())
 def scale(x: Tensor) -> Tensor:
     return x * 2
 
@@ -249,14 +250,14 @@ class Custom(structures.Net):
         self.a, self.b = structures.conv_bn(8, 16), structures.conv_bn(16, 12)
 
     def body(self, x: Tensor) -> Tensor:
-        return self.b(torch.ops.slimtest.scale(self.a(x)))
+        return self.b(torch.ops.structures.scale(self.a(x)))
 
 
 def test_an_unknown_operator_freezes_exactly_its_neighbourhood_and_is_named() -> None:
     model, example = prepared(Custom(), structures.image())
     structure = analyze(model, example)
-    assert "slimtest::scale" in structure.group("a.1").frozen_reason
-    assert "torch.ops.slimtest.scale(self.a(x))" in structure.group("a.1").frozen_reason
+    assert "structures::scale" in structure.group("a.1").frozen_reason
+    assert "torch.ops.structures.scale(self.a(x))" in structure.group("a.1").frozen_reason
     assert [g.name for g in prunable(structure)] == ["stem.1", "b.1"]
 
 

@@ -64,7 +64,7 @@ def make_plan(config: CSGDConfig, model: nn.Module, example: Example, schedule: 
     features = {group.name: group_features(model, structure, group) for group in groups}
     clusters: dict[str, Clusters] = {}
     if not groups:
-        explain_nothing(config, model, structure, plan)
+        explain_nothing(config, model, structure, reasons, plan)
     elif schedule.epochs == 0:
         clusters = {name: clustering.duplicates(each) for name, each in features.items()}
         plan.notes.append("epoch: 0 merges only filters that are equal already")

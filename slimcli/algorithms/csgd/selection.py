@@ -9,12 +9,9 @@ from torch import nn
 from slimcli.algorithms.csgd.config import CSGDConfig
 from slimcli.compressor import Plan, Refusal
 from slimcli.network.structure import Group, Structure, select_groups
-from slimcli.network.widths import skipped
+from slimcli.network.widths import LEFT_ALONE, by_reason, skipped
 
-SKIPPED = "left alone by skip"
 NOT_TRAINED = "is not trained (requires_grad is False)"
-SHOWN = 3
-"""Names told for each reason; the plan's table has all."""
 
 
 def find_groups(
@@ -28,7 +25,7 @@ def find_groups(
     alone = skipped(config.skip, chosen)
     groups, reasons = [], {}
     for group in chosen:
-        reason = SKIPPED if group.name in alone else why_not(group, model)
+        reason = LEFT_ALONE if group.name in alone else why_not(group, model)
         if reason:
             reasons[group.name] = reason
         else:
@@ -49,13 +46,26 @@ def why_not(group: Group, model: nn.Module) -> str:
     return "it has a single channel" if group.size < 2 else ""
 
 
-def explain_nothing(config: CSGDConfig, model: nn.Module, structure: Structure, plan: Plan) -> None:
-    """Nothing is clustered: wanted by the recipe, or a reason to stop."""
+def explain_nothing(
+    config: CSGDConfig,
+    model: nn.Module,
+    structure: Structure,
+    selected: Mapping[str, str],
+    plan: Plan,
+) -> None:
+    """Nothing is clustered: wanted by the recipe, or a reason to stop.
+
+    Args:
+        config: What was asked for.
+        model: Not changed.
+        structure: All groups.
+        selected: Groups that were selected -> why they can't be clustered.
+        plan: Gets the warning or the refusal.
+    """
     is_switched_off = config.prune_module_names == () or "*" in config.skip
     if is_switched_off or config.cluster_percent == 0:
         plan.warnings.append("no layer is selected: this trains without compressing")
         return
-    selected = find_groups(config, model, structure)[1]
     left_out = (
         f"not taken by {config.auto_find_module_strategy}"
         if config.prune_module_names is None
@@ -76,29 +86,13 @@ def explain_nothing(config: CSGDConfig, model: nn.Module, structure: Structure, 
     )
 
 
-def by_reason(reasons: Mapping[str, str]) -> str:
-    """Each reason once, with how many groups it holds for and some of their names.
-
-    >>> by_reason({"a": "left alone by skip", "b": "an output", "c": "left alone by skip"})
-    '2 left alone by skip (a, c); 1 an output (b)'
-    """
-    names: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        names.setdefault(reason, []).append(name)
-    ordered = sorted(names.items(), key=lambda each: -len(each[1]))
-    return "; ".join(
-        f"{len(each)} {reason} ({', '.join(each[:SHOWN])}{', ...' if each[SHOWN:] else ''})"
-        for reason, each in ordered
-    )
-
-
 def _what_helps(config: CSGDConfig, reasons: set[str], left_out: str) -> tuple[str, str]:
     """The key to change and its value, for what stands in the way of a group that could be cut."""
     if left_out in reasons and config.prune_module_names is not None:
         return "prune_module_names", "other names in prune_module_names"
     if left_out in reasons:
         return "auto_find_module_strategy", "auto_find_module_strategy: all_conv"
-    if SKIPPED in reasons:
+    if LEFT_ALONE in reasons:
         return "skip", "fewer patterns in skip"
     if any(reason.endswith(NOT_TRAINED) for reason in reasons):
         return "", "requires_grad_(True) on those parameters in your model hook"

@@ -12,11 +12,11 @@ from slimcli.algorithms.resrep import budget
 from slimcli.algorithms.resrep.config import ResRepConfig
 from slimcli.algorithms.resrep.pacing import Pace, base_strength, distances, find_pace
 from slimcli.algorithms.resrep.selection import Limits, minimum_widths, updates_needed
-from slimcli.algorithms.resrep.targets import LEFT_ALONE, Target, find_targets
+from slimcli.algorithms.resrep.targets import Target, find_targets
 from slimcli.compressor import Goal, LayerPlan, Plan, Refusal, Schedule
 from slimcli.network.example import Example
 from slimcli.network.structure import Structure, analyze
-from slimcli.network.widths import fits, kept, ratios_of, reasons_by_name
+from slimcli.network.widths import LEFT_ALONE, by_reason, fits, kept, ratios_of, reasons_by_name
 
 
 @dataclass(frozen=True)
@@ -205,14 +205,14 @@ def _nothing_to_prune(
     config: ResRepConfig, model: nn.Module, structure: Structure, reasons: Mapping[str, str]
 ) -> Refusal:
     """No group is left: what keeps the groups, the commonest reason first, and what would help."""
-    names: dict[str, list[str]] = {}
-    for group in structure.groups:
-        reason = reasons.get(group.name) or group.frozen_reason or "is not selected"
-        names.setdefault(reason, []).append(group.name)
-    ranked = sorted(names.items(), key=lambda each: -len(each[1]))
-    told = [f"{', '.join(some[:3])}{' ...' if some[3:] else ''}: {why}" for why, some in ranked]
+    told = by_reason(
+        {
+            group.name: reasons.get(group.name) or group.frozen_reason or "not selected"
+            for group in structure.groups
+        }
+    )
     how = "prune_module_names" if config.prune_module_names else config.auto_find_module_strategy
-    what = f"nothing to prune with {how} ({'; '.join(told[:3]) or 'the model has no layer'})"
+    what = f"nothing to prune with {how} ({told or 'the model has no layer'})"
     helps = []
     skipped = [name for name, reason in reasons.items() if reason == LEFT_ALONE]
     if skipped:

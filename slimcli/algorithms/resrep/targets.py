@@ -9,14 +9,11 @@ from torch import nn
 
 from slimcli.algorithms.resrep.compactor import NAME
 from slimcli.network.structure import Group, Structure, select_groups
-from slimcli.network.widths import skipped
+from slimcli.network.widths import LEFT_ALONE, skipped
 
 Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 PlainNorm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
-
-LEFT_ALONE = "left alone by skip"
 
 
 @dataclass(frozen=True)

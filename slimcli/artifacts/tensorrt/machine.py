@@ -17,7 +17,7 @@ from slimcli.errors import MissingError, Problem
 
 MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
 INSTALL = {
-    "tensorrt": 'pip install "slimcli[trt]" --extra-index-url https://pypi.nvidia.com',
+    "tensorrt": 'pip install "slimcli[trt]"',
     "rtx": 'pip install "slimcli[rtx]"',
 }
 OLDEST = (10, 12)
