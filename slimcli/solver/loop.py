@@ -181,19 +181,20 @@ class Trainer:
         if not cuts:
             return
         subject = self.subject
-        with cut_seam.measured(subject.model, subject.example, self.around.events.emit):
+        emit = self.around.events.emit
+        with cut_seam.measured(subject.model, subject.example, emit):
             surgery.apply(subject.model, cuts, optimizer=self.optimizer, example=subject.example)
             subject.compressor.after_cut(subject.model, cuts)
+            for cut in cuts:
+                emit(
+                    "cut",
+                    stage=self.around.stage.name,
+                    epoch=progress.epoch + 1,
+                    group=cut.group,
+                    before=cut.before,
+                    after=cut.after,
+                )
         self.stepper.wrap()
-        for cut in cuts:
-            self.around.events.emit(
-                "cut",
-                stage=self.around.stage.name,
-                epoch=progress.epoch + 1,
-                group=cut.group,
-                before=cut.before,
-                after=cut.after,
-            )
 
     # The end of an epoch
 
