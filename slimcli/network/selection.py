@@ -6,6 +6,8 @@ parameter's shape.
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
 
@@ -15,6 +17,16 @@ from torch import Tensor
 
 Sources = tuple[tuple[int, ...], ...]
 """For each entry that stays, in order, the old entries whose sum it is (see ``SlotCut``)."""
+
+
+@functools.cache
+def whole(size: int) -> Sources:
+    """The selection that keeps every entry (a wide network asks for the same ones often).
+
+    >>> whole(3)
+    ((0,), (1,), (2,))
+    """
+    return tuple((index,) for index in range(size))
 
 
 def compose(parts: Sequence[Sources], size: int) -> Sources:
@@ -129,7 +141,7 @@ def groups_after(sources: Sources, size: int, groups: int) -> int:
     """
     group_size = size // groups
     order = [entry[0] // group_size for entry in sources]
-    counts = {group: order.count(group) for group in order}
+    counts = Counter(order)
     crosses = any(
         index // group_size != entry[0] // group_size for entry in sources for index in entry
     )
@@ -145,7 +157,7 @@ def _select_dimension(tensor: Tensor, dim: int, sources: Sources) -> Tensor:
     """Sums in rounds with unique targets, so that the result doesn't depend on thread order."""
     first = torch.tensor([entry[0] for entry in sources], device=tensor.device)
     result = tensor.index_select(dim, first)
-    for turn in range(1, max(len(entry) for entry in sources)):
+    for turn in range(1, max(map(len, sources))):
         targets = [place for place, entry in enumerate(sources) if len(entry) > turn]
         origins = [sources[place][turn] for place in targets]
         addend = tensor.index_select(dim, torch.tensor(origins, device=tensor.device))

@@ -17,7 +17,7 @@ from slimcli.network.cuts import Cut
 from slimcli.network.example import Example
 from slimcli.network.holders import Held, held_tensors, joined, misfit, place, planned_attributes
 from slimcli.network.reshape import layout, reshape_to
-from slimcli.network.selection import Sources, compose, select
+from slimcli.network.selection import Sources, compose, select, whole
 
 __all__ = ["apply", "layout", "reshape_to"]
 
@@ -84,7 +84,7 @@ def _plan_sources(held: Mapping[str, Held], cuts: Sequence[Cut]) -> None:
         except ValueError as error:
             raise misfit(f"dimension {key[1]} of {each.name}: {error}") from error
         composed[same] = sources
-        if sources != tuple((index,) for index in range(size)):
+        if sources != whole(size):
             each.sources[key[1]] = sources
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -11,9 +12,9 @@ from torch import nn
 from slimcli.network import fuse
 from slimcli.network.cuts import Slot
 from slimcli.network.structure.exactness import UNREAD, Flow, flows
-from slimcli.network.structure.groups import Grouping, RawGroup, to_slot
+from slimcli.network.structure.groups import Grouping, Indices, RawGroup, to_slot
 from slimcli.network.structure.left_alone import NOT_RUN, RECURRENT, outputs_of
-from slimcli.network.structure.planes import Labels
+from slimcli.network.structure.planes import Labels, distinct
 from slimcli.network.structure.producing import MIXING
 from slimcli.network.structure.record import Record
 from slimcli.network.structure.structure import (
@@ -44,8 +45,9 @@ def assemble(
     names: dict[str, int] = {}
     duplicates = _duplicate_reasons(record, grouping)
     dims = Dims(record)
+    indices: dict[Any, Indices] = {}
     for number, (raw, flow) in enumerate(zip(grouping.groups, found, strict=True)):
-        group = _group(record, raw, flow, site_norms, dims)
+        group = _group(record, raw, flow, site_norms, dims, indices)
         names[group.name] = names.get(group.name, 0) + 1
         if names[group.name] > 1:
             group = replace(group, name=f"{group.name}#{names[group.name]}")
@@ -82,7 +84,12 @@ def is_site_norm(model: nn.Module, path: str) -> bool:
 
 
 def _group(
-    record: Record, raw: RawGroup, flow: Flow, norm_after: dict[str, str], dims: Dims
+    record: Record,
+    raw: RawGroup,
+    flow: Flow,
+    norm_after: dict[str, str],
+    dims: Dims,
+    indices: dict[Any, Indices],
 ) -> Group:
     sites = tuple(
         Site("" if key.startswith("tensor:") else key, norm_after.get(key)) for key in flow.zeroed
@@ -94,7 +101,7 @@ def _group(
     producers, followers, consumers = [], [], []
     by_number: dict[int, Slot] = {}
     for number, entries in raw.slots:
-        slot = to_slot(record, number, entries)
+        slot = to_slot(record, number, entries, indices)
         by_number[number] = slot
         if number in writing:
             producers.append(slot)
@@ -149,14 +156,14 @@ class Dims:
         if known is None:
             used = labels[labels != 0]
             numbers = np.searchsorted(self._starts, used, side="right") - 1
-            known = self._known[id(labels)] = frozenset(np.unique(numbers).tolist())
+            known = self._known[id(labels)] = frozenset(distinct(numbers).tolist())
         return known
 
 
 def _duplicate_reasons(record: Record, grouping: Grouping) -> dict[int, str]:
     found: dict[int, str] = {}
     for labels, reason in record.no_duplicates:
-        for number in np.unique(grouping.group_of[labels]).tolist():
+        for number in distinct(grouping.group_of[labels]).tolist():
             found.setdefault(number, reason)
     return found
 
@@ -209,7 +216,7 @@ def _layers(
     rows: dict[str, LayerRow] = {}
     for key, labels in record.layers.items():
         path = key.removeprefix("tensor:")
-        numbers = [n for n in np.unique(grouping.group_of[labels]).tolist() if n >= 0]
+        numbers = [n for n in distinct(grouping.group_of[labels]).tolist() if n >= 0]
         mine = sorted((groups[n] for n in numbers), key=lambda g: bool(g.frozen_reason))
         unknown = NO_CHANNELS if labels.any() else UNFOLLOWED
         name, reason = (mine[0].name, mine[0].frozen_reason) if mine else ("", unknown)

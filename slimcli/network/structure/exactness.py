@@ -14,7 +14,7 @@ import numpy as np
 
 from slimcli.network.structure.groups import Grouping
 from slimcli.network.structure.nodes import State, ZeroStates
-from slimcli.network.structure.planes import LABEL_MASK, SHIFT
+from slimcli.network.structure.planes import LABEL_MASK, SHIFT, distinct
 from slimcli.network.structure.record import Consumer, Producer, Record
 
 NO_BIAS = "that no bias can take up"
@@ -71,16 +71,16 @@ def _add_readings(record: Record, grouping: Grouping, found: list[Flow]) -> None
     for consumer in record.consumers:
         by_group: dict[int, set[int]] = defaultdict(set)
         groups = grouping.group_of[consumer.arrivals & LABEL_MASK]
-        pairs = np.unique(np.stack([groups, consumer.arrivals >> SHIFT]), axis=1)
-        for number, node in pairs.T.tolist():
+        for pair in distinct((consumer.arrivals & ~LABEL_MASK) | (groups + 1)).tolist():
+            number = (pair & LABEL_MASK) - 1
             if number >= 0:
-                by_group[number].add(node)
+                by_group[number].add(pair >> SHIFT)
         for number, nodes in by_group.items():
             found[number].readings.append(Reading(consumer, tuple(sorted(nodes))))
 
 
 def _numbers(grouping: Grouping, labels: np.ndarray) -> list[int]:
-    numbers = np.unique(grouping.group_of[labels]).tolist()
+    numbers = distinct(grouping.group_of[labels]).tolist()
     return [number for number in numbers if number >= 0]
 
 

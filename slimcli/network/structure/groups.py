@@ -6,13 +6,14 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import numpy as np
 from scipy.sparse import coo_matrix  # type: ignore[import-untyped]
 from scipy.sparse.csgraph import connected_components  # type: ignore[import-untyped]
 
 from slimcli.network.cuts import Slot
-from slimcli.network.structure.planes import Labels
+from slimcli.network.structure.planes import Labels, distinct
 from slimcli.network.structure.record import Record
 
 
@@ -103,7 +104,7 @@ def first_choices(record: Record) -> list[Choice]:
 
 
 def _count(component: Labels, labels: Labels) -> int:
-    return len(np.unique(component[labels[labels != 0]]))
+    return len(distinct(component[labels[labels != 0]]))
 
 
 def _unique_labels(arrays: Sequence[Labels]) -> Labels:
@@ -169,7 +170,7 @@ def _gather(
 def _network_order(record: Record, group_of: Labels, count: int) -> Labels:
     first = np.full(count, np.iinfo(np.int64).max)
     for producer in record.producers:
-        groups = np.unique(group_of[producer.labels])
+        groups = distinct(group_of[producer.labels])
         groups = groups[groups >= 0]
         first[groups] = np.minimum(first[groups], producer.order)
     return np.argsort(first, kind="stable")
@@ -195,7 +196,7 @@ def _raw_groups(
     for start, end in itertools.pairwise(bounds):
         mine = labels[start:end]
         slots = slot_of[mine]
-        size = len(np.unique(head[start:end]))
+        size = len(distinct(head[start:end]))
         cuts = [*np.flatnonzero(np.diff(slots, prepend=-2)), len(mine)]
         matrices = [
             (int(slots[a]), (mine[a:b] - firsts[slots[a]]).reshape(size, -1))
@@ -206,8 +207,18 @@ def _raw_groups(
     return groups
 
 
-def to_slot(record: Record, number: int, entries: Labels) -> Slot:
-    """A slot from a matrix of entries (channels, entries per channel)."""
+Indices = tuple[tuple[int, ...], ...]
+
+
+def to_slot(record: Record, number: int, entries: Labels, known: dict[Any, Indices]) -> Slot:
+    """A slot from a matrix of entries (channels, entries per channel).
+
+    Equal indices are one object over all slots that share ``known``, so that what is worked out
+    for one of them serves all.
+    """
     dim = record.sources.dims[number]
-    indices = tuple(tuple(row) for row in entries.tolist())
+    key = entries.shape, entries.tobytes()
+    indices = known.get(key)
+    if indices is None:
+        indices = known[key] = tuple(map(tuple, entries.tolist()))
     return Slot(dim.tensor, dim.dim, indices, dim.size)

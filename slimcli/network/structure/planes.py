@@ -80,13 +80,28 @@ def move(plane: Tensor, shape: Sequence[int], function: Callable[[Tensor], Tenso
 
 def broadcast(planes: Sequence[Tensor]) -> list[Tensor]:
     """Planes expanded to one shape."""
+    if all(plane.shape == planes[0].shape for plane in planes):
+        return list(planes)
     shape = np.broadcast_shapes(*(tuple(plane.shape) for plane in planes))
     return [plane.expand(shape) for plane in planes]
 
 
 def entries(plane: Tensor) -> Labels:
     """All different entries, sorted."""
-    return np.unique(plane.reshape(-1).numpy())
+    return distinct(plane.reshape(-1).numpy())
+
+
+def distinct(values: Labels) -> Labels:
+    """All different values, sorted; most arrays of labels are so already, or of one value.
+
+    >>> distinct(np.array([3, 1, 3])).tolist()
+    [1, 3]
+    """
+    if (values[1:] > values[:-1]).all():
+        return values
+    if (values == values[0]).all():
+        return values[:1]
+    return np.unique(values)
 
 
 def axis_entries(plane: Tensor, axis: int) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from slimcli.network.structure.nodes import Kind, Node
-from slimcli.network.structure.planes import SHIFT, labels_of, squeeze_equal
+from slimcli.network.structure.planes import SHIFT, distinct, entries, labels_of, squeeze_equal
 from slimcli.network.structure.record import Consumer, Producer
 from slimcli.network.structure.trace import Op, Planes
 
@@ -55,8 +55,8 @@ def add_consumer(
         Consumer(
             op.record.next_order(),
             path,
-            np.unique(plane.reshape(-1).numpy()),
-            np.unique(numbers[1]),
+            entries(plane),
+            distinct(numbers[1]),
             numbers,
             takes_constants,
             is_plain,
@@ -114,7 +114,7 @@ def weights_only(op: Op) -> Callable[[Tensor], bool]:
     """Tells planes of weights from planes of activations."""
 
     def is_weight(plane: Tensor) -> bool:
-        nodes = np.unique(plane.reshape(-1).numpy() >> 32)
+        nodes = distinct(plane.reshape(-1).numpy() >> SHIFT)
         return all(op.record.table.is_weight(int(node)) for node in nodes if node)
 
     return is_weight

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from slimcli.network.structure.nodes import NodeTable
-from slimcli.network.structure.planes import Labels, broadcast, labels_of
+from slimcli.network.structure.planes import Labels, broadcast, distinct, entries, labels_of
 from slimcli.network.structure.sources import Sources
 
 
@@ -155,7 +155,7 @@ class Record:
 
     def freeze_labels(self, labels: Labels, reason: str) -> None:
         """The same for a flat array of labels."""
-        labels = np.unique(labels)
+        labels = distinct(labels)
         labels = labels[labels != 0]
         if len(labels):
             if not self.reasons or self.reasons[-1] != reason:
@@ -165,7 +165,7 @@ class Record:
     def refuse_duplicates(self, planes: Sequence[Tensor], reason: str) -> None:
         """Merging equal channels here would change the result."""
         for plane in planes:
-            self.no_duplicates.append((np.unique(labels_of(plane).reshape(-1).numpy()), reason))
+            self.no_duplicates.append((entries(labels_of(plane)), reason))
 
     def next_order(self) -> int:
         """A position for the next mixing op."""

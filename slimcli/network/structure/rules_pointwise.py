@@ -41,6 +41,9 @@ def map_nodes(record: Record, plane: Tensor, function: Callable[[int], int]) -> 
 def combine_nodes(planes: Sequence[Tensor], function: Callable[[tuple[int, ...]], int]) -> Tensor:
     """Nodes of a value made from several, each packed plane of the same shape."""
     stacked = torch.stack([nodes_of(plane).reshape(-1) for plane in planes]).numpy()
+    if (stacked == stacked[:, :1]).all():
+        node = function(tuple(stacked[:, 0].tolist()))
+        return torch.full(planes[0].shape, node, dtype=torch.int64)
     unique, inverse = np.unique(stacked, axis=1, return_inverse=True)
     new = [function(tuple(int(node) for node in column)) for column in unique.T]
     result = np.array(new, dtype=np.int64)[inverse.reshape(-1)]

@@ -11,7 +11,7 @@ from torch import nn
 from slimcli.network.example import Example
 from slimcli.network.structure.assemble import assemble
 from slimcli.network.structure.groups import Choice, Grouping, build, first_choices
-from slimcli.network.structure.planes import Labels
+from slimcli.network.structure.planes import Labels, distinct
 from slimcli.network.structure.record import Record
 from slimcli.network.structure.structure import Group, Structure
 from slimcli.network.structure.traced import Traced
@@ -46,12 +46,14 @@ class Search:
     def structure(self) -> tuple[Structure, Grouping]:
         """Groups under the present assumptions."""
         grouping = build(self.record, self.choices, self.bans)
+        known = len(self.bans)
         for labels, reason in self.doubts:
-            numbers = np.unique(grouping.group_of[labels])
+            numbers = distinct(grouping.group_of[labels])
             if all(grouping.groups[n].size == 1 for n in numbers if n >= 0):
                 self.ban(labels, reason)
         self.doubts = []
-        grouping = build(self.record, self.choices, self.bans)
+        if len(self.bans) > known:
+            grouping = build(self.record, self.choices, self.bans)
         found = assemble(
             self.model,
             self.record,
@@ -161,7 +163,7 @@ class Pool:
         found: set[int] = set()
         for where, labels in self.record.lines:
             if where in lines:
-                found |= set(np.unique(self.grouping.group_of[labels]).tolist())
+                found |= set(distinct(self.grouping.group_of[labels]).tolist())
         numbered = enumerate(self.structure.groups)
         return [group for number, group in numbered if number in found and group.is_prunable]
 

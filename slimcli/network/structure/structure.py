@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, compress
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from slimcli.network.cuts import Constant, Cut, Slot, SlotCut
+from slimcli.network.selection import Sources, whole
 from slimcli.network.structure.record import MacTerm
 
 
@@ -132,8 +133,11 @@ class Group:
         channels = [channel for cluster in clusters for channel in cluster]
         _check_channels(channels, self.size)
         firsts = [cluster[0] for cluster in clusters if cluster]
-        slots = [_kept(slot, firsts) for slot in self.producers + self.followers]
-        slots += [_summed(slot, clusters) for slot in self.consumers]
+        singles = [[first] for first in firsts]
+        sums = clusters if any(len(cluster) > 1 for cluster in clusters) else singles
+        known: dict[Any, Sources] = {}
+        slots = [_summed(slot, singles, known) for slot in self.producers + self.followers]
+        slots += [_summed(slot, sums, known) for slot in self.consumers]
         gone = sorted(set(range(self.size)) - set(channels))
         constants = tuple(
             Constant(path, tuple(sorted(i for c in gone for i in slot.indices[c])))
@@ -236,31 +240,33 @@ def _check_channels(channels: Sequence[int], size: int) -> None:
         raise ValueError(f"channels must be in 0..{size - 1}")
 
 
-def _kept(slot: Slot, channels: Sequence[int]) -> SlotCut:
-    return _summed(slot, [[channel] for channel in channels])
+def _summed(slot: Slot, clusters: Sequence[Sequence[int]], known: dict[Any, Sources]) -> SlotCut:
+    """Entries outside the group stay; entry k of a first channel sums entry k of its cluster.
+
+    What is worked out for one slot serves all that have the same indices.
+    """
+    key = id(slot.indices), slot.size, id(clusters)
+    if key not in known:
+        size = slot.size or max(map(max, slot.indices)) + 1
+        known[key] = _sums(slot.indices, size, clusters)
+    return SlotCut(slot.tensor, slot.dim, known[key])
 
 
-def _summed(slot: Slot, clusters: Sequence[Sequence[int]]) -> SlotCut:
-    """Entries outside the group stay; entry k of a first channel sums entry k of its cluster."""
-    size = slot.size or max(map(max, slot.indices)) + 1
-    sources = list(_singles(size))
+def _sums(
+    indices: Sequence[tuple[int, ...]], size: int, clusters: Sequence[Sequence[int]]
+) -> Sources:
+    sources = list(whole(size))
     stays = bytearray(b"\1" * size)
-    for index in chain.from_iterable(slot.indices):
+    for index in chain.from_iterable(indices):
         stays[index] = 0
     for cluster in clusters:
-        firsts = slot.indices[cluster[0]]
+        firsts = indices[cluster[0]]
         for index in firsts:
             stays[index] = 1
         if len(cluster) > 1:
-            for column in zip(*(slot.indices[channel] for channel in cluster), strict=True):
+            for column in zip(*(indices[channel] for channel in cluster), strict=True):
                 sources[column[0]] = tuple(column)
-    return SlotCut(slot.tensor, slot.dim, tuple(compress(sources, stays)))
-
-
-@functools.cache
-def _singles(size: int) -> tuple[tuple[int, ...], ...]:
-    """Every entry by itself (a wide network asks for the same ones thousands of times)."""
-    return tuple((index,) for index in range(size))
+    return tuple(compress(sources, stays))
 
 
 def label_counts(
