@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
 from slimcli.network import surgery
@@ -100,6 +101,38 @@ class Gram(Net):
         left, right = self.a(x), self.b(x)
         weights = (left.flatten(2).transpose(1, 2) @ right.flatten(2) / 16).softmax(-1)
         return self.c((right.flatten(2) @ weights).view_as(right))
+
+
+class TalkingHeads(Net):
+    """A softmax over positions makes one over n of a zero; a bias takes that up."""
+
+    def __init__(self) -> None:
+        super().__init__(12)
+        self.a, self.b, self.c = conv_bn(8, 16), nn.Conv2d(16, 8, 1), conv_bn(8, 12)
+
+    def body(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.c(F.relu(self.b(x.flatten(2).softmax(-1).view_as(x))))
+
+
+class Regions(Net):
+    """Boxes of two levels, put together by index into a tensor of one number."""
+
+    def __init__(self, base: float, written: float | None = None) -> None:
+        super().__init__(12)
+        self.a, self.b, self.base, self.written = conv_bn(8, 16), conv_bn(16, 12), base, written
+        self.register_buffer("boxes", torch.tensor([[0.0, -3, 2, 9, 9], [1.0, 4, 4, 15, 19]]))
+
+    def body(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        shape = (4, x.shape[1], 5, 5)
+        found = x.new_zeros(shape) if self.base == 0 else x.new_full(shape, self.base)
+        found[torch.tensor([0, 2])] = torchvision.ops.roi_align(x, self.boxes, 5)
+        small = F.avg_pool2d(x, 2)
+        found[torch.tensor([1, 3])] = torchvision.ops.roi_pool(small, self.boxes, 5, 0.5)
+        if self.written is not None:
+            found[torch.tensor([True, False, False, True])] = self.written
+        return self.b(found)
 
 
 class PadResize(Net):
@@ -208,6 +241,13 @@ CASES = {
     "roll and windows": Case(ShiftedWindows, ["a.1", "wide", "b.1"]),
     "stack": Case(SelectiveKernel, ["a.1", "c.1"]),
     "matmul of activations": Case(Gram, ["b.1", "c.1"]),
+    "talking heads": Case(TalkingHeads, ["a.1", "b", "c.1"]),
+    "regions": Case(lambda: Regions(0.0), ["a.1", "b.1"]),
+    "regions and zeros by mask": Case(lambda: Regions(0.0, 0.0), ["a.1", "b.1"]),
+    "regions and ones by mask": Case(lambda: Regions(0.0, 1.0), ["b.1"], ["a.1"]),
+    "regions among ones": Case(
+        lambda: Regions(1.0), ["b.1"], frozen={"a.1": "laid beside a tensor of fixed size"}
+    ),
     "pad and resize": Case(PadResize, ["a.1", "b", "c.1"]),
     "dataclass output": Case(DataclassOutput, ["b.1"], frozen={"a.1": "an output of the model"}),
     "dict of integers": Case(DictOfImagesAndKinds, ["kinds", "a.1"], batch=images_and_kinds),

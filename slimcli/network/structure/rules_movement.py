@@ -15,7 +15,6 @@ from slimcli.network.structure import user_line
 from slimcli.network.structure.planes import (
     entries,
     labels_of,
-    move,
     split_blocks,
     squeeze_equal,
     view,
@@ -182,39 +181,8 @@ def picked(op: Op) -> Sequence[Planes]:
     return moved_planes(op, planes)
 
 
-def indexed(op: Op) -> Sequence[Planes]:
-    """``x[indices]``: fine unless the indices go along an axis with channels."""
-    tensor, indices = op.args[0], list(op.args[1])
-    axes: list[int] = []
-    position = 0
-    for index in indices:
-        width = index.dim() if index is not None and index.dtype == torch.bool else 1
-        axes += list(range(position, position + width)) if index is not None else []
-        position += width
-    planes = _without(op, op.planes(tensor), axes, "channels are picked by index")
-    op.freeze(indices, "channels are used as an index")
-    indices = [None if index is None else index.cpu() for index in indices]
-    result: Planes = NO_PLANES
-    for plane in planes:
-        result += (move(plane, tensor.shape, lambda full: op.func(full, indices)),)
-    return [tuple(squeeze_equal(plane) for plane in result)]
-
-
-def gathered(op: Op) -> Sequence[Planes]:
-    """``gather`` and ``index_select`` along an axis without channels."""
-    tensor = op.args[0]
-    axis, index = op.args[1] % tensor.dim(), op.args[2]
-    planes = _without(op, op.planes(tensor), [axis], "channels are picked by index")
-    op.freeze([index], "channels are used as an index")
-    return [
-        tuple(
-            squeeze_equal(op.func(plane.expand(tensor.shape), axis, index.cpu()))
-            for plane in planes
-        )
-    ]
-
-
-def _without(op: Op, planes: Planes, axes: Sequence[int], reason: str) -> Planes:
+def without(op: Op, planes: Planes, axes: Sequence[int], reason: str) -> Planes:
+    """Planes without labels along these axes; the others are frozen."""
     kept: Planes = NO_PLANES
     for plane in planes:
         if any(plane.shape[axis] > 1 for axis in axes):
@@ -262,7 +230,7 @@ def repeated(op: Op) -> Sequence[Planes]:
 
 def im2col(op: Op) -> Sequence[Planes]:
     """``unfold``: each channel becomes one entry for each place of the kernel."""
-    planes = _without(op, op.planes(op.args[0]), [2, 3], "channels lie along the image")
+    planes = without(op, op.planes(op.args[0]), [2, 3], "channels lie along the image")
     places = op.args[1][0] * op.args[1][1]
     result: Planes = NO_PLANES
     for plane in planes:
@@ -299,8 +267,6 @@ RULES: dict[str, Rule] = {
     ),
     **_table(sliced, "slice narrow_copy"),
     **_table(picked, "select unbind"),
-    **_table(indexed, "index"),
-    **_table(gathered, "gather index_select"),
     **_table(rolled, "roll flip"),
     **_table(shuffled, "channel_shuffle native_channel_shuffle"),
     **_table(repeated, "repeat"),

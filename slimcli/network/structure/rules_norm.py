@@ -124,12 +124,16 @@ def _over_axes(op: Op, axes: Sequence[int], reason: str) -> Sequence[Planes]:
 
 
 def softmax(op: Op) -> Sequence[Planes]:
-    """Softmax over an axis with channels freezes them."""
+    """Softmax over an axis with channels freezes them; elsewhere a constant gives one over n."""
     axis = op.args[1] % op.args[0].dim()
     reason = f"{op.name.strip('_')} over channels"
     add = op.record.table.add
     planes = across(op, op.planes(op.args[0]), {axis}, reason)
-    return [tuple(map_nodes(op.record, p, lambda n: add(Node(Kind.CARRY, (n,)))) for p in planes)]
+
+    def node(parent: int) -> int:
+        return add(Node(Kind.MAP, (parent,), keeps_zero=False))
+
+    return [tuple(map_nodes(op.record, plane, node) for plane in planes)]
 
 
 def across(op: Op, planes: Planes, axes: set[int], reason: str) -> Planes:

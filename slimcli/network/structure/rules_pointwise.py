@@ -254,7 +254,7 @@ def concatenated(op: Op) -> Sequence[Planes]:
             here = []
         along.append(here[0] if here else None)
         across.append((tensor, tuple(plane for plane in planes if plane.shape[axis] == 1)))
-    result = _joined_across(op, across, axis, stacks)
+    result = joined_across(op, across, axis, stacks)
     if any(plane is not None for plane in along):
         result += (_laid_along(along, [t.shape[axis] for t in tensors], axis),)
     return [result]
@@ -272,8 +272,15 @@ def _laid_along(planes: list[Tensor | None], sizes: list[int], axis: int) -> Ten
     return torch.cat(parts, axis)
 
 
-def _joined_across(op: Op, pieces: list[tuple[Tensor, Planes]], axis: int, stacks: bool) -> Planes:
-    """Planes that don't lie along the axis: pieces next to each other have the same channels."""
+def joined_across(op: Op, pieces: list[tuple[Tensor, Planes]], axis: int, stacks: bool) -> Planes:
+    """Planes that don't lie along the axis: pieces next to each other have the same channels.
+
+    Args:
+        op: For what is frozen.
+        pieces: Each tensor with its planes, of as many axes as the result.
+        axis: Where a stack has its new axis.
+        stacks: The tensors have no such axis themselves.
+    """
     first = next((planes for _, planes in pieces if planes), NO_PLANES)
     result: Planes = NO_PLANES
     for plane in first:

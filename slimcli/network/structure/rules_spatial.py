@@ -35,6 +35,19 @@ def sampled(op: Op) -> Sequence[Planes]:
     return [bordered(op, off_image(op, 2), is_zero=True)]
 
 
+def regions(op: Op) -> Sequence[Planes]:
+    """``roi_align`` and ``roi_pool``: zeros where a box leaves the image or holds no pixel."""
+    op.freeze([op.args[1]], "channels are used as boxes")
+    kept: Planes = NO_PLANES
+    for plane in off_image(op, 2):
+        if plane.shape[0] > 1:
+            op.freeze_planes([plane], f"{op.name} along an axis with channels")
+        else:
+            kept += (plane,)
+    planes = bordered(op, kept, is_zero=True)
+    return [planes for _ in flat_tensors(op.output)]
+
+
 def padded(op: Op) -> Sequence[Planes]:
     """``constant_pad_nd``; new entries along an axis with channels have no label."""
     tensor, pads = op.args[0], list(op.args[1])
@@ -99,5 +112,6 @@ RULES: dict[str, Rule] = {
     **_names(_PASSING, passing),
     **_names("avg_pool1d avg_pool2d avg_pool3d", averaged),
     **_names("grid_sampler_2d grid_sampler_3d", sampled),
+    **_names("torchvision::roi_align torchvision::roi_pool", regions),
     "constant_pad_nd": padded,
 }

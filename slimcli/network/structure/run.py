@@ -12,6 +12,7 @@ from slimcli.network import fuse
 from slimcli.network.example import Example
 from slimcli.network.structure import (
     rules_conv,
+    rules_index,
     rules_matmul,
     rules_movement,
     rules_norm,
@@ -32,6 +33,7 @@ RULES: dict[str, Rule] = {
     **rules_matmul.RULES,
     **rules_conv.RULES,
     **rules_movement.RULES,
+    **rules_index.RULES,
     **rules_weights.RULES,
 }
 

@@ -138,6 +138,8 @@ _ORDER_DEPENDENT = frozenset(
     ("nonzero", "masked_select", "topk", "sort", "argsort", "unique2", "torchvision::nms")
 )
 
+_BLANK = frozenset(("zeros", "zeros_like", "new_zeros"))
+
 _READS = frozenset(("_local_scalar_dense", "is_nonzero", "equal"))
 
 
@@ -157,6 +159,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._rules = rules
         self._planes: MutableMapping[Tensor, Planes] = WeakIdKeyDictionary()
         self._aliases: dict[int, list[weakref.ref[Tensor]]] = {}
+        self._blank: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()
         self.backups: dict[str, tuple[Tensor, Tensor]] = {}
         self.ops: list[tuple[str, tuple[torch.Size, ...]]] = []
 
@@ -168,6 +171,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             known = source_planes(source, self.record.table) if source else NO_PLANES
             self._planes[tensor] = known
         return known
+
+    def is_blank(self, tensor: Tensor) -> bool:
+        """Was it made of zeros, and nothing written into it since?"""
+        return tensor in self._blank
 
     def relabel(self, tensor: Tensor, planes: Planes) -> None:
         """Gives a tensor these planes."""
@@ -191,11 +198,14 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.record.reads.append((self.calls.top()[0], user_line.current()))
         output = func(*args, **kwargs)
         self.ops.append((func.name(), tuple(each.shape for each in flat_tensors(output))))
+        if name in _BLANK:
+            self._blank[output] = True
+        planes = self._apply(Op(self, func, name, args, kwargs, output)) if labelled else ()
+        if in_place and inputs:
+            self._spoil(inputs[0])
         if not labelled:
             self._note_views(inputs, output)
             return output
-        op = Op(self, func, name, args, kwargs, output)
-        planes = self._apply(op)
         if in_place and inputs:
             self._write(inputs[0], planes[0] if planes else NO_PLANES)
             return output
@@ -247,6 +257,14 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 living[id(other)] = other
         living.pop(id(tensor), None)
         return list(living.values())
+
+    def _spoil(self, tensor: Tensor) -> None:
+        """What shares memory with a tensor that was written is not blank any more."""
+        if len(self._blank) and tensor.layout == torch.strided:
+            storage = tensor.untyped_storage().data_ptr()
+            for other in list(self._blank):
+                if other.untyped_storage().data_ptr() == storage:
+                    del self._blank[other]
 
     def _write(self, tensor: Tensor, planes: Planes) -> None:
         """The tensor was written in place: so were all tensors that share its memory."""
