@@ -4,10 +4,12 @@
     python benchmarks/zoo.py --onnx          the same for ONNX: does the cut network export, equal?
     python benchmarks/zoo.py --only resnet18 only networks with this in their name
     python benchmarks/zoo.py --again         also what an older engine was measured on
+    python benchmarks/zoo.py --share 0/2     every second network; another process takes 1/2
     python benchmarks/zoo.py --page          write benchmarks/zoo.md from the results
 
 One process analyses and cuts a network, a second one loads the deploy files, a third one asks
-torch-pruning; 20 GiB of address space each. Results are appended to benchmarks/zoo.jsonl and
+torch-pruning (for ZOO_COMPARE_SECONDS of CPU at most, 60 unless set); 20 GiB of address space each.
+Results are appended to benchmarks/zoo.jsonl and
 zoo_onnx.jsonl.
 """
 
@@ -37,6 +39,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 RESULTS = {"cut": HERE / "zoo.jsonl", "onnx": HERE / "zoo_onnx.jsonl"}
 MEMORY_BYTES = 20 * 2**30
 WALL_SECONDS = 1800
+COMPARE_SECONDS = int(os.environ.get("ZOO_COMPARE_SECONDS", "60"))
 Row = dict[str, Any]
 Step = Callable[[str, Path], Iterator[Row]]
 
@@ -77,6 +80,7 @@ def compare(name: str, folder: Path) -> Iterator[Row]:
     import zoo_peer
 
     layers, norms = json.loads((folder / "ours.json").read_text())
+    yield {"compare_limit": COMPARE_SECONDS}
     for part in zoo_peer.measure_peer(zoo_build.build(name), layers, norms):
         yield {"peer": part}
 
@@ -89,7 +93,7 @@ def export(name: str, folder: Path) -> Iterator[Row]:
 
 
 STEPS: dict[str, tuple[tuple[Step, int], ...]] = {
-    "cut": ((measure, 900), (reload, 300), (compare, 15)),
+    "cut": ((measure, 900), (reload, 300), (compare, COMPARE_SECONDS)),
     "onnx": ((export, 900),),
 }
 """What is done to each network, each in a process of its own, with its limit in seconds of CPU."""
@@ -167,6 +171,9 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", help="sweep only these names or parts of names")
+    parser.add_argument(
+        "--share", default="0/1", help="of how many networks this process takes one"
+    )
     parser.add_argument("--onnx", action="store_true", help="sweep the ONNX exports")
     parser.add_argument("--again", action="store_true", help="measure anew with a changed engine")
     parser.add_argument("--page", action="store_true", help="write the page and stop")
@@ -180,6 +187,8 @@ def main() -> None:
         chosen = zoo_build.names()
         if arguments.only:
             chosen = [name for name in chosen if any(part in name for part in arguments.only)]
+        place, _, count = arguments.share.partition("/")
+        chosen = chosen[int(place) :: int(count)]
         sweep(chosen, "onnx" if arguments.onnx else "cut", arguments.again)
     zoo_page.PAGE.write_text(zoo_page.page(rows("cut"), rows("onnx"), engine()))
 

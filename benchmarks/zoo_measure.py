@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from slimcli.artifacts import deploy
 from slimcli.network import surgery
-from slimcli.network.cuts import Cut
 from slimcli.network.example import Example
 from slimcli.network.structure import Group, Structure, analyze, zero_channels
 
@@ -122,9 +121,10 @@ def measure_ours(case: Case) -> tuple[dict[str, Any], Structure, nn.Module | Non
     if not groups:
         return row, structure, None
     zeroed = copy.deepcopy(case.model)
-    cuts = zero_half(zeroed, groups)
+    kept = zero_half(zeroed, groups)
     cut = copy.deepcopy(zeroed)
     started = cpu_seconds()
+    cuts = [group.cut(keep) for group, keep in zip(groups, kept, strict=True)]
     surgery.apply(cut, cuts, example=example)
     row["cut_seconds"] = round(cpu_seconds() - started, 3)
     expected = run(case, zeroed)
@@ -143,15 +143,15 @@ def layers(structure: Structure) -> dict[str, str]:
     }
 
 
-def zero_half(model: nn.Module, groups: Sequence[Group], seed: int = 0) -> list[Cut]:
-    """Zeroes half of every group's channels at their producers; the cuts that remove them."""
+def zero_half(model: nn.Module, groups: Sequence[Group], seed: int = 0) -> list[list[int]]:
+    """Zeroes half of every group's channels at their producers; the channels that are left."""
     pick = random.Random(seed)
-    cuts = []
+    kept = []
     for group in groups:
         keep = sorted(pick.sample(range(group.size), max(1, group.size // 2)))
         zero_channels(model, group, sorted(set(range(group.size)) - set(keep)))
-        cuts.append(group.cut(keep))
-    return cuts
+        kept.append(keep)
+    return kept
 
 
 def save(case: Case, cut: nn.Module, folder: Path) -> None:

@@ -81,47 +81,73 @@ def speed(good: list[Row]) -> list[str]:
     """Analysis and cut against the peer's, on the same machine one after the other."""
     timed = [row for row in good if "cut_seconds" in row["ours"]]
     ways = {
-        "its pruner (built, one step, half of every group, channels at random)": pruner_seconds,
-        "its graph and the cut of every group alone": graph_seconds,
+        "its pruner (built, one step, the smaller half of every group)": (
+            pruner_seconds,
+            "pruner_seconds",
+        ),
+        "its graph and the cut of every group alone, nothing ranked": (
+            graph_seconds,
+            "cut_seconds",
+        ),
     }
     lines = []
-    for label, seconds in ways.items():
-        theirs = {row["name"]: seconds(row.get("peer", {})) for row in timed}
+    for label, (seconds, ended) in ways.items():
+        theirs = {row["name"]: seconds(row) for row in timed}
         theirs = {name: each for name, each in theirs.items() if each}
         if len(theirs) < 10:
             continue
+        stopped = sum(ended not in row.get("peer", {}) for row in timed if row["name"] in theirs)
         slowest = sorted(theirs, key=lambda name: -theirs[name])[: len(theirs) // 10]
-        ratios = {
-            row["name"]: theirs[row["name"]]
-            / (row["ours"]["analyze_seconds"] + row["ours"]["cut_seconds"])
-            for row in timed
-            if row["name"] in theirs
-        }
-        low, middle, high = quantiles(ratios.values(), n=4)
-        lines.append(
-            f"- Time of torch-pruning's analysis and cut, {label}, over the time of ours with its "
-            f"trial cut: {middle:.2f} in the median (quartiles {low:.2f} and {high:.2f}), "
-            f"{median(ratios[name] for name in slowest):.2f} on its slowest tenth; "
-            f"{len(ratios)} networks where it comes to an end."
-        )
+        for ours, key in (("with its trial cut", "analyze_seconds"), ("without", "trace_seconds")):
+            ratios = {
+                row["name"]: theirs[row["name"]] / (row["ours"][key] + row["ours"]["cut_seconds"])
+                for row in timed
+                if row["name"] in theirs
+            }
+            low, middle, high = quantiles(ratios.values(), n=4)
+            lines.append(
+                f"- Time of torch-pruning's analysis and cut, {label}, over the time of ours "
+                f"{ours}: {middle:.2f} in the median (quartiles {low:.2f} and {high:.2f}), "
+                f"{median(ratios[name] for name in slowest):.2f} on its slowest tenth; "
+                f"{len(ratios)} networks; on {stopped} of them it was stopped, and what it had "
+                "used by then counts."
+            )
     return [*lines, ""]
 
 
-def pruner_seconds(peer: Row) -> float:
-    """0 where it failed."""
-    seconds = peer.get("pruner_seconds", 0.0)
+def pruner_seconds(row: Row) -> float:
+    """0 where it failed; where it was stopped, what it had used up by then."""
+    peer = row.get("peer", {})
+    if "pruner_seconds" in peer or "pruner_started_seconds" in peer:
+        seconds = peer.get("pruner_seconds", used(row, "pruner_started_seconds"))
+    else:
+        seconds = used(row, "graph_started_seconds")
     return 0.0 if isinstance(seconds, str) else float(seconds)
 
 
-def graph_seconds(peer: Row) -> float:
-    """0 where it failed."""
-    return float(peer["graph_seconds"] + peer["cut_seconds"]) if "cut_seconds" in peer else 0.0
+def graph_seconds(row: Row) -> float:
+    """The same for its graph and bare cuts."""
+    peer = row.get("peer", {})
+    if isinstance(peer.get("cut_seconds"), str):
+        return 0.0
+    if "cut_seconds" in peer:
+        return float(peer["graph_seconds"] + peer["cut_seconds"])
+    return used(row, "graph_started_seconds")
+
+
+def used(row: Row, started: str) -> float:
+    """Seconds from the start of a step to the limit, if the limit is why it has no end."""
+    is_stopped = "s of CPU allowed" in row.get("compare_failed", "")
+    begin = row.get("peer", {}).get(started)
+    return row["compare_limit"] - begin if is_stopped and begin is not None else 0.0
 
 
 def shortfalls(rows: list[Row], good: list[Row], files: dict[str, Row]) -> list[str]:
     """Whatever is not as it should be, one line each."""
     found = [
-        f"- {row['name']}: {row['failed'].splitlines()[-1]}" for row in rows if "failed" in row
+        f"- {row['name']}: {row['measure_failed'].splitlines()[-1]}"
+        for row in rows
+        if "measure_failed" in row
     ]
     for row in good:
         ours, name = row["ours"], row["name"]
@@ -150,7 +176,8 @@ def line(row: Row, file: Row | None) -> str:
         return f"| {row['name']} | {row['measure_failed'].splitlines()[-1][:90]} |" + " |" * 10
     ours, peer = row["ours"], row.get("peer", {})
     theirs = peer.get("channels_claimed", "fails")
-    seconds = f"{pruner_seconds(peer):.2f}" if pruner_seconds(peer) else "fails"
+    seconds = f"{pruner_seconds(row):.2f}" if pruner_seconds(row) else "fails"
+    seconds = seconds if "pruner_seconds" in peer or seconds == "fails" else f"> {seconds}"
     error = f"{ours['error']:.0e}" if "error" in ours else "-"
     loaded = {None: "-", 0.0: "equal"}.get(row.get("deploy_error"), f"{row.get('deploy_error')}")
     step = row.get("train", "-") if row.get("train_uncut", "ok") == "ok" else "needs targets"
