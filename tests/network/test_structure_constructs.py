@@ -115,6 +115,30 @@ class TalkingHeads(Net):
         return self.c(F.relu(self.b(x.flatten(2).softmax(-1).view_as(x))))
 
 
+class Windows(Net):
+    """Overlapping windows, each averaged."""
+
+    def __init__(self) -> None:
+        super().__init__(12)
+        self.a, self.b = conv_bn(8, 16), conv_bn(16, 12)
+
+    def body(self, x: Tensor) -> Tensor:
+        windows = F.pad(self.a(x), (1, 1, 1, 1)).unfold(2, 4, 2).unfold(3, 4, 2)
+        return self.b(windows.mean((4, 5)))
+
+
+class Sums(Net):
+    """Running sums along the image, of logarithms or not."""
+
+    def __init__(self, of_logarithms: bool) -> None:
+        super().__init__(12)
+        self.a, self.b, self.of_logarithms = conv_bn(8, 16), conv_bn(16, 12), of_logarithms
+
+    def body(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.b(x.logcumsumexp(3) if self.of_logarithms else x.cumsum(3) / 16)
+
+
 class Regions(Net):
     """Boxes of two levels, put together by index into a tensor of one number."""
 
@@ -242,6 +266,9 @@ CASES = {
     "stack": Case(SelectiveKernel, ["a.1", "c.1"]),
     "matmul of activations": Case(Gram, ["b.1", "c.1"]),
     "talking heads": Case(TalkingHeads, ["a.1", "b", "c.1"]),
+    "windows": Case(Windows, ["a.1", "b.1"]),
+    "running sums": Case(lambda: Sums(False), ["a.1", "b.1"]),
+    "running sums of logarithms": Case(lambda: Sums(True), ["b.1"], ["a.1"]),
     "regions": Case(lambda: Regions(0.0), ["a.1", "b.1"]),
     "regions and zeros by mask": Case(lambda: Regions(0.0, 0.0), ["a.1", "b.1"]),
     "regions and ones by mask": Case(lambda: Regions(0.0, 1.0), ["b.1"], ["a.1"]),

@@ -46,7 +46,7 @@ def gathered(op: Op) -> Sequence[Planes]:
 
 
 def put(op: Op) -> Sequence[Planes]:
-    """``x[indices] = values`` where the indices go along the first axes, and those have no channels.
+    """``x[indices] = values`` where the indices go along the first axes, without channels there.
 
     Where nothing is written ``x`` stays what it was: zero, channels, or anything.
     """

@@ -228,6 +228,13 @@ def repeated(op: Op) -> Sequence[Planes]:
     return [result]
 
 
+def unfolded(op: Op) -> Sequence[Planes]:
+    """``x.unfold``: windows along one axis, their places along a new last one."""
+    tensor = op.args[0]
+    planes = without(op, op.planes(tensor), [op.args[1] % tensor.dim()], "windows over channels")
+    return [tuple(plane.unsqueeze(-1) for plane in planes)]
+
+
 def im2col(op: Op) -> Sequence[Planes]:
     """``unfold``: each channel becomes one entry for each place of the kernel."""
     planes = without(op, op.planes(op.args[0]), [2, 3], "channels lie along the image")
@@ -271,5 +278,6 @@ RULES: dict[str, Rule] = {
     **_table(shuffled, "channel_shuffle native_channel_shuffle"),
     **_table(repeated, "repeat"),
     **_table(im2col, "im2col"),
+    **_table(unfolded, "unfold"),
     **_table(nothing, "_local_scalar_dense is_same_size sym_size is_nonzero equal"),
 }

@@ -246,12 +246,18 @@ def accumulated(op: Op) -> Sequence[Planes]:
     tensor = op.args[0]
     axis = op.args[1] % tensor.dim()
     add = op.record.table.add
+
+    def node(parent: int) -> int:
+        if op.name == "logcumsumexp":  # of zeros: log(1), log(2), ...
+            return add(Node(Kind.SOURCE, flags=(False,)))
+        return add(Node(Kind.CARRY, (parent,)))
+
     result: Planes = NO_PLANES
     for plane in op.planes(tensor):
         if plane.shape[axis] > 1:
             op.freeze_planes([plane], f"{op.name} over channels")
         else:
-            result += (map_nodes(op.record, plane, lambda n: add(Node(Kind.CARRY, (n,)))),)
+            result += (map_nodes(op.record, plane, node),)
     return [result for _ in flat_tensors(op.output)]
 
 

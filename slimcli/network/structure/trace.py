@@ -192,10 +192,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         labelled = [tensor for tensor in inputs if self.planes_of(tensor)]
         if in_place and inputs:
             self._back_up(inputs[0])
-        if name in _ORDER_DEPENDENT and self.record.static_calls is None:
-            self.record.static_calls = self.calls.mixing_entered
-        if name in _READS:
-            self.record.reads.append((self.calls.top()[0], user_line.current()))
+        self._note_reading(name)
         output = func(*args, **kwargs)
         self.ops.append((func.name(), tuple(each.shape for each in flat_tensors(output))))
         if name in _BLANK:
@@ -215,6 +212,13 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._planes[tensor] = useful
         self._note_views(inputs, output)
         return output
+
+    def _note_reading(self, name: str) -> None:
+        """Remembers operators whose result depends on the order of values, or is read by Python."""
+        if name in _ORDER_DEPENDENT and self.record.static_calls is None:
+            self.record.static_calls = self.calls.mixing_entered
+        if name in _READS:
+            self.record.reads.append((self.calls.top()[0], user_line.current()))
 
     def _apply(self, op: Op) -> Sequence[Planes]:
         rule = self._rules.get(op.name)
