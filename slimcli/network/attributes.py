@@ -6,6 +6,7 @@ keeps its attributes: what a user's own class remembers about sizes is found by 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -37,6 +38,9 @@ def planned(module: nn.Module, selections: Selections) -> Attributes:
     for types, rule in _RULES:
         if isinstance(module, types):
             return rule(module, selections)
+    vision = sys.modules.get("torchvision.ops")  # a model that has one of its layers imported it
+    if vision is not None and isinstance(module, vision.DeformConv2d):
+        return _conv(module, selections)
     return {}
 
 

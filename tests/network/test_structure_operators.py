@@ -12,6 +12,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from slimcli.network import surgery
 from slimcli.network.example import Example
 from slimcli.network.structure import Group, Structure, analyze
 
@@ -64,6 +65,47 @@ def test_dropout_that_puts_noise_in_place_of_zeros_leaves_merging_only(layer: nn
     group = proven(Between(layer)).group("a.1")
     assert (group.exact_zero, group.exact_duplicate) == (False, True)
     assert group.zero_reason == "a removed channel would not be zero where b.0 reads it"
+
+
+class Deformable(structures.Net):
+    """A conv whose places of reading come from another conv."""
+
+    def __init__(self, groups: int, offset_groups: int, bias: bool) -> None:
+        super().__init__(12)
+        self.a, self.b = structures.conv_bn(8, 16), structures.conv_bn(16, 12)
+        self.offset = nn.Conv2d(8, 18 * offset_groups, 3, padding=1)
+        self.mask = nn.Conv2d(8, 9 * offset_groups, 3, padding=1)
+        self.deform = torchvision.ops.DeformConv2d(16, 16, 3, 1, 1, groups=groups, bias=bias)
+
+    def body(self, x: Tensor) -> Tensor:
+        offset, mask = self.offset(x), torch.sigmoid(self.mask(x))
+        return self.b(F.relu(self.deform(F.relu(self.a(x)), offset, mask)))
+
+
+@pytest.mark.parametrize(
+    ("groups", "offset_groups", "bias"), [(1, 1, True), (1, 4, False), (2, 2, True), (4, 1, False)]
+)
+def test_deformable_convs_are_cut(groups: int, offset_groups: int, bias: bool) -> None:
+    structure = proven(Deformable(groups, offset_groups, bias))
+    sizes = {group.name: group.size for group in prunable(structure)}
+    assert sizes.pop("stem.1") == 8
+    assert sizes == {
+        "a.1": 16 // max(groups, offset_groups),
+        "deform.weight": 16 // groups,
+        "b.1": 12,
+    }
+    assert "sampling positions" in structure.group("offset").frozen_reason
+    assert "sampling positions" in structure.group("mask").frozen_reason
+
+
+def test_a_deformable_conv_knows_its_new_sizes() -> None:
+    torch.manual_seed(0)
+    model, example = prepared(Deformable(2, 1, bias=True), structures.image())
+    structure = analyze(model, example)
+    cuts = [structure.group(name).cut(range(4)) for name in ("a.1", "deform.weight")]
+    surgery.apply(model, cuts, example=example)
+    layer = model.deform
+    assert (layer.in_channels, layer.out_channels, layer.groups) == (8, 8, 2)
 
 
 class Weights(structures.Net):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -49,6 +50,22 @@ def convolution(op: Op) -> Sequence[Planes]:
     outputs = _outputs(op, leaving, groups, transposed)
     op.tracer.calls.produced(op.output, caller(op, weight, leaving))
     return [_carried(op, tensor) + outputs]
+
+
+def deformable(op: Op) -> Sequence[Planes]:
+    """``torchvision.ops.deform_conv2d``: a convolution whose places of reading are computed."""
+    tensor, weight, offset, mask, bias = op.args[:5]
+    groups, offset_groups = op.args[11], op.args[12]
+    op.freeze([offset, mask], "channels are used as sampling positions")
+    if offset_groups > 1:
+        for plane in op.planes(tensor):
+            if plane.shape[1] > 1:
+                blocks = channel_rows(op, plane, 1).view(offset_groups, -1)
+                op.record.join(blocks[:1], blocks)
+    bias = None if op.tracer.is_blank(bias) else bias
+    pads = (1, 1)  # whatever they are: off the image it reads zeros
+    args = (tensor, weight, bias, op.args[5:7], pads, op.args[9:11], False, (0, 0), groups)
+    return convolution(replace(op, args=args))
 
 
 def _refuse(op: Op, reason: str) -> Sequence[Planes]:
@@ -183,4 +200,8 @@ def _count(op: Op, groups: int) -> None:
     op.record.macs.append(MacTerm(path, scale, tuple(factors)))
 
 
-RULES: dict[str, Rule] = {"convolution": convolution, "_convolution": convolution}
+RULES: dict[str, Rule] = {
+    "convolution": convolution,
+    "_convolution": convolution,
+    "torchvision::deform_conv2d": deformable,
+}
