@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -188,6 +190,21 @@ def test_nothing_of_the_model_is_changed_by_the_analysis() -> None:
     assert torch.equal(state, torch.random.get_rng_state())
     assert all(module.training for module in model.modules())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("is_enabled", [False, True])
+@pytest.mark.parametrize("works", [False, True])
+def test_the_garbage_collector_is_as_it_was(is_enabled: bool, works: bool) -> None:
+    def predict(net: nn.Module, batch: Any) -> Any:
+        return net(batch if works else batch[:, :1])
+
+    (gc.enable if is_enabled else gc.disable)()
+    try:
+        with contextlib.nullcontext() if works else pytest.raises(RuntimeError):
+            analyze(structures.AuxHead(), Example(structures.image(), predict))
+        assert gc.isenabled() == is_enabled
+    finally:
+        gc.enable()
 
 
 class Fixed(structures.Net):

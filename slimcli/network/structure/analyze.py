@@ -13,6 +13,7 @@ from slimcli.network.structure.modes import (
     preserved_randomness,
     set_train_mode,
     share_copy,
+    without_collector,
     without_fast_path,
 )
 from slimcli.network.structure.record import Record
@@ -50,6 +51,11 @@ def analyze(model: nn.Module, example: Example, *, trial: bool = True) -> Struct
 
 def trace(model: nn.Module, example: Example) -> Traced:
     """Runs the model in both modes and records what happens to its channels."""
+    with without_collector():
+        return _trace(model, example)
+
+
+def _trace(model: nn.Module, example: Example) -> Traced:
     twin = share_copy(model)
     record = Record(Sources(twin))
     freeze_uncuttable(twin, record)

@@ -30,6 +30,7 @@ from slimcli.network.structure.modes import (
     output_tensors,
     preserved_randomness,
     set_train_mode,
+    without_collector,
     without_fast_path,
 )
 from slimcli.network.structure.producing import MIXING
@@ -177,9 +178,10 @@ class Trial:
             groups: Prunable ones.
             thorough: Also compare the order of channels, and run the cut model in train mode.
         """
-        model = self._fresh()
-        with _watched(model, self._log):
-            return self._attempt(model, groups, thorough)
+        with without_collector():
+            model = self._fresh()
+            with _watched(model, self._log):
+                return self._attempt(model, groups, thorough)
 
     def _attempt(self, model: nn.Module, groups: Sequence[Group], thorough: bool) -> Failure | None:
         self._log.whole = self._uncut_layers(groups)
