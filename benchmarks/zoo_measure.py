@@ -80,7 +80,8 @@ def jitter(model: nn.Module, seed: int = 0) -> None:
                 if isinstance(buffer, Tensor):
                     buffer.copy_(noise(buffer) * 0.4 + (0.8 if name == "running_var" else -0.2))
         for parameter in model.parameters():
-            if parameter.is_floating_point() and parameter.dim() <= 1:
+            is_constant = parameter.dim() <= 1 or not bool(parameter.any())
+            if parameter.is_floating_point() and is_constant:
                 parameter.add_(noise(parameter) * 0.2 - 0.1)
 
 

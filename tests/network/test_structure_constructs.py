@@ -115,6 +115,39 @@ class TalkingHeads(Net):
         return self.c(F.relu(self.b(x.flatten(2).softmax(-1).view_as(x))))
 
 
+class UnitLength(Net):
+    """Channels of length one: zeros add nothing to the length."""
+
+    def __init__(self) -> None:
+        super().__init__(12)
+        self.a, self.b = conv_bn(8, 16), conv_bn(16, 12)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.b(F.normalize(self.a(x), dim=1))
+
+
+class FixedExpansion(UnitLength):
+    """The same, for a number of channels that stands in the code."""
+
+    def body(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.b(x / x.norm(dim=1, keepdim=True).expand(-1, 16, -1, -1))
+
+
+class PositionBias(Net):
+    """A small network on a buffer of coordinates makes a bias for each channel and position."""
+
+    def __init__(self) -> None:
+        super().__init__(12)
+        self.register_buffer("places", torch.rand(16, 16, 2))
+        self.a, self.b = conv_bn(8, 16), conv_bn(16, 12)
+        self.wide, self.narrow = nn.Linear(2, 20), nn.Linear(20, 16)
+
+    def body(self, x: Tensor) -> Tensor:
+        bias = self.narrow(F.relu(self.wide(self.places)))
+        return self.b(self.a(x) + bias.permute(2, 0, 1))
+
+
 class Windows(Net):
     """Overlapping windows, each averaged."""
 
@@ -266,6 +299,11 @@ CASES = {
     "stack": Case(SelectiveKernel, ["a.1", "c.1"]),
     "matmul of activations": Case(Gram, ["b.1", "c.1"]),
     "talking heads": Case(TalkingHeads, ["a.1", "b", "c.1"]),
+    "unit length": Case(UnitLength, ["a.1", "b.1"]),
+    "expanded to a fixed size": Case(
+        FixedExpansion, ["b.1"], frozen={"a.1": "expand(-1, 16, -1, -1)"}
+    ),
+    "a bias of positions": Case(PositionBias, ["wide", "narrow", "b.1"]),
     "windows": Case(Windows, ["a.1", "b.1"]),
     "running sums": Case(lambda: Sums(False), ["a.1", "b.1"]),
     "running sums of logarithms": Case(lambda: Sums(True), ["b.1"], ["a.1"]),

@@ -106,6 +106,8 @@ def multiply(op: Op, left: Any, right: Any, output: Tensor, bias: Any = None) ->
     is_weight = weights_only(op)
     a_weight = bool(a) and all(is_weight(plane) for plane in a)
     b_weight = bool(b) and all(is_weight(plane) for plane in b)
+    if a_weight and b_weight and not caller(op, weight, b[0]).startswith("tensor:"):
+        a_weight = False  # a layer is called on a buffer or a parameter: to it that is an input
     arrivals = [plane for plane in a if plane.shape[-1] > 1]
     readers = [plane for plane in b if plane.shape[-2] > 1]
     _count(op, left.shape, right.shape, a, b)

@@ -91,7 +91,7 @@ def _merge_group(
     dims = planes[0].dim()
     have = {index for index, _ in group}
     for index, tensor in enumerate(tensors):
-        sizes = (1,) * (dims - tensor.dim()) + tuple(tensor.shape)
+        sizes = (1,) * (dims - tensor.dim()) + _own_sizes(tensor)
         if index not in have and any(sizes[axis] > 1 for axis in axes):
             op.freeze_planes(planes, "channels meet a tensor of fixed size")
             return None
@@ -111,6 +111,14 @@ def _merge_group(
         op.record.tie(wide[0], other, "channels meet fixed values")
     nodes = _combined(op, tensors, [index for index, _ in group], wide)
     return pack(labels_of(wide[0]), nodes)
+
+
+def _own_sizes(tensor: Tensor) -> tuple[int, ...]:
+    """The shape, with 1 where one entry was expanded (``expand_as`` follows whatever is cut)."""
+    if tensor.layout != torch.strided:
+        return tuple(tensor.shape)
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return tuple(1 if stride == 0 else size for size, stride in pairs)
 
 
 def _combined(op: Op, tensors: Sequence[Tensor], places: list[int], planes: list[Tensor]) -> Tensor:
