@@ -175,15 +175,20 @@ class Sums(Net):
 class Regions(Net):
     """Boxes of two levels, put together by index into a tensor of one number."""
 
-    def __init__(self, base: float, written: float | None = None) -> None:
+    def __init__(
+        self, base: float, written: float | None = None, before: float | None = None
+    ) -> None:
         super().__init__(12)
-        self.a, self.b, self.base, self.written = conv_bn(8, 16), conv_bn(16, 12), base, written
+        self.a, self.b = conv_bn(8, 16), conv_bn(16, 12)
+        self.base, self.written, self.before = base, written, before
         self.register_buffer("boxes", torch.tensor([[0.0, -3, 2, 9, 9], [1.0, 4, 4, 15, 19]]))
 
     def body(self, x: Tensor) -> Tensor:
         x = self.a(x)
         shape = (4, x.shape[1], 5, 5)
         found = x.new_zeros(shape) if self.base == 0 else x.new_full(shape, self.base)
+        if self.before is not None:
+            found[:1] = self.before
         found[torch.tensor([0, 2])] = torchvision.ops.roi_align(x, self.boxes, 5)
         small = F.avg_pool2d(x, 2)
         found[torch.tensor([1, 3])] = torchvision.ops.roi_pool(small, self.boxes, 5, 0.5)
@@ -312,6 +317,9 @@ CASES = {
     "regions and ones by mask": Case(lambda: Regions(0.0, 1.0), ["b.1"], ["a.1"]),
     "regions among ones": Case(
         lambda: Regions(1.0), ["b.1"], frozen={"a.1": "laid beside a tensor of fixed size"}
+    ),
+    "regions beside ones": Case(
+        lambda: Regions(0.0, before=1.0), ["b.1"], frozen={"a.1": "beside a tensor of fixed size"}
     ),
     "pad and resize": Case(PadResize, ["a.1", "b", "c.1"]),
     "dataclass output": Case(DataclassOutput, ["b.1"], frozen={"a.1": "an output of the model"}),
