@@ -124,6 +124,7 @@ class Schedule:
         weight_decay: Decay of the ordinary parameters.
         seed: Seed for anything random the algorithm draws.
         warnings: What the reader of the plan should know (a plateau scheduler counted as constant).
+        state_misfit: Why the optimizer's state can't follow a cut; empty if it can.
     """
 
     epochs: int
@@ -135,6 +136,7 @@ class Schedule:
     weight_decay: float = 1e-4
     seed: int = 0
     warnings: tuple[str, ...] = ()
+    state_misfit: str = ""
 
     @property
     def steps(self) -> int:
@@ -209,6 +211,14 @@ class Refusal:
     key: str = ""
     fix: str = ""
     is_for_any_model: bool = False
+
+
+def state_refusals(schedule: Schedule) -> list[Refusal]:
+    """For algorithms that cut tensors while training: can the optimizer's state follow?"""
+    if not schedule.state_misfit or not schedule.epochs:
+        return []
+    fix = "hooks.optimizer_generator: an optimizer whose state has the parameter's shape"
+    return [Refusal(schedule.state_misfit, fix=fix, is_for_any_model=True)]
 
 
 @dataclass

@@ -111,6 +111,11 @@ def results_only() -> Iterator[None]:
         _results = None
 
 
+def _speaks_unicode() -> bool:
+    """Can stdout show any letter? If not, JSON has its own escapes."""
+    return (getattr(_stdout(), "encoding", None) or "utf-8").lower().startswith("utf")
+
+
 def _stdout() -> TextIO:
     return _results or sys.stdout
 
@@ -159,13 +164,13 @@ def result(text: str) -> None:
 def document(value: Any) -> None:
     """The result as one JSON document, to stdout."""
     if is_main_process():
-        _write(json.dumps(value, indent=2, ensure_ascii=False))
+        _write(json.dumps(value, indent=2, ensure_ascii=not _speaks_unicode()))
 
 
 def json_line(value: dict[str, Any]) -> None:
     """One event as one line of JSON, to stdout."""
     if is_main_process():
-        _write(json.dumps(value, ensure_ascii=False))
+        _write(json.dumps(value, ensure_ascii=not _speaks_unicode()))
 
 
 def say(text: str, style: str = "") -> None:

@@ -149,6 +149,7 @@ class SlimGroup(click.Group):
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, standalone_mode, **extra)
         stopping.open_closed_streams()
+        stopping.escape_unprintable()
         # No list(...): that name is a command's module here once it has been imported.
         words = [*(sys.argv[1:] if args is None else args)]
         if "--json" in words[: words.index("--") if "--" in words else None]:

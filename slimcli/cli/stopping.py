@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -45,6 +46,13 @@ def open_closed_streams() -> None:
         if getattr(sys, name) is None:
             nothing = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
             setattr(sys, name, nothing)
+
+
+def escape_unprintable() -> None:
+    """A stream of few letters (``PYTHONIOENCODING=ascii``) gets an escape for each it lacks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def exit_code_of(error: BaseException) -> int:

@@ -6,7 +6,7 @@ shape with averaged dimensions of size one), numbers, and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -42,6 +42,8 @@ def cut_state(
     state: dict[str, Any] = {}
     for key, value in optimizer.state.get(parameter, {}).items():
         if not isinstance(value, Tensor) or value.dim() == 0:
+            if any(each.dim() for each in tensors_in(value)):
+                raise _refused(optimizer, name, f"{key} is a {type(value).__name__} of tensors")
             state[key] = value
             continue
         fits = value.dim() == parameter.dim() and all(
@@ -78,6 +80,18 @@ def insert_after(
                     if names in group:
                         group[names].insert(place + 1, name)
                 return
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from tensors_in(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from tensors_in(each)
 
 
 def _has_entries(value: Tensor, parameter: Tensor, dim: int) -> bool:

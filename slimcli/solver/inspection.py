@@ -81,6 +81,7 @@ def inspect(job: Job, *, with_plan: bool = False) -> Inspection:
     fabric = make_fabric(training.model_copy(update={"num_processes": None, "devices": devices}))
     datasets = generate_datasets(job.hooks, training.seed)
     model = planner.start_weights(job, planner.fresh_model(job.hooks, training.seed))
+    model = planner.copied(model, job.hooks)
     model.to(fabric.device)
     data = build_data(datasets, job.hooks, training, model, Sharding(), lambda each: each)
     example = planner.example_of(stage, data, job.hooks, fabric)
@@ -104,10 +105,11 @@ def _at_minimum(
     model: nn.Module, structure: Structure, example: Example, layers: Sequence[LayerPlan]
 ) -> dict[str, tuple[int, int]]:
     """Layer -> channels and MACs once every group is as narrow as the plan allows."""
+    of_one_group = {row.name for row in structure.layers if len(row.parts) == 1}
     widths = {
         row.group: -(-structure.group(row.group).size * row.channels_minimum // row.channels)
         for row in layers
-        if row.channels_minimum < row.channels
+        if row.channels_minimum < row.channels and row.name in of_one_group
     }
     narrow = copy.deepcopy(model)
     cuts = []

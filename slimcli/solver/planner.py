@@ -210,7 +210,7 @@ def check_one_batch(
     """
     training = stage.training
     with untouched_rng():
-        trial = _copied(model, hooks).train()
+        trial = copied(model, hooks).train()
         seed_all(training.seed, "one batch")
         batch = next(iter(data.train.batches(0)))
         moved = evaluator.move(batch.data)
@@ -233,7 +233,7 @@ def check_one_batch(
     return metrics
 
 
-def _copied(model: nn.Module, hooks: JobHooks) -> nn.Module:
+def copied(model: nn.Module, hooks: JobHooks) -> nn.Module:
     """A copy, as every analysis and every artifact begins with.
 
     Raises:
@@ -250,7 +250,9 @@ def _copied(model: nn.Module, hooks: JobHooks) -> nn.Module:
                 expected="copy.deepcopy(model) to work",
                 received=f"{type(error).__name__}: {str(error).splitlines()[0]}",
                 fix="torch.nn.utils.parametrizations.weight_norm (or spectral_norm) in place of "
-                "torch.nn.utils.weight_norm; no tensors with a history as attributes",
+                "torch.nn.utils.weight_norm; torch.nn.utils.prune.remove(...) after "
+                "torch.nn.utils.prune; "
+                "no tensors with a history as attributes",
             )
         ) from error
 

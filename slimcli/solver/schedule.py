@@ -14,7 +14,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 
 from slimcli.compressor import GroupDefaults, Schedule
-from slimcli.errors import HookError, Problem
+from slimcli.errors import HookError, Problem, RunError
+from slimcli.network.optimizer_state import cut_state
+from slimcli.recipe.binding import hook_failed
+from slimcli.recipe.frames import is_ours
 from slimcli.solver.config import TrainingConfig
 from slimcli.solver.job import JobHooks
 
@@ -125,7 +128,12 @@ def plan_schedule(
     scheduler = make_scheduler(hooks, config, optimizer, steps)
     is_plateau = isinstance(scheduler, ReduceLROnPlateau)
     rates: list[float] = []
-    optimizer.step()  # torch warns when a scheduler steps before its optimizer ever did
+    try:
+        optimizer.step()  # torch warns when a scheduler steps before its optimizer ever did
+    except Exception as error:
+        if is_ours(error) or hooks.optimizer_generator is None:
+            raise
+        raise hook_failed("optimizer_generator", error) from error
     for _ in range(training.epoch):
         if training.scheduler_interval == "epoch" or is_plateau or scheduler is None:
             rates += [_rate(optimizer)] * steps_per_epoch
@@ -148,7 +156,26 @@ def plan_schedule(
         weight_decay=float(chosen.get("weight_decay", 0.0)),
         seed=training.seed,
         warnings=(PLATEAU_WARNING,) if is_plateau else (),
+        state_misfit=_state_misfit(hooks, config, group),
     )
+
+
+def _state_misfit(hooks: JobHooks, config: dict[str, Any], group: dict[str, Any]) -> str:
+    """Why the state of the user's optimizer can't follow a cut: one step on a matrix tells."""
+    if hooks.optimizer_generator is None:
+        return ""
+    matrix = nn.Parameter(torch.zeros(2, 3))
+    matrix.grad = torch.full_like(matrix, 1e-3)
+    optimizer = make_optimizer(hooks, config, [{**group, "params": [matrix]}])
+    try:
+        optimizer.step()
+    except Exception:  # the user's code, which may want more than one matrix: no verdict
+        return ""
+    try:
+        cut_state(optimizer, matrix, {}, "a weight")
+    except RunError as error:
+        return error.problems[0].what
+    return ""
 
 
 def _rate(optimizer: Optimizer) -> float:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from slimcli.compressor import Progress
 from slimcli.errors import HookError, Problem, RunError
 from slimcli.recipe.binding import hook_failed
+from slimcli.recipe.frames import is_ours
 from slimcli.solver.data import Batch
 from slimcli.solver.distill import pull
 from slimcli.solver.job import JobHooks
@@ -203,7 +204,12 @@ class Stepper:
         """Step; whether the gradient scaler left it out."""
         scaler = getattr(self.around.fabric.strategy.precision, "scaler", None)
         before = scaler.get_scale() if scaler is not None else 0.0
-        self.fabric_optimizer.step()
+        try:
+            self.fabric_optimizer.step()
+        except Exception as error:
+            if is_ours(error) or self.around.hooks.optimizer_generator is None:
+                raise
+            raise hook_failed("optimizer_generator", error) from error
         return scaler is not None and scaler.get_scale() < before
 
     def share_buffers(self) -> None:

@@ -163,6 +163,20 @@ def test_the_fields_of_the_document_are_fixed(
     assert sum(each["macs"] for each in document["layers"]) == document["macs"]
 
 
+def test_a_model_that_cannot_be_copied_is_the_users_error(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    linear = "self.fc = nn.Linear(36, 3)"
+    pruned = ONE_LAYER.replace(
+        linear, f"{linear}\n        prune.random_unstructured(self.fc, 'weight', 0.5)"
+    )
+    with_network(here, f"from torch.nn.utils import prune\n{pruned}")
+    assert slim("inspect", "recipe.yaml") == 3
+    told = capsys.readouterr().err
+    assert "`model` returned a model that can't be copied" in told
+    assert "prune.remove" in told
+
+
 def test_nothing_is_written(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with_network(here, NETWORK)
     before = {each for each in here.rglob("*") if "__pycache__" not in each.parts}

@@ -52,6 +52,16 @@ def test_a_reader_that_goes_away_does_not_end_the_run(here: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("words", ["plan recipe.yaml", "inspect recipe.yaml --json"])
+def test_letters_that_stdout_lacks_are_escaped(here: Path, words: str) -> None:
+    done = shell(here, f"PYTHONIOENCODING=ascii slim {words}")
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    if "--json" in words:
+        assert json.loads(done.stdout)["version"] == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [1, 2])
 def test_a_stream_that_is_closed_is_no_error(here: Path, stream: int) -> None:
     done = shell(here, f"slim plan recipe.yaml {stream}>&-")

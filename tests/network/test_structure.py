@@ -336,6 +336,47 @@ def test_resnet_50_has_the_32_inner_norms_and_the_published_macs() -> None:
     assert len(structure.conv_batch_norms) == 53
 
 
+class TwoGroups(structures.Net):
+    """A depthwise conv behind a concatenation has outputs of two groups."""
+
+    def __init__(self) -> None:
+        super().__init__(12)
+        self.a, self.b = structures.conv_bn(8, 12), structures.conv_bn(8, 10)
+        self.deep, self.last = structures.conv(22, 22, groups=22), structures.conv_bn(22, 12)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.last(self.deep(torch.cat([self.a(x), self.b(x)], 1)))
+
+
+def test_the_outputs_of_a_layer_in_two_groups_follow_both() -> None:
+    model, example = prepared(TwoGroups(), structures.image())
+    structure = analyze(model, example)
+    deep = next(row for row in structure.layers if row.name == "deep")
+    (first, count), (second, others) = deep.parts
+    assert (count, others) == (12, 10)
+    for widths, left in (({first: 8}, 18), ({second: 8}, 20), ({first: 8, second: 8}, 16)):
+        assert structure.outputs_with(deep, widths) == left
+        cuts = [structure.group(name).cut(range(width)) for name, width in widths.items()]
+        cut = copy.deepcopy(model)
+        surgery.apply(cut, cuts, example=example)
+        assert cut.deep.out_channels == left
+
+
+def test_a_bare_parameter_is_selected_by_its_name() -> None:
+    class Bare(structures.Net):
+        def __init__(self) -> None:
+            super().__init__(12)
+            self.kernel, self.b = nn.Parameter(torch.randn(10, 8, 3, 3)), structures.conv_bn(10, 12)
+
+        def body(self, x: Tensor) -> Tensor:
+            return self.b(F.relu(F.conv2d(x, self.kernel, padding=1)))
+
+    model, example = prepared(Bare(), structures.image())
+    structure = analyze(model, example)
+    chosen = select_groups(structure, "all_conv", ["kernel"])
+    assert [group.name for group in chosen] == ["kernel"]
+
+
 def test_names_select_with_and_without_self() -> None:
     _, _, structure = network("Residual")
     assert [g.name for g in select_groups(structure, "linear_bn", ["self.a.1"])] == ["a.1"]

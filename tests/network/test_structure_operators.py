@@ -108,6 +108,22 @@ def test_a_deformable_conv_knows_its_new_sizes() -> None:
     assert (layer.in_channels, layer.out_channels, layer.groups) == (8, 8, 2)
 
 
+@pytest.mark.parametrize(("outputs", "groups"), [(8, 4), (12, 4), (16, 2)])
+def test_transposed_convs_of_few_outputs_a_group_are_cut(outputs: int, groups: int) -> None:
+    class Transposed(structures.Net):
+        def __init__(self) -> None:
+            super().__init__(12)
+            self.a = nn.ConvTranspose2d(8, outputs, 2, groups=groups)
+            self.b = structures.conv_bn(outputs, 12)
+
+        def body(self, x: Tensor) -> Tensor:
+            return self.b(F.relu(self.a(x)))
+
+    structure = proven(Transposed())
+    sizes = {group.name: group.size for group in prunable(structure)}
+    assert sizes == {"stem.1": 8 // groups, "a": outputs // groups, "b.1": 12}
+
+
 class Weights(structures.Net):
     """Two convs whose weights are computed on the way."""
 

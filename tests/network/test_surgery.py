@@ -395,6 +395,15 @@ def test_lbfgs_is_refused():
         )
 
 
+def test_state_that_is_a_list_of_tensors_is_refused():
+    layer = nn.Linear(3, 4)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    optimizer.state[layer.weight]["history"] = [torch.zeros(4, 3)]
+    with pytest.raises(RunError, match="history is a list of tensors"):
+        surgery.apply(layer, [cut(("weight", 0, keep(1)))], optimizer=optimizer)
+    assert layer.weight.shape == (4, 3)
+
+
 # --- constants ---------------------------------------------------------------------------------
 
 

@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from slimcli.algorithms.csgd.config import CSGDConfig
+from slimcli.algorithms.csgd.method import CSGDCompressor
+from slimcli.algorithms.resrep.config import ResRepConfig
+from slimcli.algorithms.resrep.method import ResRepCompressor
+from slimcli.compressor import Compressor, Schedule
+from slimcli.errors import RunError
+from slimcli.network.example import Example
 from slimcli.solver.config import TrainingConfig
 from slimcli.solver.schedule import PLATEAU_WARNING, plan_schedule
 from slimcli.solver.stages import run
@@ -28,7 +36,7 @@ def real_rates(seen: list[float]) -> Any:
 
     class Watched(torch.optim.SGD):
         def step(self, closure: Any = None) -> Any:
-            if self.param_groups[0]["params"][0].numel() > 1:  # not the planner's dummy
+            if self.param_groups[0]["params"][0].numel() > 6:  # not one of the planner's dummies
                 seen.append(self.param_groups[0]["lr"])
             return super().step(closure)
 
@@ -94,3 +102,57 @@ def test_an_adaptive_optimizer_is_not_taken_for_sgd() -> None:
         toys.job(Path()), optimizer_generator=lambda config, params: torch.optim.Adam(params)
     ).hooks
     assert not plan_schedule(hooks, training.model_dump(), training, 1).is_sgd
+
+
+class RowSums(torch.optim.Optimizer):
+    """Keeps a number a row of each parameter."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for each in group["params"]:
+                if each.grad is not None:
+                    rows = each.grad.reshape(len(each), -1)
+                    self.state[each]["row"] = rows.square().sum(1)
+
+
+def test_state_that_cannot_follow_a_cut_is_known_before_training(tmp_path: Path) -> None:
+    def planned(optimizer: Any) -> Schedule:
+        job = toys.with_hooks(toys.job(tmp_path), optimizer_generator=optimizer)
+        stage = job.stages[0]
+        return plan_schedule(job.hooks, stage.hook_config(), stage.training, 5)
+
+    rows = planned(lambda config, params: RowSums(params, config["lr"]))
+    assert "row has shape (2,), the parameter (2, 3)" in rows.state_misfit
+    assert planned(lambda config, params: torch.optim.AdamW(params)).state_misfit == ""
+    assert planned(lambda config, params: torch.optim.Adafactor(params)).state_misfit == ""
+    assert planned(None).state_misfit == ""
+
+
+@pytest.mark.parametrize(
+    "compressor",
+    [ResRepCompressor(ResRepConfig()), CSGDCompressor(CSGDConfig(cluster_percent=0.5))],
+    ids=["resrep", "csgd"],
+)
+def test_pruning_is_refused_then(compressor: Compressor) -> None:
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.Flatten())
+    )
+    example = Example(torch.rand(2, 3, 8, 8), lambda net, batch: net(batch))
+    schedule = Schedule(40, 10, (0.1,) * 400, state_misfit="its state is odd")
+    plan = compressor.plan(model, example, schedule)
+    assert [refusal.what for refusal in plan.refusals].count("its state is odd") == 1
+
+
+def test_what_the_users_optimizer_raises_is_told_as_its_own(tmp_path: Path) -> None:
+    class Broken(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            raise ValueError("no step today")
+
+    def broken(config: Any, params: Any) -> torch.optim.Optimizer:
+        return Broken(params, lr=config["lr"])
+
+    with pytest.raises(RunError, match="hook `optimizer_generator` failed: ValueError"):
+        run(toys.with_hooks(toys.job(tmp_path), optimizer_generator=broken))

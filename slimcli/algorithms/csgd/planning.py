@@ -22,7 +22,7 @@ from slimcli.algorithms.csgd.collapse import Collapse, Start, find_collapse
 from slimcli.algorithms.csgd.config import CSGDConfig
 from slimcli.algorithms.csgd.selection import explain_nothing, find_groups
 from slimcli.algorithms.csgd.ties import Tie, distance, distance_in
-from slimcli.compressor import Goal, LayerPlan, Plan, Schedule
+from slimcli.compressor import Goal, LayerPlan, Plan, Schedule, state_refusals
 from slimcli.network.cuts import Slot
 from slimcli.network.example import Example
 from slimcli.network.fuse import norm_as_scale
@@ -60,6 +60,7 @@ def make_plan(config: CSGDConfig, model: nn.Module, example: Example, schedule: 
         reachable_macs=structure.macs_with(lowest),
         notes=list(structure.notes),
         warnings=list(schedule.warnings),
+        refusals=state_refusals(schedule) if groups else [],
     )
     features = {group.name: group_features(model, structure, group) for group in groups}
     clusters: dict[str, Clusters] = {}
@@ -145,13 +146,10 @@ def _layers(
     """One row a layer of the structure."""
     rows = []
     for layer in structure.layers:
-        lowest = layer.channels
-        if layer.group in kept:
-            size = structure.group(layer.group).size
-            lowest = layer.channels * kept[layer.group] // size
+        lowest = structure.outputs_with(layer, kept)
+        reason = layer.frozen_reason or reasons.get(layer.group, "") or "not selected"
+        if any(name in kept for name, _ in layer.parts):
             reason = ""
-        else:
-            reason = layer.frozen_reason or reasons.get(layer.group, "") or "not selected"
         rows.append(LayerPlan(layer.name, layer.type, layer.channels, lowest, layer.group, reason))
     return rows
 

@@ -13,7 +13,7 @@ from slimcli.algorithms.resrep.config import ResRepConfig
 from slimcli.algorithms.resrep.pacing import Pace, base_strength, distances, find_pace
 from slimcli.algorithms.resrep.selection import Limits, minimum_widths, updates_needed
 from slimcli.algorithms.resrep.targets import Target, find_targets
-from slimcli.compressor import Goal, LayerPlan, Plan, Refusal, Schedule
+from slimcli.compressor import Goal, LayerPlan, Plan, Refusal, Schedule, state_refusals
 from slimcli.network.example import Example
 from slimcli.network.structure import Structure, analyze
 from slimcli.network.widths import LEFT_ALONE, by_reason, fits, kept, ratios_of, reasons_by_name
@@ -82,6 +82,7 @@ def make_plan(config: ResRepConfig, model: nn.Module, example: Example, schedule
         reachable_macs=structure.macs_with(lowest),
         notes=list(structure.notes),
         warnings=list(schedule.warnings),
+        refusals=state_refusals(schedule) if targets and config.prune_rate else [],
     )
     plan.notes += [
         f"{name}: prune_ratios removes at most {sizes[name] - lowest[name]} of {sizes[name]} "
@@ -191,12 +192,10 @@ def _layers(
     """One row a layer; frozen ones with the reason."""
     rows = []
     for layer in structure.layers:
-        minimum = layer.channels
-        reason = layer.frozen_reason or reasons.get(layer.group, "")
-        if layer.group in sizes:
-            minimum = layer.channels * lowest[layer.group] // sizes[layer.group]
-        elif not reason:
-            reason = "not selected"
+        minimum = structure.outputs_with(layer, lowest)
+        reason = layer.frozen_reason or reasons.get(layer.group, "") or "not selected"
+        if any(name in sizes for name, _ in layer.parts):
+            reason = ""
         rows.append(LayerPlan(layer.name, layer.type, layer.channels, minimum, layer.group, reason))
     return rows
 

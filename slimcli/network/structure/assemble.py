@@ -216,13 +216,16 @@ def _layers(
     rows: dict[str, LayerRow] = {}
     for key, labels in record.layers.items():
         path = key.removeprefix("tensor:")
-        numbers = [n for n in distinct(grouping.group_of[labels]).tolist() if n >= 0]
-        mine = sorted((groups[n] for n in numbers), key=lambda g: bool(g.frozen_reason))
+        numbers, counts = np.unique(grouping.group_of[labels], return_counts=True)
+        outputs = {groups[n].name: int(c) for n, c in zip(numbers, counts, strict=True) if n >= 0}
+        mine = [groups[n] for n in numbers.tolist() if n >= 0]
+        mine = sorted(mine, key=lambda group: bool(group.frozen_reason))
         unknown = NO_CHANNELS if labels.any() else UNFOLLOWED
         name, reason = (mine[0].name, mine[0].frozen_reason) if mine else ("", unknown)
         path, channels = _shown(path, len(labels), modules)
         kind = type(modules[path]).__name__ if path in modules else "tensor"
-        rows.setdefault(path, LayerRow(path, kind, channels, name, reason))
+        parts = tuple(outputs.items())
+        rows.setdefault(path, LayerRow(path, kind, channels, name, reason, parts))
     for path in record.unseen:
         kind = type(modules[path]).__name__ if path in modules else "tensor"
         if path in modules and not isinstance(modules[path], MIXING):

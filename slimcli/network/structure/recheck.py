@@ -28,14 +28,14 @@ def first_disorder(
         after: Record of the cut model, run in eval mode.
         cuts: What was cut.
     """
-    kept, old_label = _translation(before, after, cuts)
+    kept, alone, old_label = _translation(before, after, cuts)
     expected, found = _by_path(consumers), _by_path(after.consumers)
     for path, pairs in expected.items():
         wanted = [each[:, kept[each].all(0)] for each in pairs]
         met = [old_label[each] for each in found.get(path, [])]
         wanted = [each for each in wanted if each.shape[1] > 1]
         met = [each for each in met if each.shape[1] > 1]
-        if len(wanted) != len(met):
+        if len(wanted) != len(met) or any(alone[each].any() for each in wanted):
             continue  # an axis of one entry carries no labels: only the numbers can tell
         if not all(map(np.array_equal, wanted, met)):
             return path
@@ -50,8 +50,10 @@ def _by_path(consumers: Sequence[Consumer]) -> dict[str, list[Labels]]:
     return found
 
 
-def _translation(before: Record, after: Record, cuts: Sequence[Cut]) -> tuple[Labels, Labels]:
-    """Which old labels stay, and the old label of every new one."""
+def _translation(
+    before: Record, after: Record, cuts: Sequence[Cut]
+) -> tuple[Labels, Labels, Labels]:
+    """Which old labels stay, which of them stay alone, and the old label of every new one."""
     kept = np.ones(before.sources.count, dtype=bool)
     first = {(each.tensor, each.dim): each for each in before.sources.dims}
     for cut in cuts:
@@ -61,6 +63,10 @@ def _translation(before: Record, after: Record, cuts: Sequence[Cut]) -> tuple[La
                 gone = np.ones(dim.size, dtype=bool)
                 gone[[entry[0] for entry in slot.sources]] = False
                 kept[dim.first : dim.first + dim.size][gone] = False
+    alone = np.zeros_like(kept)
+    for dim in before.sources.dims:
+        mine = slice(dim.first, dim.first + dim.size)
+        alone[mine] = kept[mine] & (kept[mine].sum() == 1)
     old_label = np.zeros(after.sources.count, dtype=np.int64)
     for new in after.sources.dims:
         dim = first.get((new.tensor, new.dim))
@@ -70,4 +76,4 @@ def _translation(before: Record, after: Record, cuts: Sequence[Cut]) -> tuple[La
         labels = labels[kept[labels]]
         if len(labels) == new.size:
             old_label[new.first : new.first + new.size] = labels
-    return kept, old_label
+    return kept, alone, old_label

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 
 from slimcli.errors import Problem, RecipeError
-from slimcli.network.structure.structure import Group, Structure
+from slimcli.network.structure.structure import Group, Site, Structure
 
 STRATEGIES = ("linear_bn", "all_bn", "linear_conv", "all_conv")
 
@@ -82,10 +82,10 @@ def _why_not(group: Group, names: set[str]) -> Problem | None:
         names = names | {
             name for site in group.sites[:1] for name in (site.conv, site.norm) if name
         }
-    missing = [site for site in group.sites if not {site.conv, site.norm} & names]
+    missing = [site for site in group.sites if not _names_of(site, group) & names]
     if not missing:
         return None
-    everything = ", ".join(site.norm or site.conv for site in group.sites)
+    everything = ", ".join(site.norm or site.conv or group.name for site in group.sites)
     on_the_way = len(missing) == len(group.sites)
     what = (
         f"{min(names)} has no channels of its own: it follows {everything}"
@@ -93,6 +93,11 @@ def _why_not(group: Group, names: set[str]) -> Problem | None:
         else f"{min(names)} splits a coupled group of {len(group.sites)} layers"
     )
     return Problem("E-STRUCTURE-COUPLED", what, fix=f"name all of {everything}")
+
+
+def _names_of(site: Site, group: Group) -> set[str]:
+    """What a place can be called; a bare parameter has the name of its group only."""
+    return {name for name in (site.conv, site.norm) if name} or {group.name}
 
 
 def _unknown(name: str, known: dict[str, list[Group]]) -> Problem:

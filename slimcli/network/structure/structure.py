@@ -46,8 +46,10 @@ class LayerRow:
         name: Module path (or tensor name where no module is called).
         type: Class name.
         channels: Outputs.
-        group: Name of the group its outputs belong to; empty for none.
+        group: Name of the group its outputs belong to, the first of several; empty for none.
         frozen_reason: Empty if (some of) its outputs can be pruned.
+        parts: (name of a group, outputs in it) for every group; a depthwise conv behind a
+            concatenation has outputs in several.
     """
 
     name: str
@@ -55,6 +57,7 @@ class LayerRow:
     channels: int
     group: str
     frozen_reason: str
+    parts: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,14 @@ class Structure:
                 )
             total += scale
         return total // self.samples
+
+    def outputs_with(self, layer: LayerRow, widths: Mapping[str, int]) -> int:
+        """Outputs of a layer if groups keep this many channels; groups not named keep all."""
+        gone = 0
+        for name, count in layer.parts:
+            size = self.group(name).size
+            gone += count // size * (size - widths.get(name, size))
+        return layer.channels - gone
 
     def group(self, name: str) -> Group:
         """The group of this name.
