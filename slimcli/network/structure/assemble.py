@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from slimcli.network.structure.structure import (
 )
 
 NO_CHANNELS = "its outputs carry no channels"
+TIED = "one tensor dimension both makes and reads these channels"
 UNFOLLOWED = "its weight is computed in a way that tells nothing about its channels"
 
 
@@ -109,6 +111,7 @@ def _group(
             consumers.append(slot)
         else:
             followers.append(slot)
+    both = any(number in writing and number in reading for number, _ in raw.slots)
     constants = tuple(
         (consumer.path, by_number[number])
         for consumer in flow.constant_readers
@@ -128,7 +131,16 @@ def _group(
         zero_reason=zero_reason,
         constants=() if zero_reason else constants,
         is_placeable=all(site.conv for site in sites),
+        duplicate_reason=TIED if both else _not_additive(record, by_number.keys() & reading, dims),
     )
+
+
+def _not_additive(record: Record, reading: Collection[int], dims: Dims) -> str:
+    """Why entries of these weights can't be added up; empty if they can."""
+    for labels, reason in record.not_additive:
+        if not dims.of(labels).isdisjoint(reading):
+            return reason
+    return ""
 
 
 def _hopeless(raw: RawGroup, flow: Flow) -> str:
@@ -169,11 +181,7 @@ def _duplicate_reasons(record: Record, grouping: Grouping) -> dict[int, str]:
 
 
 def _with_duplicates(group: Group, reason: str) -> Group:
-    if group.frozen_reason:
-        reason = group.frozen_reason
-    both = {(s.tensor, s.dim) for s in group.producers + group.followers}
-    if not reason and any((slot.tensor, slot.dim) in both for slot in group.consumers):
-        reason = "one tensor dimension both makes and reads these channels"
+    reason = group.frozen_reason or reason or group.duplicate_reason
     frozen = group.frozen_reason or (group.zero_reason if reason else "")
     return replace(group, exact_duplicate=not reason, duplicate_reason=reason, frozen_reason=frozen)
 

@@ -84,9 +84,11 @@ def output_tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]
         children = list(value)
     elif is_dataclass(value) and not isinstance(value, type):
         children = [getattr(value, each.name) for each in fields(value)]
-    elif isinstance(value, nn.Module) or not hasattr(value, "__dict__"):
+    elif isinstance(value, nn.Module):
         children = []
     else:
-        children = list(vars(value).values())
+        slots = [name for kind in type(value).__mro__ for name in vars(kind).get("__slots__", ())]
+        children = [getattr(value, name, None) for name in slots if isinstance(name, str)]
+        children += vars(value).values() if hasattr(value, "__dict__") else []
     for child in children:
         yield from output_tensors(child, seen)

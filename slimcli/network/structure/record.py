@@ -105,6 +105,8 @@ class Record:
         hands: Path of every module that ran -> what its forward had in its hands.
         reads: (path of the module that ran, the user's line) where Python got a tensor's value.
         unseen: Paths of layers that did not run.
+        not_additive: Labels of weights that are computed by a function that is no sum of its parts,
+            and its name: where such a weight reads equal channels, they can't be merged.
     """
 
     sources: Sources
@@ -119,6 +121,7 @@ class Record:
     lines: list[tuple[str, Labels]] = field(default_factory=list)
     macs: list[MacTerm] = field(default_factory=list)
     no_duplicates: list[tuple[Labels, str]] = field(default_factory=list)
+    not_additive: list[tuple[Labels, str]] = field(default_factory=list)
     layers: dict[str, Labels] = field(default_factory=dict)
     rule_errors: list[str] = field(default_factory=list)
     static_calls: int | None = None

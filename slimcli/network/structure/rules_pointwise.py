@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,10 +16,12 @@ from slimcli.network.structure.planes import (
     SHIFT,
     active_axes,
     broadcast,
+    entries,
     labels_of,
     nodes_of,
     pack,
 )
+from slimcli.network.structure.producing import weights_only
 from slimcli.network.structure.record import Record
 from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule, flat_tensors
 
@@ -95,6 +98,7 @@ def _merge_group(
         if index not in have and any(sizes[axis] > 1 for axis in axes):
             op.freeze_planes(planes, "channels meet a tensor of fixed size")
             return None
+    _note_weights(op, tensors, group)
     if len(planes) == 1 and len(tensors) == 1:
         keeps_zero, _ = probe(op, [0], tensors)
         if keeps_zero:
@@ -111,6 +115,28 @@ def _merge_group(
         op.record.tie(wide[0], other, "channels meet fixed values")
     nodes = _combined(op, tensors, [index for index, _ in group], wide)
     return pack(labels_of(wide[0]), nodes)
+
+
+def _note_weights(op: Op, tensors: Sequence[Tensor], group: list[tuple[int, Tensor]]) -> None:
+    """Remembers weights computed by f where f(a + b) is not f(a) + f(b)."""
+    is_weight = weights_only(op)
+    if all(is_weight(plane) for _, plane in group):
+        places = sorted({index for index, _ in group})
+        if not _is_additive(op, places, tensors):
+            reason = f"{op.name} of a weight is no sum over merged channels"
+            op.record.not_additive += [(entries(labels_of(plane)), reason) for _, plane in group]
+
+
+def _is_additive(op: Op, places: Sequence[int], tensors: Sequence[Tensor]) -> bool:
+    key = ("additive", _signature(op), tuple(places), tuple(each.dtype for each in tensors))
+    if key not in _PROBES:
+        a = torch.tensor([0.7, -1.3, 2.1, 0.4], dtype=torch.float64)
+        b = torch.tensor([0.2, 0.9, -1.6, 1.1], dtype=torch.float64)
+        tried = [_evaluated(op, places, inner, a) for inner in (a, b, a + b)]
+        found = [each.double() for each in tried if each is not None and each.is_floating_point()]
+        is_sum = len(found) == 3 and bool(torch.isclose(found[0] + found[1], found[2]).all())
+        _PROBES[key] = (is_sum, True)
+    return _PROBES[key][0]
 
 
 def _own_sizes(tensor: Tensor) -> tuple[int, ...]:
@@ -149,25 +175,35 @@ def probe(op: Op, zeros: Sequence[int], tensors: Sequence[Tensor]) -> tuple[bool
     Returns:
         (is zero, could be tried).
     """
-    scalars = repr([a for a in op.args if not isinstance(a, (Tensor, list, tuple))])
-    scalars += repr(
-        {k: v for k, v in op.kwargs.items() if not isinstance(v, (Tensor, torch.Generator))}
-    )
     dtypes = tuple(tensor.dtype for tensor in tensors)
-    key = (op.func.name(), tuple(zeros), dtypes, scalars)
+    key = (_signature(op), tuple(zeros), dtypes)
     if key not in _PROBES:
         _PROBES[key] = _try(op, zeros, tensors)
     return _PROBES[key]
 
 
+def _signature(op: Op) -> tuple[str, str]:
+    """The operator with its arguments that are no tensors."""
+    scalars = repr([a for a in op.args if not isinstance(a, (Tensor, list, tuple))])
+    scalars += repr(
+        {k: v for k, v in op.kwargs.items() if not isinstance(v, (Tensor, torch.Generator))}
+    )
+    return op.func.name(), scalars
+
+
 def _try(op: Op, zeros: Sequence[int], tensors: Sequence[Tensor]) -> tuple[bool, bool]:
-    position = iter(range(len(tensors)))
+    values = torch.tensor([0.7, -1.3, 2.1, 0.4], dtype=torch.float64)
+    result = _evaluated(op, zeros, torch.zeros_like(values), values)
+    return (False, False) if result is None else (not bool(result.any()), True)
+
+
+def _evaluated(op: Op, places: Sequence[int], inner: Tensor, outer: Tensor) -> Tensor | None:
+    """The result with one value in these operands and another in the others; None if it fails."""
+    position = itertools.count()
 
     def replaced(value: Any) -> Any:
         if isinstance(value, Tensor):
-            place = next(position)
-            values = torch.tensor([0.7, -1.3, 2.1, 0.4], dtype=torch.float64)
-            return (values * (place not in zeros)).to(value.dtype)
+            return (inner if next(position) in places else outer).to(value.dtype)
         if isinstance(value, (tuple, list)):
             return type(value)(replaced(each) for each in value)
         return value
@@ -175,10 +211,9 @@ def _try(op: Op, zeros: Sequence[int], tensors: Sequence[Tensor]) -> tuple[bool,
     args = replaced(op.args)
     kwargs = {key: replaced(value) for key, value in op.kwargs.items() if key != "device"}
     try:
-        result = next(flat_tensors(op.func(*args, **kwargs)))
+        return next(flat_tensors(op.func(*args, **kwargs)))
     except (RuntimeError, TypeError, ValueError, StopIteration):
-        return False, False
-    return not bool(result.any()), True
+        return None
 
 
 def copied(op: Op) -> Sequence[Planes]:

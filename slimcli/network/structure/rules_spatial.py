@@ -24,7 +24,8 @@ def averaged(op: Op) -> Sequence[Planes]:
     padding = op.arg(3, "padding", [0])
     counts = op.arg(5, "count_include_pad", True)
     planes = off_image(op, _image_axes(op.name))
-    if counts and any(padding if isinstance(padding, (list, tuple)) else [padding]):
+    uneven = op.arg(6, "divisor_override") is not None  # at the border fewer pixels are divided
+    if uneven or (counts and any(padding if isinstance(padding, (list, tuple)) else [padding])):
         planes = bordered(op, planes, is_zero=True)
     return [planes]
 
@@ -62,8 +63,9 @@ def padded(op: Op) -> Sequence[Planes]:
             along |= here and any(pads[2 * place : 2 * place + 2])
             spec += pads[2 * place : 2 * place + 2] if here else [0, 0]
         wide = torch.constant_pad_nd(plane, spec, 0) if along else plane
-        elsewhere = spec != pads
-        result += bordered(op, (wide,), is_zero=value == 0) if elsewhere else (wide,)
+        # Pads of zero are those of this example: another image may get a border here.
+        only_channels = along and spec == pads
+        result += (wide,) if only_channels else bordered(op, (wide,), is_zero=value == 0)
     return [result]
 
 

@@ -17,6 +17,9 @@ from slimcli.network.structure.structure import Group, Structure
 from slimcli.network.structure.traced import Traced
 from slimcli.network.structure.trial import Failure, Trial
 
+FEW = 4
+"""So many groups at one line of code are tried alone before they are blamed for what it raises."""
+
 MAX_ROUNDS = 60
 """Each round freezes something or changes a choice; after so many all is refused."""
 
@@ -131,6 +134,8 @@ def _learn(
     """Draws the consequence from a failed trial of all groups."""
     pool = Pool(search.record, structure, grouping)
     at_line = pool.at_lines({failure.line}) if failure.line else []
+    if 1 < len(at_line) <= FEW:  # one line may do several things
+        at_line = [g for g in at_line if trial.attempt([g]) is not None] or at_line
     for group in at_line:
         search.blame(pool.labels(group), failure, failure.line)
     if at_line:

@@ -134,7 +134,7 @@ class Calls:
         }
 
 
-_ORDER_DEPENDENT = frozenset(
+ORDER_DEPENDENT = frozenset(
     ("nonzero", "masked_select", "topk", "sort", "argsort", "unique2", "torchvision::nms")
 )
 
@@ -215,7 +215,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _note_reading(self, name: str) -> None:
         """Remembers operators whose result depends on the order of values, or is read by Python."""
-        if name in _ORDER_DEPENDENT and self.record.static_calls is None:
+        if name in ORDER_DEPENDENT and self.record.static_calls is None:
             self.record.static_calls = self.calls.mixing_entered
         if name in _READS:
             self.record.reads.append((self.calls.top()[0], user_line.current()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimcli.errors import SlimError
 from slimcli.network import surgery
@@ -40,6 +42,7 @@ from slimcli.network.structure.rehearse import rehearse
 from slimcli.network.structure.run import run_traced
 from slimcli.network.structure.sources import Sources
 from slimcli.network.structure.structure import Group
+from slimcli.network.structure.trace import ORDER_DEPENDENT, base_name, flat_tensors
 from slimcli.network.structure.traced import Traced
 
 LIMITS = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -110,6 +113,44 @@ def _watched(model: nn.Module, log: _Log) -> Iterator[None]:
             handle.remove()
 
 
+@dataclass(frozen=True)
+class Ran:
+    """What a run gave.
+
+    Attributes:
+        final: Tensors of the prediction.
+        layers: Outputs of uncut layers, in front of the first operator that sorts or picks.
+        picks: What such operators picked.
+    """
+
+    final: list[Tensor]
+    layers: list[Tensor]
+    picks: list[Tensor]
+
+    def picks_as(self, other: Ran) -> bool:
+        """Did both runs pick the same places?"""
+        return len(self.picks) == len(other.picks) and all(
+            map(torch.equal, self.picks, other.picks)
+        )
+
+
+class Picks(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps the places that sorting and picking operators found."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[Tensor] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Executes the operator."""
+        output = func(*args, **(kwargs or {}))
+        if base_name(func)[0] in ORDER_DEPENDENT:
+            self.found += [t for t in flat_tensors(output) if not t.is_floating_point()]
+        return output
+
+
 class Trial:
     """Cuts groups on copies of a model and compares.
 
@@ -141,29 +182,31 @@ class Trial:
         unequal(model, self._random)
         return model
 
-    def run(self, model: nn.Module, record: Record | None = None) -> list[Tensor]:
-        """The model's output tensors, same random numbers every time.
-
-        Where sorting or suppression makes the output jump (detectors), the outputs of the uncut
-        layers before that instead.
+    def run(self, model: nn.Module, record: Record | None = None) -> Ran:
+        """Runs the model, same random numbers every time.
 
         Args:
             model: Run as it is.
             record: Its channels are followed into this.
         """
         self._log.calls, self._log.outputs = 0, []
-        with torch.no_grad(), preserved_randomness(), without_fast_path():
+        picks = Picks()
+        with torch.no_grad(), preserved_randomness(), without_fast_path(), picks:
             torch.manual_seed(0)
             if record is None:
                 prediction = self._example.run(model)
             else:
                 prediction = run_traced(model, self._example, record).output
-        return self._log.outputs if self._log.limit else list(output_tensors(prediction))
+        return Ran(list(output_tensors(prediction)), self._log.outputs, picks.found)
 
-    def _run_zeroed(self, model: nn.Module) -> list[Tensor] | None:
+    def _run_zeroed(self, model: nn.Module) -> Ran | None:
         """The same; None where the user's code wants float32 and everything must begin again."""
         try:
-            return self.run(model)
+            ran = self.run(model)
+            if not self._log.limit and not any(each.is_floating_point() for each in ran.final):
+                self._log.limit = sys.maxsize  # class numbers tell little: layers tell more
+                ran = self.run(model)
+            return ran
         except Exception as error:  # the user's code fixes a dtype
             if self._dtype == torch.float32:
                 raise error
@@ -236,7 +279,19 @@ class Trial:
         self._rechecks = True
         return Failure(f"the channels do not arrive at {path} in the predicted order", "", path)
 
-    def _compare(self, zeroed: Sequence[Tensor], cut: Sequence[Tensor]) -> Failure | None:
+    def _compare(self, zeroed: Ran, cut: Ran) -> Failure | None:
+        """Where sorting or suppression makes the output jump, the layers before that count.
+
+        If both runs picked the same, the output counts, too.
+        """
+        failure = None
+        if self._log.limit:
+            failure = self._compare_all(zeroed.layers, cut.layers)
+        if failure is None and (not self._log.limit or zeroed.picks_as(cut)):
+            failure = self._compare_all(zeroed.final, cut.final)
+        return failure
+
+    def _compare_all(self, zeroed: Sequence[Tensor], cut: Sequence[Tensor]) -> Failure | None:
         if len(zeroed) != len(cut):
             return Failure("the number of outputs changes")
         for before, after in zip(zeroed, cut, strict=True):
@@ -247,7 +302,11 @@ class Trial:
             if not before.numel():
                 continue
             before, after = before.to(torch.float64), after.to(torch.float64)
-            if not bool(torch.isfinite(before).all()):
+            finite = torch.isfinite(before)
+            if not bool((finite == torch.isfinite(after)).all()):
+                return Failure("other outputs are infinite or not a number")
+            before, after = before[finite], after[finite]
+            if not before.numel():
                 continue
             size = max(float(before.abs().max()), 1e-30)
             difference = float((before - after).abs().max()) / size
@@ -324,8 +383,10 @@ def unequal(model: nn.Module, random: torch.Generator) -> None:
 
 
 def _is_uniform(tensor: Tensor) -> bool:
-    if tensor.numel() < 2 or not tensor.is_floating_point():
+    if not tensor.numel() or not tensor.is_floating_point():
         return False
+    if tensor.numel() == 1:  # a gate that starts at zero would hide what lies behind it
+        return not bool(tensor.any())
     flat = tensor.flatten()
     return bool(flat[0] == flat[-1]) and bool((flat == flat[0]).all())
 
