@@ -104,7 +104,7 @@ def build_torchvision(name: str) -> tuple[Any, Any]:
         return model, [torch.rand(3, 96, 96), torch.rand(3, 96, 96)]
     if ".video" in task:
         frames = 16 if "mvit" in name or "s3d" in name else 4
-        side = 224 if "mvit" in name else 64
+        side = 224 if "mvit" in name or name == "s3d" else 64
         return model, torch.rand(2, 3, frames, side, side)
     sides = {"inception_v3": 299, "maxvit_t": 224, "alexnet": 96, "vit_h_14": 224}
     # inception_v3: its auxiliary head, which runs in training only, needs an image of full size

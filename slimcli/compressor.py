@@ -213,14 +213,6 @@ class Refusal:
     is_for_any_model: bool = False
 
 
-def state_refusals(schedule: Schedule) -> list[Refusal]:
-    """For algorithms that cut tensors while training: can the optimizer's state follow?"""
-    if not schedule.state_misfit or not schedule.epochs:
-        return []
-    fix = "hooks.optimizer_generator: an optimizer whose state has the parameter's shape"
-    return [Refusal(schedule.state_misfit, fix=fix, is_for_any_model=True)]
-
-
 @dataclass
 class Plan:
     """What an algorithm will do to this model under this schedule.

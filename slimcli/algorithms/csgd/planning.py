@@ -22,11 +22,12 @@ from slimcli.algorithms.csgd.collapse import Collapse, Start, find_collapse
 from slimcli.algorithms.csgd.config import CSGDConfig
 from slimcli.algorithms.csgd.selection import explain_nothing, find_groups
 from slimcli.algorithms.csgd.ties import Tie, distance, distance_in
-from slimcli.compressor import Goal, LayerPlan, Plan, Schedule, state_refusals
+from slimcli.compressor import Goal, LayerPlan, Plan, Schedule
 from slimcli.network.cuts import Slot
 from slimcli.network.example import Example
 from slimcli.network.fuse import norm_as_scale
 from slimcli.network.structure import Group, Structure, analyze
+from slimcli.optimizer_refusals import state_refusals
 
 
 @dataclass(frozen=True)

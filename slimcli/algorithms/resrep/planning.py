@@ -13,10 +13,11 @@ from slimcli.algorithms.resrep.config import ResRepConfig
 from slimcli.algorithms.resrep.pacing import Pace, base_strength, distances, find_pace
 from slimcli.algorithms.resrep.selection import Limits, minimum_widths, updates_needed
 from slimcli.algorithms.resrep.targets import Target, find_targets
-from slimcli.compressor import Goal, LayerPlan, Plan, Refusal, Schedule, state_refusals
+from slimcli.compressor import Goal, LayerPlan, Plan, Refusal, Schedule
 from slimcli.network.example import Example
 from slimcli.network.structure import Structure, analyze
 from slimcli.network.widths import LEFT_ALONE, by_reason, fits, kept, ratios_of, reasons_by_name
+from slimcli.optimizer_refusals import state_refusals
 
 
 @dataclass(frozen=True)
