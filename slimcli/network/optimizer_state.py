@@ -6,13 +6,14 @@ shape with averaged dimensions of size one), numbers, and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from slimcli.errors import Problem, RunError
+from slimcli.network.nested import tensors_in
 from slimcli.network.selection import Sources, select
 
 
@@ -80,18 +81,6 @@ def insert_after(
                     if names in group:
                         group[names].insert(place + 1, name)
                 return
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested lists, tuples and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from tensors_in(each)
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from tensors_in(each)
 
 
 def _has_entries(value: Tensor, parameter: Tensor, dim: int) -> bool:

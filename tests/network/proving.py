@@ -12,6 +12,7 @@ from slimcli.network import surgery
 from slimcli.network.example import Example
 from slimcli.network.structure import Group, Structure, analyze, zero_channels
 from slimcli.network.structure.modes import output_tensors
+from slimcli.network.structure.rehearse import equalize_channels
 from slimcli.network.structure.trial import to_dtype, unequal
 
 from . import structures
@@ -61,6 +62,16 @@ def zeroed_and_cut(
     zeroed = outputs(other, example)
     surgery.apply(other, cuts, example=example)
     return difference(zeroed, outputs(other, example)), difference(zeroed, outputs(model, example))
+
+
+def merge_difference(model: nn.Module, example: Example, group: Group) -> float:
+    """Difference that merging pairs of equal channels of a group makes."""
+    twins, half = copy.deepcopy(model), group.size // 2
+    clusters = [[channel, channel + half] for channel in range(half)]
+    equalize_channels(twins, group, clusters)
+    before = outputs(twins, example)
+    surgery.apply(twins, [group.merge(clusters)], example=example)
+    return difference(before, outputs(twins, example))
 
 
 def prunable(structure: Structure) -> list[Group]:

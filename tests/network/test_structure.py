@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.library import custom_op
+from torch import Tensor, library, nn
 
 from slimcli.errors import RecipeError
 from slimcli.network import surgery
@@ -251,7 +250,7 @@ def test_a_size_fixed_in_the_users_code_freezes_with_its_line(how: str, line: st
     assert structure.group("stem.1").is_prunable
 
 
-@custom_op("structures::scale", mutates_args=())
+@library.custom_op("structures::scale", mutates_args=())
 def scale(x: Tensor) -> Tensor:
     return x * 2
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 
@@ -11,13 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimcli.network import surgery
 from slimcli.network.example import Example
 from slimcli.network.structure import Structure, analyze
-from slimcli.network.structure.rehearse import equalize_channels
 
 from . import structures
-from .proving import EXACT, difference, outputs, prepared, prunable, zeroed_and_cut
+from .proving import EXACT, merge_difference, prepared, prunable, zeroed_and_cut
 
 
 class Scaled(structures.Net):
@@ -131,13 +128,7 @@ def merged(model: nn.Module, batch: Tensor) -> Structure:
     structure = analyze(model, example)
     for group in structure.groups:
         if group.exact_duplicate:
-            twins = copy.deepcopy(model)
-            half = group.size // 2
-            clusters = [[channel, channel + half] for channel in range(half)]
-            equalize_channels(twins, group, clusters)
-            before = outputs(twins, example)
-            surgery.apply(twins, [group.merge(clusters)], example=example)
-            assert difference(before, outputs(twins, example)) <= EXACT
+            assert merge_difference(model, example, group) <= EXACT
     return structure
 
 

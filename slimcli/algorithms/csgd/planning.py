@@ -22,12 +22,12 @@ from slimcli.algorithms.csgd.collapse import Collapse, Start, find_collapse
 from slimcli.algorithms.csgd.config import CSGDConfig
 from slimcli.algorithms.csgd.selection import explain_nothing, find_groups
 from slimcli.algorithms.csgd.ties import Tie, distance, distance_in
-from slimcli.compressor import Goal, LayerPlan, Plan, Schedule
+from slimcli.compressor import Goal, Plan, Schedule
 from slimcli.network.cuts import Slot
 from slimcli.network.example import Example
 from slimcli.network.fuse import norm_as_scale
 from slimcli.network.structure import Group, Structure, analyze
-from slimcli.optimizer_refusals import state_refusals
+from slimcli.pruning_plans import layer_plans, state_refusals
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def make_plan(config: CSGDConfig, model: nn.Module, example: Example, schedule: 
             for name in widths
         }
     kept = {name: len(each) for name, each in clusters.items()}
-    plan.layers = _layers(structure, kept, reasons)
+    plan.layers = layer_plans(structure, kept, reasons)
     if kept:
         plan.goal = Goal("macs", float(structure.macs_with(kept)))
         plan.notes += removal_notes(sizes, kept)
@@ -139,20 +139,6 @@ def _scale_behind(model: nn.Module, norm: str, rows: int) -> Tensor | None:
         return None
     scale = norm_as_scale(module)[0].cpu()
     return scale if len(scale) == rows else None
-
-
-def _layers(
-    structure: Structure, kept: Mapping[str, int], reasons: Mapping[str, str]
-) -> list[LayerPlan]:
-    """One row a layer of the structure."""
-    rows = []
-    for layer in structure.layers:
-        lowest = structure.outputs_with(layer, kept)
-        reason = layer.frozen_reason or reasons.get(layer.group, "") or "not selected"
-        if any(name in kept for name, _ in layer.parts):
-            reason = ""
-        rows.append(LayerPlan(layer.name, layer.type, layer.channels, lowest, layer.group, reason))
-    return rows
 
 
 def _collapse(

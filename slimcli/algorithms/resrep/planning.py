@@ -13,11 +13,11 @@ from slimcli.algorithms.resrep.config import ResRepConfig
 from slimcli.algorithms.resrep.pacing import Pace, base_strength, distances, find_pace
 from slimcli.algorithms.resrep.selection import Limits, minimum_widths, updates_needed
 from slimcli.algorithms.resrep.targets import Target, find_targets
-from slimcli.compressor import Goal, LayerPlan, Plan, Refusal, Schedule
+from slimcli.compressor import Goal, Plan, Refusal, Schedule
 from slimcli.network.example import Example
 from slimcli.network.structure import Structure, analyze
 from slimcli.network.widths import LEFT_ALONE, by_reason, fits, kept, ratios_of, reasons_by_name
-from slimcli.optimizer_refusals import state_refusals
+from slimcli.pruning_plans import layer_plans, state_refusals
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def make_plan(config: ResRepConfig, model: nn.Module, example: Example, schedule
     lowest = minimum_widths(sizes, limits)
     plan = Plan(
         targets=list(sizes),
-        layers=_layers(structure, sizes, lowest, reasons),
+        layers=layer_plans(structure, lowest, reasons),
         macs=structure.macs,
         params=sum(parameter.numel() for parameter in model.parameters()),
         reachable_macs=structure.macs_with(lowest),
@@ -182,23 +182,6 @@ def masked_strength(
     reach = budget.reach(rates, config.compactor_momentum)
     needed = budget.strength_needed(reach[0], norm)
     return max(base, needed) if math.isfinite(needed) else base
-
-
-def _layers(
-    structure: Structure,
-    sizes: Mapping[str, int],
-    lowest: Mapping[str, int],
-    reasons: Mapping[str, str],
-) -> list[LayerPlan]:
-    """One row a layer; frozen ones with the reason."""
-    rows = []
-    for layer in structure.layers:
-        minimum = structure.outputs_with(layer, lowest)
-        reason = layer.frozen_reason or reasons.get(layer.group, "") or "not selected"
-        if any(name in sizes for name, _ in layer.parts):
-            reason = ""
-        rows.append(LayerPlan(layer.name, layer.type, layer.channels, minimum, layer.group, reason))
-    return rows
 
 
 def _nothing_to_prune(

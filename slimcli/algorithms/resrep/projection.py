@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from slimcli.algorithms.resrep.bundles import Bundles
 from slimcli.network.example import Example
+from slimcli.network.nested import tensors_in
 
 
 def project(groups: Sequence[Bundles], model: nn.Module, example: Example) -> dict[str, float]:
@@ -42,19 +42,3 @@ def outputs(model: nn.Module, example: Example) -> list[Tensor]:
     for module, mode in modes.items():
         module.training = mode
     return [each.cpu().double() for each in tensors_in(prediction) if each.is_floating_point()]
-
-
-def tensors_in(value: Any) -> Iterable[Tensor]:
-    """Every tensor in nested tuples, lists and dicts.
-
-    >>> [tensor.item() for tensor in tensors_in({"a": [torch.tensor(1)], "b": torch.tensor(2)})]
-    [1, 2]
-    """
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from tensors_in(each)
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from tensors_in(each)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slimcli.network.nested import tensors_in
 from slimcli.network.structure.nodes import Kind, Node
 from slimcli.network.structure.planes import broadcast, entries, labels_of, pack
 from slimcli.network.structure.producing import (
@@ -23,7 +24,7 @@ from slimcli.network.structure.record import Consumer, MacTerm
 from slimcli.network.structure.rules_conv import FIXED_INPUT, FIXED_WEIGHT
 from slimcli.network.structure.rules_norm import one_of_each
 from slimcli.network.structure.rules_pointwise import combine_nodes, map_nodes, pointwise
-from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule, flat_tensors
+from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule
 
 
 def product(op: Op) -> Sequence[Planes]:
@@ -262,7 +263,7 @@ def embedding(op: Op) -> Sequence[Planes]:
     """Rows of a table, or sums of them: its last dimension produces channels."""
     weight, index = op.args[0], op.args[1]
     op.freeze([index], "channels are used as an index")
-    output = next(flat_tensors(op.output))
+    output = next(tensors_in(op.output))
     for plane in op.planes(weight):
         if plane.shape[-1] > 1:
             labels = labels_of(plane).reshape([1] * (output.dim() - 1) + [-1])

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimcli.network.nested import tensors_in
 from slimcli.network.structure import user_line
 from slimcli.network.structure.planes import (
     entries,
@@ -20,7 +21,7 @@ from slimcli.network.structure.planes import (
     view,
 )
 from slimcli.network.structure.record import Split
-from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule, flat_tensors
+from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule
 
 
 def same(op: Op) -> Sequence[Planes]:
@@ -48,10 +49,10 @@ def restrided(op: Op) -> Sequence[Planes]:
 def executed(op: Op) -> Sequence[Planes]:
     """The operator itself is run on each plane."""
     tensor, rest, kwargs = op.args[0], op.args[1:], op.kwargs
-    outputs = [NO_PLANES for _ in flat_tensors(op.output)]
+    outputs = [NO_PLANES for _ in tensors_in(op.output)]
     for plane in op.planes(tensor):
         moved = op.func(plane.expand(tensor.shape), *rest, **kwargs)
-        for index, each in enumerate(flat_tensors(moved)):
+        for index, each in enumerate(tensors_in(moved)):
             outputs[index] += (squeeze_equal(each),)
     return outputs
 
@@ -104,7 +105,7 @@ def divided(op: Op) -> Sequence[Planes]:
     """Split and chunk: equal blocks shrink together; unequal ones are constants in the code."""
     tensor = op.args[0]
     axis = op.arg(2, "dim", 0) % tensor.dim()
-    sizes = [each.shape[axis] for each in flat_tensors(op.output)]
+    sizes = [each.shape[axis] for each in tensors_in(op.output)]
     planes: Planes = NO_PLANES
     for plane in op.planes(tensor):
         if plane.shape[axis] > 1 and len(sizes) > 1:
@@ -120,10 +121,10 @@ def divided(op: Op) -> Sequence[Planes]:
 def moved_planes(op: Op, planes: Planes) -> Sequence[Planes]:
     """The operator run on these planes of its first argument."""
     tensor = op.args[0]
-    outputs = [NO_PLANES for _ in flat_tensors(op.output)]
+    outputs = [NO_PLANES for _ in tensors_in(op.output)]
     for plane in planes:
         moved = op.func(plane.expand(tensor.shape), *op.args[1:], **op.kwargs)
-        for index, each in enumerate(flat_tensors(moved)):
+        for index, each in enumerate(tensors_in(moved)):
             outputs[index] += (squeeze_equal(each),)
     return outputs
 

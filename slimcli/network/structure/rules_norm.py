@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from slimcli.network.nested import tensors_in
 from slimcli.network.structure.nodes import Kind, Node
 from slimcli.network.structure.planes import (
     Labels,
@@ -19,7 +20,7 @@ from slimcli.network.structure.planes import (
 )
 from slimcli.network.structure.record import Consumer, Record
 from slimcli.network.structure.rules_pointwise import combine_nodes, map_nodes
-from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule, affine_node, flat_tensors
+from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule, affine_node
 
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
@@ -181,7 +182,7 @@ def reduced(op: Op) -> Sequence[Planes]:
         if not keepdim:
             moved = moved.reshape([n for axis, n in enumerate(moved.shape) if axis not in axes])
         result += (moved,)
-    return [result for _ in flat_tensors(op.output)]
+    return [result for _ in tensors_in(op.output)]
 
 
 def _consume(op: Op, plane: Tensor) -> None:
@@ -227,7 +228,7 @@ def _node_of_reduction(op: Op, plane: Tensor) -> Tensor:
 
 
 def _keeps(op: Op) -> bool:
-    first = next(flat_tensors(op.output))
+    first = next(tensors_in(op.output))
     return bool(first.dim() == op.args[0].dim())
 
 
@@ -258,7 +259,7 @@ def accumulated(op: Op) -> Sequence[Planes]:
             op.freeze_planes([plane], f"{op.name} over channels")
         else:
             result += (map_nodes(op.record, plane, node),)
-    return [result for _ in flat_tensors(op.output)]
+    return [result for _ in tensors_in(op.output)]
 
 
 def sorted_along(op: Op) -> Sequence[Planes]:
@@ -270,10 +271,10 @@ def sorted_along(op: Op) -> Sequence[Planes]:
     if axis is None or any(plane.shape[axis] > 1 for plane in planes):
         op.freeze_planes(planes, f"{op.name} over channels")
         return []
-    first = next(flat_tensors(op.output))
+    first = next(tensors_in(op.output))
     if first.dim() != tensor.dim():
         planes = tuple(plane.squeeze(axis) for plane in planes)
-    return [planes for _ in flat_tensors(op.output)]
+    return [planes for _ in tensors_in(op.output)]
 
 
 _REDUCTIONS = """

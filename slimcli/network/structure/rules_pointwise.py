@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slimcli.network.nested import tensors_in
 from slimcli.network.structure.nodes import Kind, Node
 from slimcli.network.structure.planes import (
     LABEL_MASK,
@@ -23,7 +24,7 @@ from slimcli.network.structure.planes import (
 )
 from slimcli.network.structure.producing import weights_only
 from slimcli.network.structure.record import Record
-from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule, flat_tensors
+from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule
 
 _PROBES: dict[Any, tuple[bool, bool]] = {}
 
@@ -55,7 +56,7 @@ def combine_nodes(planes: Sequence[Tensor], function: Callable[[tuple[int, ...]]
 
 def pointwise(op: Op) -> Sequence[Planes]:
     """Any pointwise operator."""
-    output = next(flat_tensors(op.output), None)
+    output = next(tensors_in(op.output), None)
     if output is None:
         return []
     return [merged(op, op.tensors(), output.dim())]
@@ -211,7 +212,7 @@ def _evaluated(op: Op, places: Sequence[int], inner: Tensor, outer: Tensor) -> T
     args = replaced(op.args)
     kwargs = {key: replaced(value) for key, value in op.kwargs.items() if key != "device"}
     try:
-        return next(flat_tensors(op.func(*args, **kwargs)))
+        return next(tensors_in(op.func(*args, **kwargs)))
     except (RuntimeError, TypeError, ValueError, StopIteration):
         return None
 

@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 
+from slimcli.network.nested import tensors_in
 from slimcli.network.structure.nodes import Kind, Node
 from slimcli.network.structure.rules_pointwise import map_nodes
-from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule, flat_tensors
+from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule
 
 
 def passing(op: Op) -> Sequence[Planes]:
     """Zero stays zero and a constant stays constant (max pooling, resizing, reflecting)."""
     planes = off_image(op, _image_axes(op.name))
-    return [planes for _ in flat_tensors(op.output)]
+    return [planes for _ in tensors_in(op.output)]
 
 
 def averaged(op: Op) -> Sequence[Planes]:
@@ -46,7 +47,7 @@ def regions(op: Op) -> Sequence[Planes]:
         else:
             kept += (plane,)
     planes = bordered(op, kept, is_zero=True)
-    return [planes for _ in flat_tensors(op.output)]
+    return [planes for _ in tensors_in(op.output)]
 
 
 def padded(op: Op) -> Sequence[Planes]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from slimcli.network import fuse
 from slimcli.network.example import Example
+from slimcli.network.nested import tensors_in
 from slimcli.network.structure import (
     rules_conv,
     rules_index,
@@ -24,7 +25,7 @@ from slimcli.network.structure.modes import output_tensors
 from slimcli.network.structure.producing import MIXING
 from slimcli.network.structure.record import Hands, Record
 from slimcli.network.structure.rules_pointwise import map_nodes
-from slimcli.network.structure.trace import Calls, Rule, Tracer, affine_node, flat_tensors
+from slimcli.network.structure.trace import Calls, Rule, Tracer, affine_node
 
 RULES: dict[str, Rule] = {
     **rules_pointwise.RULES,
@@ -109,7 +110,7 @@ def _watch_modules(model: nn.Module, tracer: Tracer) -> list[Any]:
 def _take(tracer: Tracer, path: str, value: Any) -> None:
     """The forward of the module at this path has these tensors in its hands."""
     hands = tracer.record.hands.setdefault(path, Hands())
-    for tensor in flat_tensors(value):
+    for tensor in tensors_in(value):
         planes = tracer.planes_of(tensor)
         if planes:
             hands.planes.append(planes)

@@ -9,7 +9,7 @@ An operation without a rule freezes the channels it touches.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from slimcli.network.nested import tensors_in
 from slimcli.network.structure import user_line
 from slimcli.network.structure.nodes import Kind, Node
 from slimcli.network.structure.planes import is_useful, squeeze_equal
@@ -61,7 +62,7 @@ class Op:
 
     def tensors(self) -> list[Tensor]:
         """All tensor arguments in order."""
-        return list(flat_tensors((self.args, self.kwargs)))
+        return list(tensors_in((self.args, self.kwargs)))
 
     def freeze(self, tensors: Sequence[Any], reason: str) -> None:
         """Freezes every channel of these arguments; the user's line is appended to the reason."""
@@ -186,7 +187,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Executes the operator, then its rule."""
         kwargs = kwargs or {}
         name, in_place = base_name(func)
-        inputs = list(flat_tensors((args, kwargs)))
+        inputs = list(tensors_in((args, kwargs)))
         for tensor in inputs:
             self.calls.used(tensor)
         labelled = [tensor for tensor in inputs if self.planes_of(tensor)]
@@ -194,8 +195,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._back_up(inputs[0])
         self._note_reading(name)
         output = func(*args, **kwargs)
-        self.ops.append((func.name(), tuple(each.shape for each in flat_tensors(output))))
-        if name in _BLANK:
+        self.ops.append((func.name(), tuple(each.shape for each in tensors_in(output))))
+        if name in _BLANK and output.layout == torch.strided:
             self._blank[output] = True
         planes = self._apply(Op(self, func, name, args, kwargs, output)) if labelled else ()
         if in_place and inputs:
@@ -206,7 +207,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if in_place and inputs:
             self._write(inputs[0], planes[0] if planes else NO_PLANES)
             return output
-        for tensor, each in zip(flat_tensors(output), planes, strict=False):
+        for tensor, each in zip(tensors_in(output), planes, strict=False):
             useful = tuple(plane for plane in each if is_useful(plane))
             if useful:
                 self._planes[tensor] = useful
@@ -241,7 +242,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _note_views(self, inputs: Sequence[Tensor], output: Any) -> None:
         """Remembers tensors that share memory, for writes into one of them."""
-        for result in flat_tensors(output):
+        for result in tensors_in(output):
             if result.layout != torch.strided:
                 continue
             storage = result.untyped_storage().data_ptr()
@@ -315,18 +316,6 @@ def base_name(func: Any) -> tuple[str, bool]:
     in_place = base.endswith("_") and not base.startswith("__")
     base = base[:-1] if in_place else base
     return (base if space == "aten" else f"{space}::{base}"), in_place
-
-
-def flat_tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for each in value:
-            yield from flat_tensors(each)
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from flat_tensors(each)
 
 
 def affine_node(record: Record, path: str) -> Callable[[int], int]:

@@ -27,6 +27,7 @@ from slimcli.errors import SlimError
 from slimcli.network import surgery
 from slimcli.network.cuts import Cut
 from slimcli.network.example import Example
+from slimcli.network.nested import tensors_in
 from slimcli.network.structure import user_line
 from slimcli.network.structure.modes import (
     output_tensors,
@@ -42,7 +43,7 @@ from slimcli.network.structure.rehearse import rehearse
 from slimcli.network.structure.run import run_traced
 from slimcli.network.structure.sources import Sources
 from slimcli.network.structure.structure import Group
-from slimcli.network.structure.trace import ORDER_DEPENDENT, base_name, flat_tensors
+from slimcli.network.structure.trace import ORDER_DEPENDENT, base_name
 from slimcli.network.structure.traced import Traced
 
 LIMITS = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -147,7 +148,7 @@ class Picks(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Executes the operator."""
         output = func(*args, **(kwargs or {}))
         if base_name(func)[0] in ORDER_DEPENDENT:
-            self.found += [t for t in flat_tensors(output) if not t.is_floating_point()]
+            self.found += [t for t in tensors_in(output) if not t.is_floating_point()]
         return output
 
 
@@ -191,7 +192,8 @@ class Trial:
         """
         self._log.calls, self._log.outputs = 0, []
         picks = Picks()
-        with torch.no_grad(), preserved_randomness(), without_fast_path(), picks:
+        watch = picks if self._log.limit else contextlib.nullcontext()
+        with torch.no_grad(), preserved_randomness(), without_fast_path(), watch:
             torch.manual_seed(0)
             if record is None:
                 prediction = self._example.run(model)
