@@ -10,7 +10,7 @@ import click
 
 from slimcli import console
 from slimcli.cli.arguments import RecipeCommand, overrides_argument, recipe_argument
-from slimcli.errors import GoalError, Problem
+from slimcli.errors import GoalError
 
 if TYPE_CHECKING:
     from slimcli.compressor import Plan
@@ -54,17 +54,7 @@ def show_plan(
     else:
         for stage in stages:
             _tell(stage, layers)
-    problems = [
-        Problem(
-            "E-PLAN-REFUSED",
-            f"{stage.algorithm}: {refusal.what}",
-            f"config.{refusal.key}" if refusal.key else "",
-            fix=refusal.fix,
-        )
-        for stage in stages
-        for refusal in stage.plan.refusals
-        if stage.is_certain
-    ]
+    problems = [each for stage in stages if stage.is_certain for each in stage.refusals]
     if problems:
         raise GoalError(*problems)
     if trial:

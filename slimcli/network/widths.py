@@ -121,7 +121,8 @@ def _skips_nothing(pattern: str, selected: Sequence[Group]) -> Problem:
     known = ", ".join(group.name for group in selected[:8])
     return Problem(
         "E-RECIPE-SKIP",
-        f"config.skip: no layer that would be pruned is called {pattern}",
+        f"no layer that would be pruned is called {pattern}",
+        "config.skip",
         expected=f"names or patterns such as {known}"
         if known
         else "a network with prunable layers",
@@ -133,13 +134,15 @@ def _skips_nothing(pattern: str, selected: Sequence[Group]) -> Problem:
 def _fits_no_target(pattern: str, targets: Sequence[Group], others: Mapping[str, str]) -> Problem:
     glob = pattern.removeprefix("self.")
     meant = {name: others[name] for name in others if fnmatch.fnmatchcase(name, glob)}
-    what = f"config.prune_ratios: no layer that is pruned is called {pattern}"
+    what = f"no layer that is pruned is called {pattern}"
     if meant:
         told = "; ".join(f"{name}: {reason}" for name, reason in list(meant.items())[:3])
-        what = f"config.prune_ratios: {pattern} fits only layers that are not pruned ({told})"
+        what = f"{pattern} fits only layers that are not pruned ({told})"
     return Problem(
         "E-RECIPE-PRUNE-RATIOS",
         what,
+        "config.prune_ratios",
+        expected="names or patterns of layers that are pruned",
         received=pattern,
         fix=_nearest(pattern, targets) or "slim inspect RECIPE lists the layers",
     )
@@ -149,7 +152,8 @@ def _contradiction(group: Group, said: Mapping[str, float]) -> Problem:
     told = ", ".join(f"{pattern}: {value:g}" for pattern, value in said.items())
     return Problem(
         "E-RECIPE-PRUNE-RATIOS",
-        f"config.prune_ratios: {group.name} gets different fractions from {told}",
+        f"{group.name} gets different fractions from {told}",
+        "config.prune_ratios",
         expected="one fraction a group of coupled layers",
         fix="make the patterns narrower, or the fractions equal",
     )

@@ -38,6 +38,10 @@ def job_of(recipe: Recipe, **changes: Any) -> Job:
                 compressor=compressor,
                 config=checked.config,  # type: ignore[arg-type]  # checked by load_compressor
                 training=checked.training,
+                places={
+                    key: (str(entry.node.place), entry.node.place.excerpt())
+                    for key, entry in stage.entries.items()
+                },
             )
         )
     return Job(

@@ -58,7 +58,7 @@ def macs_curve(content: Content) -> str:
                 axes.hlines(target, inside[0], inside[-1], color=INK, linestyle="--", linewidth=1)
         axes.set_ylim(bottom=0)
         axes.set_ylabel("MACs of one sample", color=INK)
-        axes.set_xlabel("epoch (dashed: the goal)")
+        axes.set_xlabel("epoch (masked channels count as gone; dashed: the goal)")
         return _svg(figure)
 
 

@@ -43,6 +43,7 @@ class StageForecast:
         metrics: The metrics of one validation batch.
         notices: What to know about the data.
         trial: What a trial step and deployment showed, by name; empty without a trial.
+        refusals: What the plan refuses.
     """
 
     name: str
@@ -53,6 +54,7 @@ class StageForecast:
     metrics: dict[str, float]
     notices: tuple[str, ...]
     trial: dict[str, str] = field(default_factory=dict)
+    refusals: tuple[Problem, ...] = ()
 
 
 def forecast(job: Job, *, trial: bool = False) -> list[StageForecast]:
@@ -107,7 +109,7 @@ def look(
     schedule = planner.schedule_of(stage, data, job.hooks, job.max_steps)
     metrics = planner.check_one_batch(model, stage, data, job.hooks, evaluator)
     compressor = stage.compressor(stage.config)
-    plan = compressor.plan(model, example, schedule)
+    plan = planner.plan_of(stage, compressor, model, example, schedule)
     return Look(data, evaluator, example, schedule, metrics, compressor, plan)
 
 
@@ -158,6 +160,7 @@ def _stage(
         is_certain,
         seen.metrics,
         seen.data.notices,
+        refusals=tuple(planner.refusals_of(stage, seen.plan)),
     )
     if not wants_trial or seen.plan.refusals:
         return result

@@ -90,7 +90,8 @@ def inspect(job: Job, *, with_plan: bool = False) -> Inspection:
     smaller = None
     if with_plan and compressing is not None:
         schedule = planner.schedule_of(compressing, data, job.hooks, job.max_steps)
-        plan = compressing.compressor(compressing.config).plan(model, example, schedule)
+        compressor = compressing.compressor(compressing.config)
+        plan = planner.plan_of(compressing, compressor, model, example, schedule)
         smaller = _at_minimum(model, structure, example, plan.layers)
     return Inspection(
         structure.macs,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from slimcli.compressor import AlgorithmConfig, Compressor
+from slimcli.errors import Problem
 from slimcli.solver.config import TrainingConfig
 
 Hook = Callable[..., Any]
@@ -68,6 +69,8 @@ class StageJob:
         compressor: Its Compressor class.
         config: Its own validated keys.
         training: Keys of the loop.
+        places: Key of its config -> (``file:line:column``, the line with carets); empty for a job
+            that was made in Python.
     """
 
     name: str
@@ -75,6 +78,15 @@ class StageJob:
     compressor: type[Compressor]
     config: AlgorithmConfig
     training: TrainingConfig
+    places: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+    def located(self, problem: Problem) -> Problem:
+        """A problem with ``config.KEY`` knows where that key is written."""
+        key = problem.where.removeprefix("config.")
+        if key == problem.where or key not in self.places:
+            return problem
+        where, excerpt = self.places[key]
+        return replace(problem, where=where, excerpt=excerpt)
 
     def hook_config(self) -> dict[str, Any]:
         """What ``optimizer_generator`` and ``scheduler_generator`` get as ``config``."""

@@ -294,21 +294,41 @@ def prepared(compressor: Compressor, model: nn.Module, example: Example, plan: P
     return model
 
 
+def plan_of(
+    stage: StageJob, compressor: Compressor, model: nn.Module, example: Example, schedule: Schedule
+) -> Plan:
+    """The compressor's plan.
+
+    Raises:
+        SlimError: A key of the recipe does not fit the model; with the place where it is written.
+    """
+    try:
+        return compressor.plan(model, example, schedule)
+    except SlimError as error:
+        located = map(stage.located, error.problems)
+        raise type(error)(*located, user_frames=error.user_frames) from error
+
+
+def refusals_of(stage: StageJob, plan: Plan) -> list[Problem]:
+    """What the plan refuses, each with the place of the key to change."""
+    return [
+        stage.located(
+            Problem(
+                "E-PLAN-REFUSED",
+                f"{stage.algorithm}: {refusal.what}",
+                f"config.{refusal.key}" if refusal.key else "",
+                fix=refusal.fix,
+            )
+        )
+        for refusal in plan.refusals
+    ]
+
+
 def refuse(stage: StageJob, plan: Plan) -> None:
     """Stop before training where the plan says that it can't work.
 
     Raises:
         GoalError: With every refusal and the value that would work.
     """
-    if plan.refusals:
-        raise GoalError(
-            *(
-                Problem(
-                    "E-PLAN-REFUSED",
-                    f"{stage.algorithm}: {refusal.what}",
-                    f"config.{refusal.key}" if refusal.key else "",
-                    fix=refusal.fix,
-                )
-                for refusal in plan.refusals
-            )
-        )
+    if problems := refusals_of(stage, plan):
+        raise GoalError(*problems)

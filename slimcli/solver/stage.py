@@ -53,7 +53,7 @@ class Stage:
         metrics = planner.check_one_batch(model, self.job, self.data, hooks, self.evaluator)
         requirements.check_names(run.job.requirements, metrics)
         compressor = self.job.compressor(self.job.config)
-        self.plan = compressor.plan(model, self.example, self.schedule)
+        self.plan = planner.plan_of(self.job, compressor, model, self.example, self.schedule)
         planner.refuse(self.job, self.plan)
         self._announce(is_new=stored is None)
         self._take_layers()

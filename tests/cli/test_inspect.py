@@ -177,6 +177,31 @@ def test_a_model_that_cannot_be_copied_is_the_users_error(
     assert "prune.remove" in told
 
 
+@pytest.mark.parametrize(
+    ("key", "code"),
+    [
+        ("prune_module_names: [inner2]", "E-STRUCTURE-NAME"),
+        ("prune_module_names: [stem]", "E-STRUCTURE-COUPLED"),
+        ("prune_module_names: [fc]", "E-STRUCTURE-FROZEN"),
+        ("skip: [nobody]", "E-RECIPE-SKIP"),
+        ("prune_ratios: {nobody: 0.5}", "E-RECIPE-PRUNE-RATIOS"),
+        ("prune_rate: 0.99", "E-PLAN-REFUSED"),
+    ],
+)
+def test_a_key_that_does_not_fit_the_model_is_told_with_its_place(
+    here: Path, capsys: pytest.CaptureFixture[str], key: str, code: str
+) -> None:
+    recipe = RECIPE.replace("prune_rate: 0.2,", "").replace("all_bn,", f"all_conv, {key},")
+    path = with_network(here, NETWORK, recipe)
+    lines = path.read_text().splitlines() if path.is_file() else recipe.splitlines()
+    number, line = next((n, text) for n, text in enumerate(lines, 1) if key in text)
+    column = line.index(key) + key.index(": ") + 3
+    assert slim("plan", "recipe.yaml") in (2, 4)
+    told = capsys.readouterr().err
+    assert f"recipe.yaml:{number}:{column}  " in told
+    assert code in told
+
+
 def test_nothing_is_written(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with_network(here, NETWORK)
     before = {each for each in here.rglob("*") if "__pycache__" not in each.parts}

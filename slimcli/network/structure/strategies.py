@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from slimcli.errors import Problem, RecipeError
 from slimcli.network.structure.structure import Group, Site, Structure
 
+KEY = "config.prune_module_names"
 STRATEGIES = ("linear_bn", "all_bn", "linear_conv", "all_conv")
 
 
@@ -76,6 +77,7 @@ def _why_not(group: Group, names: set[str]) -> Problem | None:
         return Problem(
             "E-STRUCTURE-FROZEN",
             f"{min(names)} can't be pruned: {group.frozen_reason}",
+            KEY,
             fix="take it out of prune_module_names",
         )
     if group.name in names:
@@ -92,7 +94,14 @@ def _why_not(group: Group, names: set[str]) -> Problem | None:
         if on_the_way
         else f"{min(names)} splits a coupled group of {len(group.sites)} layers"
     )
-    return Problem("E-STRUCTURE-COUPLED", what, fix=f"name all of {everything}")
+    return Problem(
+        "E-STRUCTURE-COUPLED",
+        what,
+        KEY,
+        expected=f"all of {everything}, or none",
+        received=", ".join(sorted(names)),
+        fix=f"name all of {everything}",
+    )
 
 
 def _names_of(site: Site, group: Group) -> set[str]:
@@ -105,9 +114,10 @@ def _unknown(name: str, known: dict[str, list[Group]]) -> Problem:
     return Problem(
         "E-STRUCTURE-NAME",
         f"no layer with channels is called {name}",
+        KEY,
         expected="the path of a conv or norm, as in model.named_modules()",
         received=name,
-        fix=f"did you mean {nearest}?" if nearest else "slim plan lists all names",
+        fix=f"did you mean {nearest}?" if nearest else "slim inspect RECIPE lists the layers",
     )
 
 
