@@ -27,7 +27,8 @@ def measure_onnx(name: str, folder: Path) -> dict[str, Any]:
     if not groups:
         return row
     cut = copy.deepcopy(case.model)
-    cuts = zero_half(cut, groups)
+    kept = zero_half(cut, groups)
+    cuts = [group.cut(keep) for group, keep in zip(groups, kept, strict=True)]
     surgery.apply(cut, cuts, example=example)
     row["cut"] = exported(case, cut, folder / "cut.onnx")
     if row["cut"] != "equal":
