@@ -25,6 +25,7 @@ from slimcli.network.structure.modes import output_tensors
 from slimcli.network.structure.producing import MIXING
 from slimcli.network.structure.record import Hands, Record
 from slimcli.network.structure.rules_pointwise import map_nodes
+from slimcli.network.structure.shapes import Shapes
 from slimcli.network.structure.trace import Calls, Rule, Tracer, affine_node
 
 RULES: dict[str, Rule] = {
@@ -60,7 +61,7 @@ def run_traced(model: nn.Module, example: Example, record: Record) -> TracedRun:
     tracer = Tracer(record, calls, RULES)
     handles = _watch_modules(model, tracer)
     try:
-        with torch.no_grad(), tracer:
+        with torch.no_grad(), tracer, Shapes(tracer):
             output = example.run(model)
         for tensor in output_tensors(output):
             calls.used(tensor)

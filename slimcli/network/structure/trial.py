@@ -8,10 +8,9 @@ scales are made unequal so that nothing is right by accident.
 from __future__ import annotations
 
 import contextlib
-import copy
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +35,7 @@ from slimcli.network.structure.modes import (
     without_collector,
     without_fast_path,
 )
+from slimcli.network.structure.precision import Widened, copy_as, to_dtype
 from slimcli.network.structure.producing import MIXING
 from slimcli.network.structure.recheck import first_disorder
 from slimcli.network.structure.record import Record
@@ -193,7 +193,8 @@ class Trial:
         self._log.calls, self._log.outputs = 0, []
         picks = Picks()
         watch = picks if self._log.limit else contextlib.nullcontext()
-        with torch.no_grad(), preserved_randomness(), without_fast_path(), watch:
+        wide = Widened() if self._dtype == torch.float64 else contextlib.nullcontext()
+        with torch.no_grad(), preserved_randomness(), without_fast_path(), wide, watch:
             torch.manual_seed(0)
             if record is None:
                 prediction = self._example.run(model)
@@ -339,36 +340,6 @@ class Trial:
             else:
                 found.append((group, problem))
         return found
-
-
-def copy_as(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A deep copy in another dtype, without gradients; never two copies at once."""
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        if type(parameter) is nn.Parameter and parameter.is_floating_point():
-            values = parameter.detach().to(dtype, copy=True)
-            memo[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
-    twin = copy.deepcopy(model, memo).to(dtype)
-    for parameter in twin.parameters():
-        parameter.grad = None
-    return twin
-
-
-def to_dtype(value: Any, dtype: torch.dtype) -> Any:
-    """A nested batch with its floating tensors in another dtype."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    return _mapped(value, lambda each: to_dtype(each, dtype))
-
-
-def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
-    if isinstance(value, dict):
-        return type(value)({key: function(each) for key, each in value.items()})
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(function(each) for each in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(function(each) for each in value)
-    return value
 
 
 def unequal(model: nn.Module, random: torch.Generator) -> None:

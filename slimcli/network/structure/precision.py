@@ -1,0 +1,99 @@
+"""A model in float64, all of it: what its code casts or makes in float32 is widened, too.
+
+Code that says ``.float()`` (norms and softmax do so for half precision) would end float64 half way:
+rounding would then look like a difference, or hide one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+WIDE = {
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float32: torch.float64,
+    torch.complex32: torch.complex128,
+    torch.complex64: torch.complex128,
+}
+
+
+class Widened(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Inside its ``with`` block every dtype that an operator is given is a double one.
+
+    >>> with Widened():
+    ...     torch.ones(2).float().dtype, torch.zeros(2, dtype=torch.float16).dtype
+    (torch.float64, torch.float64)
+    """
+
+    def __enter__(self) -> Any:
+        """What says no dtype is made in float64."""
+        self._default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        """As before."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        torch.set_default_dtype(self._default)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Executes the operator."""
+        kwargs = kwargs or {}
+        if kwargs.get("dtype") in WIDE:
+            kwargs = {**kwargs, "dtype": WIDE[kwargs["dtype"]]}
+        if any(each in WIDE for each in args if isinstance(each, torch.dtype)):
+            args = tuple(
+                WIDE.get(each, each) if isinstance(each, torch.dtype) else each for each in args
+            )
+        return func(*args, **kwargs)
+
+
+def copy_as(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A deep copy in another dtype, without gradients; never two copies at once."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        if type(parameter) is nn.Parameter and _is_real_or_complex(parameter):
+            values = parameter.detach().to(_like(parameter, dtype), copy=True)
+            memo[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+    for buffer in model.buffers():
+        if type(buffer) is Tensor and _is_real_or_complex(buffer):
+            memo[id(buffer)] = buffer.detach().to(_like(buffer, dtype), copy=True)
+    twin = copy.deepcopy(model, memo)
+    if not any(each.is_complex() for each in [*twin.parameters(), *twin.buffers()]):
+        twin.to(dtype)  # modules may keep more that follows; complex numbers would lose a half
+    for parameter in twin.parameters():
+        parameter.grad = None
+    return twin
+
+
+def to_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """A nested batch with its floating tensors in another dtype, complex ones in the like."""
+    if isinstance(value, Tensor):
+        return value.to(_like(value, dtype)) if _is_real_or_complex(value) else value
+    return _mapped(value, lambda each: to_dtype(each, dtype))
+
+
+def _like(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    return dtype.to_complex() if tensor.is_complex() else dtype
+
+
+def _is_real_or_complex(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    if isinstance(value, dict):
+        return type(value)({key: function(each) for key, each in value.items()})
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(function(each) for each in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(function(each) for each in value)
+    return value

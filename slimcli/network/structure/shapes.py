@@ -1,0 +1,119 @@
+"""Sizes that know whose channels they count, for code that compares shapes.
+
+``if x.shape == y.shape: y = y + x`` takes another branch as soon as a cut makes two widths equal or
+unequal, and no single trial shows all widths. Inside a trace, ``tensor.shape`` and ``tensor.size()``
+therefore hold numbers that tell when two of them are compared.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from slimcli.network.structure import user_line
+from slimcli.network.structure.planes import Labels, active_axes, labels_of
+from slimcli.network.structure.record import Record
+from slimcli.network.structure.trace import Tracer
+
+NONE: Labels = np.zeros(0, np.int64)
+
+
+class Length(int):
+    """One size of a tensor.
+
+    Attributes:
+        record: Where comparisons go.
+        labels: Of the channels along this dimension, in order; none where it has none.
+        is_plain: No channels of another dimension depend on these.
+    """
+
+    record: Record
+    labels: Labels = NONE
+    is_plain: bool = True
+
+    def _met(self, other: object) -> None:
+        """Equal widths must stay equal; of unequal ones the larger stays, so they never meet."""
+        if not isinstance(other, Length):
+            return
+        pair: tuple[Length, ...] = (self, other)
+        if int(self) != int(other):
+            pair = (max(pair, key=int),)
+        elif all(each.is_plain and len(each.labels) and each.labels.all() for each in pair):
+            self.record.join_labels(self.labels, other.labels)
+            return
+        for each in pair:
+            if len(each.labels):
+                reason = f"its width is compared with another at {user_line.current()}"
+                each.record.freeze_labels(each.labels, reason)
+
+    def __eq__(self, other: object) -> bool:
+        self._met(other)
+        return int.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        self._met(other)
+        return int.__ne__(self, other)
+
+    def __lt__(self, other: int) -> bool:
+        self._met(other)
+        return int.__lt__(self, other)
+
+    def __le__(self, other: int) -> bool:
+        self._met(other)
+        return int.__le__(self, other)
+
+    def __gt__(self, other: int) -> bool:
+        self._met(other)
+        return int.__gt__(self, other)
+
+    def __ge__(self, other: int) -> bool:
+        self._met(other)
+        return int.__ge__(self, other)
+
+    def __hash__(self) -> int:
+        return int.__hash__(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies are plain numbers."""
+        return int, (int(self),)
+
+
+class Shapes(TorchFunctionMode):
+    """Inside its ``with`` block sizes of tensors are :class:`Length`.
+
+    Args:
+        tracer: Knows the channels of tensors.
+    """
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Executes the function; sizes are looked at."""
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Size):
+            return torch.Size(
+                [self._length(args[0], dim, size) for dim, size in enumerate(result)]
+            )
+        if func is torch.Tensor.size and type(result) is int:
+            dim = args[1] if len(args) > 1 else (kwargs or {})["dim"]
+            return self._length(args[0], dim % args[0].dim(), result)
+        return result
+
+    def _length(self, tensor: Tensor, dim: int, size: int) -> Length:
+        length = Length(size)
+        length.record = self._tracer.record
+        for plane in self._tracer.planes_of(tensor):
+            if plane.shape[dim] > 1:
+                rows = labels_of(plane).movedim(dim, 0).reshape(size, -1)
+                is_plain = active_axes(plane) == (dim,)
+                length.labels = (rows[:, 0] if is_plain else rows.reshape(-1)).contiguous().numpy()
+                length.is_plain = is_plain and not len(length.labels[size:])
+        return length
