@@ -31,6 +31,9 @@ class Widened(TorchDispatchMode):  # type: ignore[no-untyped-call]
     (torch.float64, torch.float64)
     """
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __enter__(self) -> Any:
         """What says no dtype is made in float64."""
         self._default = torch.get_default_dtype()

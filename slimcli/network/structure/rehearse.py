@@ -14,19 +14,24 @@ from slimcli.network.cuts import Cut
 from slimcli.network.structure.structure import Group, zero_channels
 
 
-def rehearse(model: nn.Module, group: Group, order: Sequence[int]) -> Cut:
+def rehearse(model: nn.Module, group: Group, order: Sequence[int], merging: bool = False) -> Cut:
     """Makes half of a group's channels removable, in place, and returns the cut that removes them.
 
     Args:
         model: Changed in place.
-        group: Can be cut; its channels become zero, or, where only merging is exact, equal.
-        order: All its channels; where zero ones go, the first half stays.
+        group: Can be cut.
+        order: All its channels; the first half stays, the others become zero, or, where only
+            merging is exact, equal to one that stays.
+        merging: Where both are exact, half of those that go become equal and half zero.
     """
     keep = max(1, group.size // 2)
+    stays, goes = order[:keep], order[keep:]
+    merged = len(goes)
     if group.exact_zero:
-        zero_channels(model, group, order[keep:])
-        return group.cut(order[:keep])
-    clusters = sorted(sorted(order[start::keep]) for start in range(keep))
+        merged = len(goes) // 2 if merging and group.exact_duplicate else 0
+        zero_channels(model, group, goes[merged:])
+    clusters = [[stays[i], *goes[i:merged:keep]] for i in range(keep)]
+    clusters = sorted(map(sorted, clusters))
     equalize_channels(model, group, clusters)
     return group.merge(clusters)
 

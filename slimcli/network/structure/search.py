@@ -20,6 +20,9 @@ from slimcli.network.structure.trial import Failure, Trial
 FEW = 4
 """So many groups at one line of code are tried alone before they are blamed for what it raises."""
 
+PATIENCE = 20
+"""After so many rounds of one line of code each, every group is tried."""
+
 MAX_ROUNDS = 60
 """Each round freezes something or changes a choice; after so many all is refused."""
 
@@ -114,33 +117,75 @@ def try_cuts(model: nn.Module, example: Example, traced: Traced, samples: int) -
     if not any(group.is_prunable for group in structure.groups):
         return structure
     trial = Trial(model, example, traced)
-    for _ in range(MAX_ROUNDS):
-        groups = [group for group in structure.groups if group.is_prunable]
-        failure = trial.attempt(groups, thorough=True) if groups else None
-        if failure is None:
-            break
-        _learn(search, structure, grouping, trial, failure)
-        structure, grouping = search.structure()
-    else:
-        everything = np.arange(1, traced.record.sources.count)
-        search.bans.append((everything, f"no set of cuts worked in {MAX_ROUNDS} trials"))
-        structure = search.structure()[0]
+    failure = trial.attempt(prunable(structure), thorough=True, merging=True)
+    if failure is not None:
+        structure, grouping = _without_bad_cuts(search, structure, grouping, trial, failure)
+        structure = _without_bad_merges(search, structure, grouping, trial)
     return replace(structure, notes=(*structure.notes, trial.note)) if trial.note else structure
 
 
+def prunable(structure: Structure) -> list[Group]:
+    """The groups that can be cut, or merged, or both."""
+    return [group for group in structure.groups if group.is_prunable]
+
+
+def _without_bad_cuts(
+    search: Search, structure: Structure, grouping: Grouping, trial: Trial, failure: Failure | None
+) -> tuple[Structure, Grouping]:
+    """Learns from failures until all that is left can be cut; ``failure`` is the first one."""
+    if failure is not None and not failure.module:  # it did not raise: it may be the merging
+        failure = trial.attempt(prunable(structure), thorough=True)
+    for number in range(MAX_ROUNDS):
+        if failure is None:
+            return structure, grouping
+        _learn(search, structure, grouping, trial, failure, thoroughly=number >= PATIENCE)
+        structure, grouping = search.structure()
+        groups = prunable(structure)
+        failure = trial.attempt(groups, thorough=True) if groups else None
+    if failure is not None:
+        everything = np.arange(1, search.record.sources.count)
+        search.bans.append((everything, f"no set of cuts worked in {MAX_ROUNDS} trials"))
+    return search.structure()
+
+
+def _without_bad_merges(
+    search: Search, structure: Structure, grouping: Grouping, trial: Trial
+) -> Structure:
+    """Refuses to merge what can only be cut; cuts alone have passed."""
+    for last in (False, True):
+        groups = prunable(structure)
+        failure = trial.attempt(groups, thorough=True, merging=True) if groups else None
+        if failure is None:
+            break
+        merged = [group for group in groups if group.exact_zero and group.exact_duplicate]
+        bad = trial.find_bad(merged, failure, merging=True) if not last else []
+        pool = Pool(search.record, structure, grouping)
+        for group, reason in bad or [(group, failure) for group in merged]:
+            refused = f"equal channels were merged for trial: {reason.what}"
+            search.record.no_duplicates.append((pool.labels(group), refused))
+        structure, grouping = search.structure()
+    return structure
+
+
 def _learn(
-    search: Search, structure: Structure, grouping: Grouping, trial: Trial, failure: Failure
+    search: Search,
+    structure: Structure,
+    grouping: Grouping,
+    trial: Trial,
+    failure: Failure,
+    thoroughly: bool,
 ) -> None:
     """Draws the consequence from a failed trial of all groups."""
     pool = Pool(search.record, structure, grouping)
-    at_line = pool.at_lines({failure.line}) if failure.line else []
+    at_line = pool.at_lines({failure.line}) if failure.line and not thoroughly else []
     if 1 < len(at_line) <= FEW:  # one line may do several things
         at_line = [g for g in at_line if trial.attempt([g]) is not None] or at_line
     for group in at_line:
         search.blame(pool.labels(group), failure, failure.line)
     if at_line:
         return
-    bad = _near_module(pool, trial, failure.module) if failure.module else []
+    near = failure.module if not thoroughly else ""
+    bad = _near_module(pool, trial, near) if near else []
     for group, reason in bad or trial.find_bad(pool.groups, failure):
         search.blame(pool.labels(group), reason, "")
 
@@ -156,7 +201,7 @@ class Pool:
     @property
     def groups(self) -> list[Group]:
         """All of them."""
-        return [group for group in self.structure.groups if group.is_prunable]
+        return prunable(self.structure)
 
     def labels(self, group: Group) -> Labels:
         """All labels of a group."""

@@ -1,7 +1,7 @@
 """Sizes that know whose channels they count, for code that compares shapes.
 
-``if x.shape == y.shape: y = y + x`` takes another branch as soon as a cut makes two widths equal or
-unequal, and no single trial shows all widths. Inside a trace, ``tensor.shape`` and ``tensor.size()``
+``if x.shape == y.shape: y = y + x`` takes another branch as soon as a cut makes two widths equal,
+and no single trial shows all widths. Inside a trace, ``tensor.shape`` and ``tensor.size()``
 therefore hold numbers that tell when two of them are compared.
 """
 

@@ -217,29 +217,34 @@ class Trial:
             self._use(torch.float32)
             return None
 
-    def attempt(self, groups: Sequence[Group], *, thorough: bool = False) -> Failure | None:
+    def attempt(
+        self, groups: Sequence[Group], *, thorough: bool = False, merging: bool = False
+    ) -> Failure | None:
         """Cuts about half of the channels of all these groups together.
 
         Args:
             groups: Prunable ones.
             thorough: Also compare the order of channels, and run the cut model in train mode.
+            merging: Of channels that can be zeroed or merged, as many are merged as zeroed.
         """
         with without_collector():
             model = self._fresh()
             with _watched(model, self._log):
-                return self._attempt(model, groups, thorough)
+                return self._attempt(model, groups, thorough, merging)
 
-    def _attempt(self, model: nn.Module, groups: Sequence[Group], thorough: bool) -> Failure | None:
+    def _attempt(
+        self, model: nn.Module, groups: Sequence[Group], thorough: bool, merging: bool
+    ) -> Failure | None:
         self._log.whole = self._uncut_layers(groups)
         cuts = []
         for group in groups:
             order = torch.randperm(group.size, generator=self._random).tolist()
-            cuts.append(rehearse(model, group, order))
+            cuts.append(rehearse(model, group, order, merging))
         after = None
         try:
             zeroed = self._run_zeroed(model)
             if zeroed is None:
-                return self.attempt(groups, thorough=thorough)
+                return self.attempt(groups, thorough=thorough, merging=merging)
             surgery.apply(model, cuts, example=self._example)
             if thorough or self._rechecks:
                 after = Record(Sources(model))
@@ -317,24 +322,28 @@ class Trial:
                 return Failure(f"zeroed and cut differ by {difference:.1e} of the output")
         return None
 
-    def find_bad(self, groups: Sequence[Group], failure: Failure) -> list[tuple[Group, Failure]]:
+    def find_bad(
+        self, groups: Sequence[Group], failure: Failure, *, merging: bool = False
+    ) -> list[tuple[Group, Failure]]:
         """The groups that fail, by halving; ``failure`` is what all of them together gave."""
         if len(groups) == 1:
             return [(groups[0], failure)]
         middle = len(groups) // 2
         found: list[tuple[Group, Failure]] = []
         for half in (groups[:middle], groups[middle:]):
-            problem = self.attempt(half)
+            problem = self.attempt(half, merging=merging)
             if problem is not None:
-                found += self.find_bad(half, problem)
-        return found or self._find_interaction(groups)
+                found += self.find_bad(half, problem, merging=merging)
+        return found or self._find_interaction(groups, merging)
 
-    def _find_interaction(self, groups: Sequence[Group]) -> list[tuple[Group, Failure]]:
+    def _find_interaction(
+        self, groups: Sequence[Group], merging: bool
+    ) -> list[tuple[Group, Failure]]:
         """Both halves pass alone: adds groups one at a time and drops those that break it."""
         good: list[Group] = []
         found = []
         for group in groups:
-            problem = self.attempt([*good, group])
+            problem = self.attempt([*good, group], merging=merging)
             if problem is None:
                 good.append(group)
             else:
