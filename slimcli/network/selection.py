@@ -178,8 +178,10 @@ def _entries(part: Sources, size: int) -> np.ndarray:
 
 
 def _check_ordered(part: Sources, flat: np.ndarray) -> None:
-    merges = len(flat) > len(part)
-    heads = np.fromiter(map(min, part), np.int64) if merges else flat
-    repeats = merges and len(np.unique(flat)) != len(flat)
+    heads, repeats = flat, False
+    if len(flat) > len(part):
+        lengths = np.fromiter(map(len, part), np.int64, len(part))
+        heads = np.minimum.reduceat(flat, np.cumsum(lengths) - lengths)
+        repeats = bool(np.bincount(flat).max() > 1)
     if repeats or not bool((np.diff(heads) > 0).all()):
         raise ValueError("several cuts of one dimension must each keep the original order")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from operator import itemgetter
 
 import numpy as np
 
@@ -56,13 +57,16 @@ def _translation(
     """Which old labels stay, which of them stay alone, and the old label of every new one."""
     kept = np.ones(before.sources.count, dtype=bool)
     first = {(each.tensor, each.dim): each for each in before.sources.dims}
+    known: dict[int, Labels] = {}  # a conv and its norm share their selections
     for cut in cuts:
         for slot in cut.slots:
             dim = first.get((slot.tensor, slot.dim))
-            if dim is not None:
-                gone = np.ones(dim.size, dtype=bool)
-                gone[[entry[0] for entry in slot.sources]] = False
-                kept[dim.first : dim.first + dim.size][gone] = False
+            if dim is None:
+                continue
+            if id(slot.sources) not in known:
+                stays = np.fromiter(map(itemgetter(0), slot.sources), np.int64)
+                known[id(slot.sources)] = np.delete(np.arange(dim.size), stays)
+            kept[dim.first + known[id(slot.sources)]] = False
     alone = np.zeros_like(kept)
     for dim in before.sources.dims:
         mine = slice(dim.first, dim.first + dim.size)

@@ -38,10 +38,13 @@ def rehearse(model: nn.Module, group: Group, order: Sequence[int], merging: bool
 
 def equalize_channels(model: nn.Module, group: Group, clusters: Sequence[Sequence[int]]) -> None:
     """Gives all channels of each cluster the numbers of its first one, in place."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    pairs = [(first, other) for first, *others in clusters for other in others]
+    if not pairs:
+        return
     with torch.no_grad():
         for slot in dict.fromkeys(group.producers + group.followers):
-            entries = tensors[slot.tensor].movedim(slot.dim, 0)
-            for first, *others in clusters:
-                for other in others:
-                    entries[list(slot.indices[other])] = entries[list(slot.indices[first])].clone()
+            path, _, local = slot.tensor.rpartition(".")
+            entries = getattr(model.get_submodule(path), local).movedim(slot.dim, 0)
+            origins = [index for first, _ in pairs for index in slot.indices[first]]
+            targets = [index for _, other in pairs for index in slot.indices[other]]
+            entries[targets] = entries[origins]
