@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slimcli.network.example import Example
 from slimcli.network.structure import analyze, assemble, search
 from slimcli.network.structure.precision import Widened, copy_as
 
 from . import structures
-from .proving import EXACT, merge_difference, prepared, prunable, zeroed_and_cut
+from .proving import EXACT, call, merge_difference, prepared, prunable, zeroed_and_cut
 
 
 class Matching(structures.Net):
@@ -38,7 +39,7 @@ class Matching(structures.Net):
 
 COMPARISONS = {
     "shapes": lambda x, y: x.shape == y.shape,
-    "sizes": lambda x, y: not (x.size(1) != y.size(dim=1)),
+    "sizes": lambda x, y: 1 - (x.size(1) != y.size(dim=1)),
     "order": lambda x, y: x.shape[1] >= y.shape[1] and y.size()[1] >= x.size()[1],
     "slices": lambda x, y: x.shape[:2] == y.shape[:2],
 }
@@ -102,7 +103,7 @@ class HalfWay(structures.Net):
 
 def test_code_that_casts_to_float32_is_tried_in_float64() -> None:
     torch.manual_seed(0)
-    model, example = prepared(HalfWay(), structures.image())
+    model, example = HalfWay(), Example(structures.image().float(), call)
     structure = analyze(model, example)
     assert structure.notes == ()
     assert "zeroed and cut differ" in structure.group("query").frozen_reason

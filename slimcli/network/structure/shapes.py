@@ -99,9 +99,7 @@ class Shapes(TorchFunctionMode):
         """Executes the function; sizes are looked at."""
         result = func(*args, **(kwargs or {}))
         if isinstance(result, torch.Size):
-            return torch.Size(
-                [self._length(args[0], dim, size) for dim, size in enumerate(result)]
-            )
+            return torch.Size([self._length(args[0], dim, size) for dim, size in enumerate(result)])
         if func is torch.Tensor.size and type(result) is int:
             dim = args[1] if len(args) > 1 else (kwargs or {})["dim"]
             return self._length(args[0], dim % args[0].dim(), result)
