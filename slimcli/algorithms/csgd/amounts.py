@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from slimcli.algorithms.csgd.allocation import (
     uniform,
 )
 from slimcli.algorithms.csgd.config import CSGDConfig
+from slimcli.channel_units import ONE, channels_per_unit, unit_multiple, units_in
 from slimcli.compressor import Plan, Refusal
 from slimcli.network.structure import Group, Structure
 from slimcli.network.widths import kept as channels_kept
@@ -35,16 +36,27 @@ def fixed_ratios(
     return ratios_of(config.prune_ratios, groups, reasons_by_name(rest, reasons))
 
 
-def _width(config: CSGDConfig, size: int, fraction: float) -> int:
-    """Channels a group of this size keeps."""
-    return channels_kept(size, fraction, config.min_channels, config.round_to or 1)
+Width = Callable[[str, int, float], int]
+"""Name and size of a group, fraction that goes -> units that stay."""
+
+
+def width_function(config: CSGDConfig, structure: Structure) -> Width:
+    """What stays of a group, ``min_channels`` and ``round_to`` being about channels of layers."""
+    per_unit = channels_per_unit(structure)
+
+    def width(name: str, size: int, fraction: float) -> int:
+        counts = per_unit.get(name, ONE)
+        least = units_in(config.min_channels, counts)
+        return channels_kept(size, fraction, least, unit_multiple(config.round_to or 1, counts))
+
+    return width
 
 
 def lowest_widths(
-    config: CSGDConfig, sizes: Mapping[str, int], fixed: Mapping[str, float]
+    width: Width, sizes: Mapping[str, int], fixed: Mapping[str, float]
 ) -> dict[str, int]:
-    """The fewest channels each group can keep."""
-    return {name: _width(config, size, fixed.get(name, 1.0)) for name, size in sizes.items()}
+    """The fewest units each group can keep."""
+    return {name: width(name, size, fixed.get(name, 1.0)) for name, size in sizes.items()}
 
 
 def widths_of(
@@ -64,10 +76,11 @@ def widths_of(
         plan: Gets the fractions that were found, or the refusal.
     """
     sizes = {name: len(rows) for name, rows in features.items()}
+    width = width_function(config, structure)
 
     def at(fractions: Mapping[str, float]) -> dict[str, int]:
         return {
-            name: _width(config, size, fixed.get(name, fractions.get(name, 0.0)))
+            name: width(name, size, fixed.get(name, fractions.get(name, 0.0)))
             for name, size in sizes.items()
         }
 
@@ -117,6 +130,8 @@ def _out_of_reach(config: CSGDConfig, macs: int, reached: int, has_fixed: bool) 
         fix += ", or auto_find_module_strategy: all_conv"
     if config.min_channels > 1:
         fix += ", or a smaller min_channels"
+    if (config.round_to or 1) > 1:
+        fix += ", or a smaller round_to"
     return Refusal(what, "prune_rate", f"{fix}, or less in prune_ratios" if has_fixed else fix)
 
 

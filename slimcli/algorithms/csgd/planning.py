@@ -15,6 +15,7 @@ from slimcli.algorithms.csgd.amounts import (
     lowest_widths,
     removal_notes,
     removes_nothing,
+    width_function,
     widths_of,
 )
 from slimcli.algorithms.csgd.clustering import Clusters
@@ -53,7 +54,7 @@ def make_plan(config: CSGDConfig, model: nn.Module, example: Example, schedule: 
     groups, reasons = find_groups(config, model, structure)
     sizes = {group.name: group.size for group in groups}
     fixed = fixed_ratios(config, structure, groups, reasons)
-    lowest = lowest_widths(config, sizes, fixed)
+    lowest = lowest_widths(width_function(config, structure), sizes, fixed)
     plan = Plan(
         targets=list(sizes),
         macs=structure.macs,

@@ -13,6 +13,7 @@ from slimcli.algorithms.resrep.config import ResRepConfig
 from slimcli.algorithms.resrep.pacing import Pace, base_strength, distances, find_pace
 from slimcli.algorithms.resrep.selection import Limits, minimum_widths, updates_needed
 from slimcli.algorithms.resrep.targets import Target, find_targets
+from slimcli.channel_units import channels_per_unit
 from slimcli.compressor import Goal, Plan, Refusal, Schedule
 from slimcli.network.example import Example
 from slimcli.network.structure import Structure, analyze
@@ -59,7 +60,8 @@ def limits_of(
     rest = [group for group in structure.groups if group.name not in groups]
     ratios = ratios_of(config.prune_ratios, list(groups.values()), reasons_by_name(rest, reasons))
     least = {name: kept(groups[name].size, fraction) for name, fraction in ratios.items()}
-    return Limits(config.groups_size, config.min_channels, config.round_to or 1, least)
+    per_unit = channels_per_unit(structure)
+    return Limits(config.groups_size, config.min_channels, config.round_to or 1, least, per_unit)
 
 
 def make_plan(config: ResRepConfig, model: nn.Module, example: Example, schedule: Schedule) -> Plan:
@@ -229,29 +231,30 @@ def _out_of_reach(
 ) -> Refusal:
     """The target lies below what the limits allow; the values that would work."""
 
-    def removable(min_channels: int) -> float:
-        lowest = minimum_widths(sizes, replace(limits, min_channels=min_channels))
-        return 1 - structure.macs_with(lowest) / structure.macs
+    def removable(min_channels: int, round_to: int = limits.round_to) -> float:
+        fewer = replace(limits, min_channels=min_channels, round_to=round_to)
+        return 1 - structure.macs_with(minimum_widths(sizes, fewer)) / structure.macs
 
     most = removable(config.min_channels)
+    rounded = f" and round_to {limits.round_to}" if limits.round_to > 1 else ""
     what = (
-        f"prune_rate {config.prune_rate:g} is out of reach: at min_channels {config.min_channels} "
-        f"{_groups(len(sizes))} at most {most:.1%} of the MACs"
+        f"prune_rate {config.prune_rate:g} is out of reach: at min_channels {config.min_channels}"
+        f"{rounded} {_groups(len(sizes))} at most {most:.1%} of the MACs"
     )
-    fix = f"prune_rate: {math.floor(most * 100) / 100:g}"
-    fewer = next(
-        (
-            count
-            for count in range(config.min_channels - 1, 0, -1)
-            if removable(count) >= config.prune_rate
-        ),
-        None,
-    )
-    if fewer is not None:
-        fix += f", or min_channels: {fewer}"
+    fixes = [f"prune_rate: {math.floor(most * 100) / 100:g}"] if most >= 0.01 else []
+    counts = range(config.min_channels - 1, 0, -1)
+    fewer = next((count for count in counts if removable(count) >= config.prune_rate), 0)
+    if fewer:
+        fixes.append(f"min_channels: {fewer}")
+    divisors = (n for n in range(limits.round_to - 1, 0, -1) if limits.round_to % n == 0)
+    finer = next((n for n in divisors if removable(config.min_channels, n) >= config.prune_rate), 0)
+    if finer:
+        fixes.append(f"round_to: {finer}")
     if config.auto_find_module_strategy.startswith("linear"):
         wider = config.auto_find_module_strategy.replace("linear", "all")
-        fix += f", or auto_find_module_strategy: {wider}"
+        fixes.append(f"auto_find_module_strategy: {wider}")
     if limits.least:
-        fix += ", or larger fractions in prune_ratios"
-    return Refusal(what, "prune_rate", fix)
+        fixes.append("larger fractions in prune_ratios")
+    if not fixes:
+        fixes.append("smaller min_channels and round_to")
+    return Refusal(what, "prune_rate", ", or ".join(fixes))

@@ -13,6 +13,8 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from slimcli.channel_units import ONE, unit_multiple, units_in
+
 Macs = Callable[[Mapping[str, int]], int]
 """MACs of the deployed model at kept channels per group."""
 
@@ -25,27 +27,38 @@ class Limits:
         groups_size: Channels in a block, at most.
         min_channels: Channels every group keeps.
         round_to: Widths of pruned groups are multiples of this.
-        least: Group -> channels it keeps in any case, where that is more than ``min_channels``.
+        least: Group -> units it keeps in any case, where that is more than ``min_channels``.
+        per_unit: Group -> channels its layers have for one of its units; one if it isn't named.
     """
 
     groups_size: int = 8
     min_channels: int = 8
     round_to: int = 1
     least: Mapping[str, int] = field(default_factory=dict)
+    per_unit: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def multiple(self, name: str) -> int:
+        """Units of a pruned group are a multiple of this.
+
+        >>> Limits(round_to=8, per_unit={"a": (4,)}).multiple("a")
+        2
+        """
+        return unit_multiple(self.round_to, self.per_unit.get(name, ONE))
 
     def minimum(self, size: int, name: str = "") -> int:
-        """The fewest channels a group of this size can end with.
+        """The fewest units a group of this size can end with.
 
         >>> Limits(min_channels=6, round_to=4).minimum(64), Limits(min_channels=6).minimum(4)
         (8, 4)
         >>> Limits(min_channels=6, round_to=4, least={"a": 31}).minimum(64, "a")
         32
         """
-        least = max(self.min_channels, self.least.get(name, 0))
-        return min(size, -(-least // self.round_to) * self.round_to)
+        per_unit, multiple = self.per_unit.get(name, ONE), self.multiple(name)
+        least = max(units_in(self.min_channels, per_unit), self.least.get(name, 0))
+        return min(size, -(-least // multiple) * multiple)
 
     def next_width(self, width: int, size: int, name: str = "") -> int:
-        """Width after one more block; the same width if no block can go.
+        """Units after one more block; the same number if no block can go.
 
         >>> limits = Limits(groups_size=8, min_channels=3)
         >>> limits.next_width(16, 16), limits.next_width(8, 16), limits.next_width(3, 16)
@@ -53,8 +66,11 @@ class Limits:
         >>> Limits(groups_size=8, min_channels=8, round_to=8).next_width(60, 60)
         56
         """
-        wanted = max(width - self.groups_size, 0)
-        wanted = -(-wanted // self.round_to) * self.round_to
+        block = max(1, self.groups_size // min(self.per_unit.get(name, ONE)))
+        wanted, multiple = max(width - block, 0), self.multiple(name)
+        wanted = -(-wanted // multiple) * multiple
+        if wanted == width and multiple > block:
+            wanted = width - multiple
         return min(width, max(wanted, self.minimum(size, name)))
 
 
@@ -108,7 +124,7 @@ def choose(
         for position, channel in enumerate(channels):
             chosen.setdefault(name, []).append(channel)
             widths[name] -= 1
-            whole = limits.round_to == 1 or position == len(channels) - 1
+            whole = limits.multiple(name) == 1 or position == len(channels) - 1
             if whole and macs(widths) <= target:
                 break
     return chosen
