@@ -97,6 +97,9 @@ def why_not(model: nn.Module, structure: Structure, group: Group) -> str:
         return group.zero_reason
     pairs = {(pair.conv, pair.norm) for pair in structure.conv_batch_norms}
     convs = [site.conv for site in group.sites]
+    sharing = _sharing(model, convs)
+    if sharing:
+        return f"{sharing} share one weight: folded compactors would give each its own"
     produced = {slot.tensor for slot in group.producers if slot.tensor.endswith("weight")}
     if not group.is_placeable or produced != {f"{conv}.weight" for conv in convs}:
         return "its channels are made outside a conv or Linear module"
@@ -111,6 +114,15 @@ def why_not(model: nn.Module, structure: Structure, group: Group) -> str:
         if site.norm is not None and (site.conv, site.norm) not in pairs:
             return f"{site.norm} can't be folded into {site.conv}"
     return ""
+
+
+def _sharing(model: nn.Module, convs: Sequence[str]) -> str:
+    """Different modules that hold the same weight, in words; empty if none do."""
+    by_weight: dict[int, dict[nn.Module, str]] = {}
+    for path in filter(None, convs):
+        module = model.get_submodule(path)
+        by_weight.setdefault(id(module.weight), {}).setdefault(module, path)
+    return next((" and ".join(each.values()) for each in by_weight.values() if len(each) > 1), "")
 
 
 def _target(model: nn.Module, group: Group) -> Target:
