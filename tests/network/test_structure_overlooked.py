@@ -88,7 +88,26 @@ class Divided(Padded):
         return self.b(F.avg_pool2d(x, 2, ceil_mode=True, divisor_override=4))
 
 
-@pytest.mark.parametrize("kind", [Padded, Divided])
+class Branching(Padded):
+    """The same padding behind an ``if`` that the example does not enter."""
+
+    def body(self, x: Tensor) -> Tensor:
+        x = self.norm(F.relu(self.a(x)))
+        if x.shape[2] % 2 or x.size(3) % 2:
+            x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
+        return self.b(x)
+
+
+class Negated(Padded):
+    """Padding up to the next multiple."""
+
+    def body(self, x: Tensor) -> Tensor:
+        x = self.norm(F.relu(self.a(x)))
+        bottom, right = ((-size) % 2 for size in x.shape[2:])
+        return self.b(F.pad(x, (0, right, 0, bottom)) if bottom or right else x)
+
+
+@pytest.mark.parametrize("kind", [Padded, Divided, Branching, Negated])
 def test_what_is_cut_is_exact_on_images_of_another_size(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
     model, example = prepared(kind(), structures.image())
@@ -96,6 +115,20 @@ def test_what_is_cut_is_exact_on_images_of_another_size(kind: type[nn.Module]) -
     assert [group.name for group in groups] == ["stem.1", "b"]
     odd = Example(torch.randn(2, 3, 17, 13, dtype=torch.float64), example.predict)
     assert zeroed_and_cut(model, odd, groups, 0)[0] <= EXACT
+
+
+def test_a_remainder_of_a_width_keeps_what_a_bias_can_take_up() -> None:
+    class Checked(Padded):
+        def body(self, x: Tensor) -> Tensor:
+            x = self.norm(F.relu(self.a(x)))
+            assert x.shape[1] % 2 == 0
+            return self.b(x)
+
+    torch.manual_seed(0)
+    model, example = prepared(Checked(), structures.image())
+    group = analyze(model, example).group("a")
+    assert group.exact_zero
+    assert [path for path, _ in group.constants] == ["b"]
 
 
 class TiedWords(nn.Module):

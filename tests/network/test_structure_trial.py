@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from slimcli.network.example import Example
 from slimcli.network.structure import analyze, assemble, search
 from slimcli.network.structure.precision import Widened, copy_as
+from slimcli.network.structure.record import Record
+from slimcli.network.structure.shapes import Length
+from slimcli.network.structure.sources import Sources
 
 from . import structures
 from .proving import EXACT, call, merge_difference, prepared, prunable, zeroed_and_cut
@@ -83,6 +87,20 @@ def test_comparing_the_sizes_of_images_freezes_nothing() -> None:
 
     model, example = prepared(Resized(), structures.image())
     assert [group.name for group in prunable(analyze(model, example))] == ["stem.1", "a.1", "b.1"]
+
+
+def length_of(record: Record, first_label: int) -> Length:
+    length = Length(4)
+    length.record, length.labels = record, np.arange(first_label, first_label + 4)
+    return length
+
+
+def test_a_size_that_code_kept_from_another_trace_is_a_plain_number() -> None:
+    records = [Record(Sources(nn.Linear(4, 4))) for _ in range(2)]
+    assert length_of(records[0], 1) == length_of(records[1], 5)
+    assert [record.edges for record in records] == [[], []]
+    assert length_of(records[0], 1) == length_of(records[0], 5)
+    assert [pair.tolist() for pair in records[0].edges[0]] == [[1, 2, 3, 4], [5, 6, 7, 8]]
 
 
 class HalfWay(structures.Net):

@@ -14,7 +14,7 @@ import numpy as np
 
 from slimcli.network.structure.groups import Grouping
 from slimcli.network.structure.nodes import State, ZeroStates
-from slimcli.network.structure.planes import LABEL_MASK, SHIFT, distinct
+from slimcli.network.structure.planes import LABEL_MASK, SHIFT, distinct, entries, labels_of
 from slimcli.network.structure.record import Consumer, Producer, Record
 
 NO_BIAS = "that no bias can take up"
@@ -64,7 +64,21 @@ def flows(record: Record, grouping: Grouping, norm_after: dict[str, str]) -> lis
     _add_readings(record, grouping, found)
     for raw, flow in zip(grouping.groups, found, strict=True):
         _choose_sites(record, flow, norm_after, is_frozen=bool(raw.reason))
+    for plane, line in record.remainders:
+        for number in _numbers(grouping, entries(labels_of(plane))):
+            _refuse_constants(found[number], line)
     return found
+
+
+def _refuse_constants(flow: Flow, line: str) -> None:
+    """A border of zeros, once there is one, is not the constant that a bias took up."""
+    if flow.constant_readers and not flow.reason:
+        path = flow.constant_readers[0].path
+        flow.reason = (
+            f"a removed channel would arrive at {path} as a constant, and images of other sizes "
+            f"may be padded at {line}"
+        )
+        flow.constant_readers = []
 
 
 def _add_readings(record: Record, grouping: Grouping, found: list[Flow]) -> None:

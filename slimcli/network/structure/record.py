@@ -104,6 +104,8 @@ class Record:
             order of values (sorting, suppression of boxes); None if there is none.
         hands: Path of every module that ran -> what its forward had in its hands.
         reads: (path of the module that ran, the user's line) where Python got a tensor's value.
+        remainders: (plane of a tensor, the user's line) where a remainder of the size of an image
+            is taken: other images may then be padded.
         unseen: Paths of layers that did not run.
         not_additive: Labels of weights that are computed by a function that is no sum of its parts,
             and its name: where such a weight reads equal channels, they can't be merged.
@@ -127,6 +129,7 @@ class Record:
     static_calls: int | None = None
     hands: dict[str, Hands] = field(default_factory=dict)
     reads: list[tuple[str, str]] = field(default_factory=list)
+    remainders: list[tuple[Tensor, str]] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
     order: int = 0
 

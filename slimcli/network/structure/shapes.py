@@ -1,8 +1,9 @@
 """Sizes that know whose channels they count, for code that compares shapes.
 
 ``if x.shape == y.shape: y = y + x`` takes another branch as soon as a cut makes two widths equal,
-and no single trial shows all widths. Inside a trace, ``tensor.shape`` and ``tensor.size()``
-therefore hold numbers that tell when two of them are compared.
+and no single trial shows all widths. ``if x.shape[2] % 2: x = F.pad(x, (0, 0, 0, 1))`` pads images
+of other sizes than the example's. Inside a trace, ``tensor.shape`` and ``tensor.size()`` therefore
+hold numbers that tell when two of them are compared, and when a remainder of one is taken.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from slimcli.network.structure import user_line
 from slimcli.network.structure.planes import Labels, active_axes, labels_of
 from slimcli.network.structure.record import Record
-from slimcli.network.structure.trace import Tracer
+from slimcli.network.structure.trace import Planes, Tracer
 
 NONE: Labels = np.zeros(0, np.int64)
 
@@ -27,18 +28,20 @@ class Length(int):
 
     Attributes:
         record: Where comparisons go.
+        tensor: Planes of the whole tensor.
         labels: Of the channels along this dimension, in order; none where it has none.
         is_plain: No channels of another dimension depend on these.
     """
 
     record: Record
+    tensor: Planes = ()
     labels: Labels = NONE
     is_plain: bool = True
 
     def _met(self, other: object) -> None:
         """Equal widths must stay equal; of unequal ones the larger stays, so they never meet."""
-        if not isinstance(other, Length):
-            return
+        if not isinstance(other, Length) or other.record is not self.record:
+            return  # a number, or kept by the user's code since another trace
         pair: tuple[Length, ...] = (self, other)
         if int(self) != int(other):
             pair = (max(pair, key=int),)
@@ -74,6 +77,17 @@ class Length(int):
         self._met(other)
         return int.__ge__(self, other)
 
+    def __mod__(self, other: int) -> int:
+        if not len(self.labels):
+            self.record.remainders += [(each, user_line.current()) for each in self.tensor]
+        return int.__mod__(self, other)
+
+    def __neg__(self) -> int:
+        """``-height % 2`` is a remainder of the height."""
+        negative = Length(int.__neg__(self))
+        negative.record, negative.tensor, negative.labels = self.record, self.tensor, self.labels
+        return negative
+
     def __hash__(self) -> int:
         return int.__hash__(self)
 
@@ -107,8 +121,8 @@ class Shapes(TorchFunctionMode):
 
     def _length(self, tensor: Tensor, dim: int, size: int) -> Length:
         length = Length(size)
-        length.record = self._tracer.record
-        for plane in self._tracer.planes_of(tensor):
+        length.record, length.tensor = self._tracer.record, self._tracer.planes_of(tensor)
+        for plane in length.tensor:
             if plane.shape[dim] > 1:
                 rows = labels_of(plane).movedim(dim, 0).reshape(size, -1)
                 is_plain = active_axes(plane) == (dim,)
