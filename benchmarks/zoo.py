@@ -107,7 +107,8 @@ def child(step: Step, name: str, folder: str, seconds: int, sender: Connection) 
         for part in step(name, Path(folder)):
             sender.send(part)
     except Exception:
-        sender.send({f"{step.__name__}_failed": traceback.format_exc()[-400:]})
+        last = traceback.format_exc().strip().splitlines()[-1]  # no paths of the machine
+        sender.send({f"{step.__name__}_failed": last[-400:]})
 
 
 def in_new_process(step: Step, name: str, folder: str, seconds: int) -> Row:
