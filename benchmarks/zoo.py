@@ -24,7 +24,6 @@ import os
 import resource
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -106,9 +105,8 @@ def child(step: Step, name: str, folder: str, seconds: int, sender: Connection) 
     try:
         for part in step(name, Path(folder)):
             sender.send(part)
-    except Exception:
-        last = traceback.format_exc().strip().splitlines()[-1]  # no paths of the machine
-        sender.send({f"{step.__name__}_failed": last[-400:]})
+    except Exception as error:
+        sender.send({f"{step.__name__}_failed": f"{type(error).__name__}: {error}"[:400]})
 
 
 def in_new_process(step: Step, name: str, folder: str, seconds: int) -> Row:

@@ -128,6 +128,22 @@ def test_code_that_casts_to_float32_is_tried_in_float64() -> None:
     assert structure.group("stem.1").exact_zero
 
 
+def test_constants_are_measured_in_float64_too() -> None:
+    class Shifted(structures.Net):
+        def __init__(self) -> None:
+            super().__init__(12)
+            self.a, self.norm = structures.conv(8, 16), nn.BatchNorm2d(16)
+            self.b = nn.Conv2d(16, 12, 2, stride=2)
+
+        def body(self, x: Tensor) -> Tensor:
+            return self.b(self.norm(F.relu(self.a(x.float()))))
+
+    torch.manual_seed(0)
+    structure = analyze(Shifted(), Example(structures.image().float(), call))
+    assert structure.notes == ()
+    assert [path for path, _ in structure.group("a").constants] == ["b"]
+
+
 def test_everything_made_while_widened_is_double() -> None:
     with Widened():
         made = torch.zeros(2), torch.ones(2, dtype=torch.float16), torch.ones(2).to(torch.bfloat16)

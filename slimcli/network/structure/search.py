@@ -155,9 +155,9 @@ def _without_bad_merges(
     for last in (False, True):
         groups = prunable(structure)
         failure = trial.attempt(groups, thorough=True, merging=True) if groups else None
-        if failure is None:
-            break
         merged = [group for group in groups if group.exact_zero and group.exact_duplicate]
+        if failure is None or not merged:
+            break
         bad = trial.find_bad(merged, failure, merging=True) if not last else []
         pool = Pool(search.record, structure, grouping)
         for group, reason in bad or [(group, failure) for group in merged]:

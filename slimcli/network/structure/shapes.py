@@ -8,6 +8,7 @@ hold numbers that tell when two of them are compared, and when a remainder of on
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,19 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from slimcli.network.structure import user_line
-from slimcli.network.structure.planes import Labels, active_axes, labels_of
+from slimcli.network.structure.planes import Labels, labels_of
 from slimcli.network.structure.record import Record
 from slimcli.network.structure.trace import Planes, Tracer
 
 NONE: Labels = np.zeros(0, np.int64)
+
+
+def _heard(compare: Callable[[int, Any], bool]) -> Any:
+    def method(self: Length, other: object) -> bool:
+        self._met(other)
+        return compare(self, other)
+
+    return method
 
 
 class Length(int):
@@ -29,8 +38,8 @@ class Length(int):
     Attributes:
         record: Where comparisons go.
         tensor: Planes of the whole tensor.
-        labels: Of the channels along this dimension, in order; none where it has none.
-        is_plain: No channels of another dimension depend on these.
+        labels: Of the channels along this dimension; none where it has none.
+        is_plain: One label an entry, in order.
     """
 
     record: Record
@@ -53,29 +62,13 @@ class Length(int):
                 reason = f"its width is compared with another at {user_line.current()}"
                 each.record.freeze_labels(each.labels, reason)
 
-    def __eq__(self, other: object) -> bool:
-        self._met(other)
-        return int.__eq__(self, other)
-
-    def __ne__(self, other: object) -> bool:
-        self._met(other)
-        return int.__ne__(self, other)
-
-    def __lt__(self, other: int) -> bool:
-        self._met(other)
-        return int.__lt__(self, other)
-
-    def __le__(self, other: int) -> bool:
-        self._met(other)
-        return int.__le__(self, other)
-
-    def __gt__(self, other: int) -> bool:
-        self._met(other)
-        return int.__gt__(self, other)
-
-    def __ge__(self, other: int) -> bool:
-        self._met(other)
-        return int.__ge__(self, other)
+    __eq__ = _heard(int.__eq__)
+    __ne__ = _heard(int.__ne__)
+    __lt__ = _heard(int.__lt__)
+    __le__ = _heard(int.__le__)
+    __gt__ = _heard(int.__gt__)
+    __ge__ = _heard(int.__ge__)
+    __hash__ = int.__hash__
 
     def __mod__(self, other: int) -> int:
         if not len(self.labels):
@@ -87,9 +80,6 @@ class Length(int):
         negative = Length(int.__neg__(self))
         negative.record, negative.tensor, negative.labels = self.record, self.tensor, self.labels
         return negative
-
-    def __hash__(self) -> int:
-        return int.__hash__(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies are plain numbers."""
@@ -112,20 +102,18 @@ class Shapes(TorchFunctionMode):
     ) -> Any:
         """Executes the function; sizes are looked at."""
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Size):
-            return torch.Size([self._length(args[0], dim, size) for dim, size in enumerate(result)])
         if func is torch.Tensor.size and type(result) is int:
             dim = args[1] if len(args) > 1 else (kwargs or {})["dim"]
-            return self._length(args[0], dim % args[0].dim(), result)
+            return self._length(args[0], dim, result) if isinstance(dim, int) else result
+        if isinstance(result, torch.Size) and args and isinstance(args[0], Tensor):
+            return torch.Size([self._length(args[0], dim, size) for dim, size in enumerate(result)])
         return result
 
     def _length(self, tensor: Tensor, dim: int, size: int) -> Length:
         length = Length(size)
         length.record, length.tensor = self._tracer.record, self._tracer.planes_of(tensor)
-        for plane in length.tensor:
-            if plane.shape[dim] > 1:
-                rows = labels_of(plane).movedim(dim, 0).reshape(size, -1)
-                is_plain = active_axes(plane) == (dim,)
-                length.labels = (rows[:, 0] if is_plain else rows.reshape(-1)).contiguous().numpy()
-                length.is_plain = is_plain and not len(length.labels[size:])
+        found = [plane for plane in length.tensor if plane.shape[dim] > 1]
+        if found:
+            length.labels = np.concatenate([labels_of(each).reshape(-1).numpy() for each in found])
+            length.is_plain = len(length.labels) == size
         return length

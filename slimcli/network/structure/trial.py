@@ -177,6 +177,10 @@ class Trial:
         example = self._origin[1]
         self._example = Example(to_dtype(example.batch, dtype), example.predict)
 
+    def _wide(self) -> contextlib.AbstractContextManager[Any]:
+        """What the user's code runs in."""
+        return Widened() if self._dtype == torch.float64 else contextlib.nullcontext()
+
     def _fresh(self) -> nn.Module:
         """A copy to be cut; only one is held at a time."""
         model = copy_as(self._origin[0], self._dtype).eval()
@@ -193,8 +197,7 @@ class Trial:
         self._log.calls, self._log.outputs = 0, []
         picks = Picks()
         watch = picks if self._log.limit else contextlib.nullcontext()
-        wide = Widened() if self._dtype == torch.float64 else contextlib.nullcontext()
-        with torch.no_grad(), preserved_randomness(), without_fast_path(), wide, watch:
+        with torch.no_grad(), preserved_randomness(), without_fast_path(), self._wide(), watch:
             torch.manual_seed(0)
             if record is None:
                 prediction = self._example.run(model)
@@ -245,7 +248,8 @@ class Trial:
             zeroed = self._run_zeroed(model)
             if zeroed is None:
                 return self.attempt(groups, thorough=thorough, merging=merging)
-            surgery.apply(model, cuts, example=self._example)
+            with self._wide():  # it runs the model where constants are to be measured
+                surgery.apply(model, cuts, example=self._example)
             if thorough or self._rechecks:
                 after = Record(Sources(model))
             cut = self.run(model, after)
