@@ -94,8 +94,11 @@ def select(tensor: Tensor, sources: Mapping[int, Sources]) -> Tensor:
     """
     order = tensor.dim_order()
     result = tensor.detach()
-    for dim, entries in sources.items():
+    plain_first = sorted(sources.items(), key=lambda item: max(map(len, item[1])))
+    for dim, entries in plain_first:
         result = _select_dimension(result, dim, entries)
+    if sources and result.is_contiguous() and order == (*range(tensor.dim()),):
+        return result
     return in_memory_order(result, order)
 
 
@@ -161,7 +164,7 @@ def _select_dimension(tensor: Tensor, dim: int, sources: Sources) -> Tensor:
         targets = [place for place, entry in enumerate(sources) if len(entry) > turn]
         origins = [sources[place][turn] for place in targets]
         addend = tensor.index_select(dim, torch.tensor(origins, device=tensor.device))
-        result = result.index_add(dim, torch.tensor(targets, device=tensor.device), addend)
+        result.index_add_(dim, torch.tensor(targets, device=tensor.device), addend)
     return result
 
 

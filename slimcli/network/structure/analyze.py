@@ -1,4 +1,4 @@
-"""Analysis of a model: run it twice under the tracer, group, judge, try."""
+"""Analysis of a model: run it under the tracer (twice if modes differ), group, judge, try."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from slimcli.network.structure.groups import build, first_choices
 from slimcli.network.structure.left_alone import freeze_rewired, freeze_uncuttable, freeze_unseen
 from slimcli.network.structure.modes import (
     preserved_randomness,
-    set_train_mode,
     share_copy,
     without_collector,
     without_fast_path,
@@ -22,13 +21,15 @@ from slimcli.network.structure.search import try_cuts
 from slimcli.network.structure.sources import Sources
 from slimcli.network.structure.structure import Structure
 from slimcli.network.structure.traced import Traced
+from slimcli.network.structure.train_mode import may_differ, noted_readers, set_train_mode
 
 
 def analyze(model: nn.Module, example: Example, *, trial: bool = True) -> Structure:
     """Finds out which channels of a model belong together, and which can be removed.
 
-    The model is run on the example in eval and in train mode (norms in eval mode), on a copy that
-    shares its parameters; modes, buffers and random states are as before afterwards.
+    The model is run on the example in eval mode and, if anything but a norm or a dropout layer asks
+    for the mode, in train mode (norms in eval mode), on a copy that shares its parameters; modes,
+    buffers and random states are as before afterwards.
 
     Args:
         model: Any module.
@@ -60,19 +61,21 @@ def _trace(model: nn.Module, example: Example) -> Traced:
     record = Record(Sources(twin))
     freeze_uncuttable(twin, record)
     notes: list[str] = []
+    trained, train_path_differs = None, False
     with preserved_randomness(), without_fast_path():
         twin.eval()
-        evaluated = run_traced(twin, example, record)
+        with noted_readers() as readers:
+            evaluated = run_traced(twin, example, record)
         consumers_in_eval = len(record.consumers)
-        set_train_mode(twin)
-        macs = list(record.macs)
-        trained, train_path_differs = None, False
-        try:
-            trained = run_traced(twin, example, record)
-            train_path_differs = trained.ops != evaluated.ops
-        except Exception as error:  # the user's code: anything can come
-            notes.append(f"train mode could not be traced: {type(error).__name__}: {error}")
-        record.macs = macs
+        if may_differ(twin, readers):
+            set_train_mode(twin)
+            macs = list(record.macs)
+            try:
+                trained = run_traced(twin, example, record)
+                train_path_differs = trained.ops != evaluated.ops
+            except Exception as error:  # the user's code: anything can come
+                notes.append(f"train mode could not be traced: {type(error).__name__}: {error}")
+            record.macs = macs
     pairs, in_train = evaluated.norm_after, trained.norm_after if trained else {}
     clash = {key for key in pairs if in_train.get(key, pairs[key]) != pairs[key]}
     merged = {key: norm for key, norm in {**in_train, **pairs}.items() if key not in clash}

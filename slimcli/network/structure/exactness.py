@@ -147,14 +147,14 @@ def _judge(record: Record, flow: Flow, norm_after: dict[str, str]) -> None:
             if not consumer.takes_constants or not consumer.is_plain:
                 flow.reason = f"a removed channel would arrive at {name} as a constant {NO_BIAS}"
                 return
-            if _is_reused(flow, consumer.path):
+            if _is_reused(flow, consumer.path, record.runs):
                 flow.reason = f"a removed channel would arrive at {name} as different constants"
                 return
             if all(consumer.path != other.path for other in flow.constant_readers):
                 flow.constant_readers.append(consumer)
 
 
-def _is_reused(flow: Flow, path: str) -> bool:
-    """Does one layer read values of different origin? One call in each mode is one use."""
+def _is_reused(flow: Flow, path: str, runs: int) -> bool:
+    """Does one layer read values of different origin? One call in each run is one use."""
     origins = [reading.nodes for reading in flow.readings if reading.consumer.path == path]
-    return len(origins) > 2 and len(set(origins)) > 1
+    return len(origins) > runs and len(set(origins)) > 1

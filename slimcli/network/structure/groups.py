@@ -59,9 +59,10 @@ def build(
     """
     component = components(record, choices)
     reasons, reason_of = _frozen_components(record, component, bans)
-    produced = _unique_labels([producer.labels for producer in record.producers])
     wanted = np.zeros(int(component.max()) + 1, dtype=bool)
-    wanted[component[produced]] = True
+    for producer in record.producers:
+        wanted[component[producer.labels]] = True
+    wanted[component[0]] = False  # no channel
     slot_of = _slot_of_label(record)
     return _gather(record, component, wanted, slot_of, reason_of, reasons)
 
@@ -107,12 +108,6 @@ def _count(component: Labels, labels: Labels) -> int:
     return len(distinct(component[labels[labels != 0]]))
 
 
-def _unique_labels(arrays: Sequence[Labels]) -> Labels:
-    labels: Labels = np.unique(np.concatenate([*arrays, np.zeros(1, np.int64)]))
-    named: Labels = labels[labels != 0]
-    return named
-
-
 def _frozen_components(
     record: Record, component: Labels, bans: Iterable[tuple[Labels, str]]
 ) -> tuple[list[str], Labels]:
@@ -146,12 +141,11 @@ def _gather(
 ) -> Grouping:
     """Components with equal slots and equal reasons become one group."""
     labels = np.flatnonzero(wanted[component])
-    labels = labels[labels != 0]
     group_of = np.full(record.sources.count, -1, dtype=np.int64)
     if not len(labels):
         return Grouping([], group_of)
-    labels = labels[np.lexsort((labels, slot_of[labels], component[labels]))]
-    starts = np.flatnonzero(np.diff(component[labels], prepend=-1))
+    labels, head = _by_channel(labels, component)
+    starts = np.flatnonzero(np.diff(head, prepend=-1))
     ids = np.random.default_rng(0).integers(1, 2**62, size=len(record.sources.dims), dtype=np.int64)
     with np.errstate(over="ignore"):
         signature = np.add.reduceat(ids[slot_of[labels]], starts)
@@ -163,8 +157,21 @@ def _gather(
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
     group_of[labels] = rank[group_of[labels]]
-    groups = _raw_groups(record, labels, component, group_of, slot_of, reason_of, reasons)
+    order = np.argsort(group_of[labels] * len(ids) + slot_of[labels], kind="stable")
+    sizes = np.bincount(rank[which])
+    groups = _raw_groups(
+        record, labels[order], sizes, component, group_of, slot_of, reason_of, reasons
+    )
     return Grouping(groups, group_of)
+
+
+def _by_channel(labels: Labels, component: Labels) -> tuple[Labels, Labels]:
+    """Labels (ascending) sorted by the smallest of their component, and that smallest one."""
+    smallest = np.zeros(int(component.max()) + 1, dtype=np.int64)
+    smallest[component[labels[::-1]]] = labels[::-1]  # the last one written stays
+    head = smallest[component[labels]]
+    order = np.argsort(head, kind="stable")
+    return labels[order], head[order]
 
 
 def _network_order(record: Record, group_of: Labels, count: int) -> Labels:
@@ -179,24 +186,20 @@ def _network_order(record: Record, group_of: Labels, count: int) -> Labels:
 def _raw_groups(
     record: Record,
     labels: Labels,
+    sizes: Labels,
     component: Labels,
     group_of: Labels,
     slot_of: Labels,
     reason_of: Labels,
     reasons: Sequence[str],
 ) -> list[RawGroup]:
-    heads = np.minimum.reduceat(labels, np.flatnonzero(np.diff(component[labels], prepend=-1)))
-    counts = np.diff([*np.flatnonzero(np.diff(component[labels], prepend=-1)), len(labels)])
-    head = np.repeat(heads, counts)
-    order = np.lexsort((labels, head, slot_of[labels], group_of[labels]))
-    labels, head = labels[order], head[order]
+    """Groups of so many channels; labels come by group, by slot in it, by channel in that."""
     firsts = np.array([each.first for each in record.sources.dims])
     groups = []
     bounds = [*np.flatnonzero(np.diff(group_of[labels], prepend=-1)), len(labels)]
-    for start, end in itertools.pairwise(bounds):
+    for (start, end), size in zip(itertools.pairwise(bounds), sizes.tolist(), strict=True):
         mine = labels[start:end]
         slots = slot_of[mine]
-        size = len(distinct(head[start:end]))
         cuts = [*np.flatnonzero(np.diff(slots, prepend=-2)), len(mine)]
         matrices = [
             (int(slots[a]), (mine[a:b] - firsts[slots[a]]).reshape(size, -1))

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from slimcli.network.example import Example
+from slimcli.network.structure.modes import copies_of_nothing
+
 WIDE = {
     torch.float16: torch.float64,
     torch.bfloat16: torch.float64,
@@ -59,9 +62,25 @@ class Widened(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
 
+def run_inside(mode: TorchDispatchMode, example: Example) -> Example:
+    """The same example; the user's code, and nothing else, runs in this mode."""
+
+    def predict(model: nn.Module, batch: Any) -> Any:
+        with mode:
+            return example.predict(model, batch)
+
+    return Example(example.batch, predict)
+
+
+def example_as(example: Example, dtype: torch.dtype) -> Example:
+    """The same example in another dtype; in float64 nothing that the user's code does leaves it."""
+    same = Example(to_dtype(example.batch, dtype), example.predict)
+    return run_inside(Widened(), same) if dtype == torch.float64 else same
+
+
 def copy_as(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A deep copy in another dtype, without gradients; never two copies at once."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = copies_of_nothing(model)
     for parameter in model.parameters():
         if type(parameter) is nn.Parameter and _is_real_or_complex(parameter):
             values = parameter.detach().to(_like(parameter, dtype), copy=True)

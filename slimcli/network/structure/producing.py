@@ -9,7 +9,14 @@ import numpy as np
 from torch import Tensor, nn
 
 from slimcli.network.structure.nodes import Kind, Node
-from slimcli.network.structure.planes import SHIFT, distinct, entries, labels_of, squeeze_equal
+from slimcli.network.structure.planes import (
+    LABEL_MASK,
+    SHIFT,
+    distinct,
+    entries,
+    labels_of,
+    squeeze_equal,
+)
 from slimcli.network.structure.record import Consumer, Producer
 from slimcli.network.structure.trace import Op, Planes
 
@@ -21,8 +28,8 @@ def caller(op: Op, weight: Tensor, plane: Tensor | None) -> str:
     """Path of the module whose weight this is, if it is the one running; else ``tensor:NAME``."""
     owner = ""
     if plane is not None:
-        labels = labels_of(plane).reshape(-1)
-        first = int(labels[labels != 0][0]) if bool(labels.any()) else 0
+        labels = plane.reshape(-1).numpy() & LABEL_MASK
+        first = int(labels[0] or labels[(labels != 0).argmax()])
         owner = op.record.sources.dim_of(first).tensor if first else ""
     else:
         source = op.record.sources.find(weight)

@@ -9,7 +9,14 @@ import numpy as np
 from torch import Tensor
 
 from slimcli.network.structure.nodes import NodeTable
-from slimcli.network.structure.planes import Labels, broadcast, distinct, entries, labels_of
+from slimcli.network.structure.planes import (
+    LABEL_MASK,
+    Labels,
+    broadcast,
+    distinct,
+    entries,
+    labels_of,
+)
 from slimcli.network.structure.sources import Sources
 
 
@@ -97,9 +104,10 @@ class Hands:
 
 @dataclass
 class Record:
-    """Everything two traces (eval and train mode) found, in the terms of one set of labels.
+    """Everything the traces (eval mode, and train mode) found, in the terms of one set of labels.
 
     Attributes:
+        runs: How many there were.
         static_calls: Mixing modules entered before the first operator whose result depends on the
             order of values (sorting, suppression of boxes); None if there is none.
         hands: Path of every module that ran -> what its forward had in its hands.
@@ -132,24 +140,25 @@ class Record:
     remainders: list[tuple[Tensor, str]] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
     order: int = 0
+    runs: int = 0
 
     def join(self, left: Tensor, right: Tensor) -> None:
         """These entries (packed or labels, broadcastable) are the same channels."""
-        left, right = broadcast([labels_of(left), labels_of(right)])
-        a, b = left.reshape(-1).numpy(), right.reshape(-1).numpy()
-        self.join_labels(a, b)
+        self.join_labels(*_rows(left, right))
 
     def join_labels(self, a: Labels, b: Labels) -> None:
         """The same for flat label arrays."""
-        both = (a != b) & (a != 0) & (b != 0)
-        if both.any():
-            self.edges.append((a[both], b[both]))
+        different = a != b
+        if different.any():
+            different &= (a != 0) & (b != 0)
+            self.edges.append((a[different], b[different]))
 
     def tie(self, left: Tensor, right: Tensor, reason: str) -> None:
         """Joins; where only one side has a label, it is frozen."""
-        left, right = broadcast([labels_of(left), labels_of(right)])
-        a, b = left.reshape(-1).numpy(), right.reshape(-1).numpy()
+        a, b = _rows(left, right)
         self.join_labels(a, b)
+        if a.all() and b.all():
+            return
         alone = np.concatenate([a[b == 0], b[a == 0]])
         if alone.any():
             self.freeze_labels(alone, reason)
@@ -185,3 +194,10 @@ class Record:
                 first = labels_of(plane).movedim(axis, 0).reshape(size, -1)[:, 0]
                 return first.contiguous().numpy()
         return np.zeros(size, dtype=np.int64)
+
+
+def _rows(left: Tensor, right: Tensor) -> tuple[Labels, Labels]:
+    """The labels of two planes, broadcast to one shape, as flat arrays."""
+    left, right = broadcast([left, right])
+    a, b = left.numpy() & LABEL_MASK, right.numpy() & LABEL_MASK
+    return a.reshape(-1), b.reshape(-1)

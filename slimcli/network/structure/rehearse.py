@@ -44,7 +44,10 @@ def equalize_channels(model: nn.Module, group: Group, clusters: Sequence[Sequenc
     with torch.no_grad():
         for slot in dict.fromkeys(group.producers + group.followers):
             path, _, local = slot.tensor.rpartition(".")
-            entries = getattr(model.get_submodule(path), local).movedim(slot.dim, 0)
+            tensor = getattr(model.get_submodule(path), local)
             origins = [index for first, _ in pairs for index in slot.indices[first]]
             targets = [index for _, other in pairs for index in slot.indices[other]]
-            entries[targets] = entries[origins]
+            origins, targets = (
+                torch.tensor(each, device=tensor.device) for each in (origins, targets)
+            )
+            tensor.index_copy_(slot.dim, targets, tensor.index_select(slot.dim, origins))

@@ -57,6 +57,7 @@ class TracedRun:
 
 def run_traced(model: nn.Module, example: Example, record: Record) -> TracedRun:
     """Runs the model as it is, following its channels."""
+    record.runs += 1
     calls = Calls()
     tracer = Tracer(record, calls, RULES)
     handles = _watch_modules(model, tracer)

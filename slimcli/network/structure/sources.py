@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slimcli.network.structure.nodes import Kind, Node, NodeTable
-from slimcli.network.structure.planes import pack
+from slimcli.network.structure.planes import SHIFT
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,10 @@ def source_planes(source: Source, table: NodeTable) -> tuple[Tensor, ...]:
         if first:
             per_channel = source.tensor.numel() == shape[dim]
             node = table.add(Node(Kind.SOURCE, flags=(per_channel,), name=source.name))
-            labels = torch.arange(first, first + shape[dim])
+            packed = first + (node << SHIFT)
             plane_shape = [1] * len(shape)
             plane_shape[dim] = shape[dim]
-            planes.append(pack(labels, node).view(plane_shape))
+            planes.append(torch.arange(packed, packed + shape[dim]).view(plane_shape))
     return tuple(planes)
 
 

@@ -31,11 +31,10 @@ from slimcli.network.structure import user_line
 from slimcli.network.structure.modes import (
     output_tensors,
     preserved_randomness,
-    set_train_mode,
     without_collector,
     without_fast_path,
 )
-from slimcli.network.structure.precision import Widened, copy_as, to_dtype
+from slimcli.network.structure.precision import copy_as, example_as, run_inside
 from slimcli.network.structure.producing import MIXING
 from slimcli.network.structure.recheck import first_disorder
 from slimcli.network.structure.record import Record
@@ -45,6 +44,7 @@ from slimcli.network.structure.sources import Sources
 from slimcli.network.structure.structure import Group
 from slimcli.network.structure.trace import ORDER_DEPENDENT, base_name
 from slimcli.network.structure.traced import Traced
+from slimcli.network.structure.train_mode import set_train_mode
 
 LIMITS = {torch.float64: 1e-8, torch.float32: 1e-3}
 """Largest difference, relative to the largest output: far above rounding, far below an error."""
@@ -174,12 +174,7 @@ class Trial:
     def _use(self, dtype: torch.dtype) -> None:
         """Runs in this dtype from now on."""
         self._dtype = dtype
-        example = self._origin[1]
-        self._example = Example(to_dtype(example.batch, dtype), example.predict)
-
-    def _wide(self) -> contextlib.AbstractContextManager[Any]:
-        """What the user's code runs in."""
-        return Widened() if self._dtype == torch.float64 else contextlib.nullcontext()
+        self._example = example_as(self._origin[1], dtype)
 
     def _fresh(self) -> nn.Module:
         """A copy to be cut; only one is held at a time."""
@@ -196,13 +191,13 @@ class Trial:
         """
         self._log.calls, self._log.outputs = 0, []
         picks = Picks()
-        watch = picks if self._log.limit else contextlib.nullcontext()
-        with torch.no_grad(), preserved_randomness(), without_fast_path(), self._wide(), watch:
+        example = run_inside(picks, self._example) if self._log.limit else self._example
+        with torch.no_grad(), preserved_randomness(), without_fast_path():
             torch.manual_seed(0)
             if record is None:
-                prediction = self._example.run(model)
+                prediction = example.run(model)
             else:
-                prediction = run_traced(model, self._example, record).output
+                prediction = run_traced(model, example, record).output
         return Ran(list(output_tensors(prediction)), self._log.outputs, picks.found)
 
     def _run_zeroed(self, model: nn.Module) -> Ran | None:
@@ -248,8 +243,7 @@ class Trial:
             zeroed = self._run_zeroed(model)
             if zeroed is None:
                 return self.attempt(groups, thorough=thorough, merging=merging)
-            with self._wide():  # it runs the model where constants are to be measured
-                surgery.apply(model, cuts, example=self._example)
+            surgery.apply(model, cuts, example=self._example)
             if thorough or self._rechecks:
                 after = Record(Sources(model))
             cut = self.run(model, after)
