@@ -20,6 +20,12 @@ BatchNorm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 InstanceNorm = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 PerChannelNorm = (*BatchNorm, *InstanceNorm)
 
+COUNTED: tuple[tuple[Any, str], ...] = (
+    (InstanceNorm, "num_features"),
+    (nn.GroupNorm, "num_channels"),
+)
+"""Layers that may have no tensor of their own, and where they keep how many channels they get."""
+
 Attributes = dict[str, Any]
 Selections = Mapping[str, Mapping[int, Sources]]
 """Local tensor name -> dimension -> what stays."""
@@ -48,6 +54,24 @@ def known(module: nn.Module) -> Attributes:
     """The attributes :func:`planned` would set, as they are today."""
     names = planned(module, {})
     return {name: getattr(module, name) for name in names}
+
+
+def counters(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Attributes that count channels where no tensor of the layer does: (layer, attribute) by name.
+
+    >>> list(counters(nn.Sequential(nn.InstanceNorm1d(3), nn.InstanceNorm1d(3, affine=True))))
+    ['0.num_features']
+    """
+    found = {}
+    for path, module in model.named_modules():
+        for kind, name in COUNTED:
+            if isinstance(module, kind) and not _has_tensors(module):
+                found[f"{path}.{name}" if path else name] = (module, name)
+    return found
+
+
+def _has_tensors(module: nn.Module) -> bool:
+    return any(True for _ in (*module.parameters(), *module.buffers()))
 
 
 def output_sources(module: nn.Module, sources: Mapping[int, Sources]) -> Sources | None:

@@ -15,7 +15,8 @@ class Slot:
     """One dimension of one tensor that carries the channels of a group.
 
     Attributes:
-        tensor: Name of a parameter or buffer, e.g. ``layer1.0.conv1.weight``.
+        tensor: Name of a parameter or buffer, e.g. ``layer1.0.conv1.weight``, or of an attribute
+            that counts channels (``norm.num_features``, see ``attributes.counters``).
         dim: The dimension whose entries are channels.
         indices: For each channel of the group, the entries of that dimension which belong to it
             (one entry for a plain conv, H*W for a Linear after flatten).
@@ -34,7 +35,7 @@ class SlotCut:
     """What is left of one dimension of one tensor.
 
     Attributes:
-        tensor: Name of a parameter or buffer.
+        tensor: Name of a parameter or buffer, or of an attribute that counts channels.
         dim: The dimension that gets shorter.
         sources: For each entry that stays, in order, the old entries it is made of.
             ``((0,), (2,))`` keeps entries 0 and 2. ``((0, 1), (2,))`` stores the *sum* of 0 and 1,

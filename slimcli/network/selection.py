@@ -10,6 +10,7 @@ import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -92,14 +93,27 @@ def select(tensor: Tensor, sources: Mapping[int, Sources]) -> Tensor:
     >>> select(torch.tensor([[1.0, 2.0, 3.0]]), {1: ((0, 2), (1,))})
     tensor([[4., 2.]])
     """
-    order = tensor.dim_order()
     result = tensor.detach()
-    plain_first = sorted(sources.items(), key=lambda item: max(map(len, item[1])))
-    for dim, entries in plain_first:
+    cheapest_first = sorted(sources.items(), key=lambda item: (max(map(len, item[1])), item[0]))
+    for dim, entries in cheapest_first:
         result = _select_dimension(result, dim, entries)
-    if sources and result.is_contiguous() and order == (*range(tensor.dim()),):
+    if sources and _lies_in_order(tensor):
         return result
-    return in_memory_order(result, order)
+    return in_memory_order(result, tensor.dim_order())
+
+
+def _lies_in_order(tensor: Tensor) -> bool:
+    """Is each stride what it is in a new tensor, also those of dimensions of size one?
+
+    >>> _lies_in_order(torch.zeros(2, 3)), _lies_in_order(torch.zeros(2, 3).T)
+    (True, False)
+    """
+    wanted = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if stride != wanted:
+            return False
+        wanted *= max(size, 1)
+    return True
 
 
 def in_memory_order(tensor: Tensor, order: Sequence[int]) -> Tensor:
@@ -158,8 +172,8 @@ def groups_after(sources: Sources, size: int, groups: int) -> int:
 
 def _select_dimension(tensor: Tensor, dim: int, sources: Sources) -> Tensor:
     """Sums in rounds with unique targets, so that the result doesn't depend on thread order."""
-    first = torch.tensor([entry[0] for entry in sources], device=tensor.device)
-    result = tensor.index_select(dim, first)
+    first = np.fromiter(map(itemgetter(0), sources), np.int64, len(sources))
+    result = tensor.index_select(dim, torch.from_numpy(first).to(tensor.device))
     for turn in range(1, max(map(len, sources))):
         targets = [place for place, entry in enumerate(sources) if len(entry) > turn]
         origins = [sources[place][turn] for place in targets]

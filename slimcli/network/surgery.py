@@ -6,7 +6,7 @@ are followed by identity and not by name. Nothing here decides *what* is cut.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,10 +46,11 @@ def apply(
         RunError: A cut does not fit the model or its optimizer. The model is then unchanged.
     """
     held = held_tensors(model)
-    _plan_sources(held, cuts)
+    updates = _planned_counts(model, cuts)
+    _plan_sources(held, cuts, attributes.counters(model))
     _follow_with_biases(held)
     changed = list({id(each): each for each in held.values() if each.sources}.values())
-    updates = planned_attributes(model, changed)
+    updates += planned_attributes(model, changed)
     states = [_planned_state(each, optimizer) for each in changed]
     gains = _measured_gains(model, cuts, example, held)
     for path, gain in gains.items():
@@ -61,12 +62,33 @@ def apply(
             setattr(module, name, value)
 
 
-def _plan_sources(held: Mapping[str, Held], cuts: Sequence[Cut]) -> None:
+def _planned_counts(
+    model: nn.Module, cuts: Sequence[Cut]
+) -> list[tuple[nn.Module, dict[str, Any]]]:
+    """The new values of attributes that count channels at layers without tensors."""
+    counters = attributes.counters(model)
+    parts: dict[str, list[Sources]] = {}
+    for slot in (slot for cut in cuts for slot in cut.slots if slot.tensor in counters):
+        parts.setdefault(slot.tensor, []).append(slot.sources)
+    updates = []
+    for name, sources in parts.items():
+        module, attribute = counters[name]
+        try:
+            stays = compose(sources, getattr(module, attribute))
+        except ValueError as error:
+            raise misfit(f"{name}: {error}") from error
+        updates.append((module, {attribute: len(stays)}))
+    return updates
+
+
+def _plan_sources(held: Mapping[str, Held], cuts: Sequence[Cut], counters: Collection[str]) -> None:
     """Writes into each tensor what stays of it."""
     parts: dict[tuple[int, int], list[Sources]] = {}
     owners: dict[tuple[int, int], Held] = {}
     for cut in cuts:
         for slot in cut.slots:
+            if slot.tensor in counters:
+                continue
             each = held.get(slot.tensor)
             if each is None or not 0 <= slot.dim < each.tensor.dim():
                 raise misfit(

@@ -20,7 +20,7 @@ from slimcli.algorithms.resrep.cutting import (
     removed_entries,
 )
 from slimcli.algorithms.resrep.targets import Place, Target, Transposed
-from slimcli.network import fuse, handover, surgery
+from slimcli.network import attributes, fuse, handover, surgery
 from slimcli.network.cuts import Cut, SlotCut
 from slimcli.network.example import Example
 
@@ -161,6 +161,7 @@ def _cut(
     removed = removed_entries(kept)
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     names |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    names |= set(attributes.counters(model))
     cuts = [
         cut_when_folded(
             target,

@@ -21,7 +21,11 @@ from slimcli.network.structure.search import try_cuts
 from slimcli.network.structure.sources import Sources
 from slimcli.network.structure.structure import Structure
 from slimcli.network.structure.traced import Traced
-from slimcli.network.structure.train_mode import may_differ, noted_readers, set_train_mode
+from slimcli.network.structure.train_mode import (
+    keeps_its_own_mode,
+    noted_readers,
+    set_train_mode,
+)
 
 
 def analyze(model: nn.Module, example: Example, *, trial: bool = True) -> Structure:
@@ -39,24 +43,20 @@ def analyze(model: nn.Module, example: Example, *, trial: bool = True) -> Struct
     Raises:
         Exception: Whatever the model raises on the example in eval mode.
     """
-    traced = trace(model, example)
     try:
         samples = samples_in(example.batch)
     except ValueError:
         samples = 1
-    if trial:
-        return try_cuts(model, example, traced, samples)
-    grouping = build(traced.record, first_choices(traced.record), ())
-    return assemble(model, traced.record, grouping, traced.norm_after, samples, traced.notes)
+    with without_collector():
+        traced = trace(model, example)
+        if not trial:
+            groups = build(traced.record, first_choices(traced.record), ())
+            return assemble(model, traced.record, groups, traced.norm_after, samples, traced.notes)
+    return try_cuts(model, example, traced, samples)
 
 
 def trace(model: nn.Module, example: Example) -> Traced:
-    """Runs the model in both modes and records what happens to its channels."""
-    with without_collector():
-        return _trace(model, example)
-
-
-def _trace(model: nn.Module, example: Example) -> Traced:
+    """Runs the model, in both modes if need be, and records what happens to its channels."""
     twin = share_copy(model)
     record = Record(Sources(twin))
     freeze_uncuttable(twin, record)
@@ -67,7 +67,7 @@ def _trace(model: nn.Module, example: Example) -> Traced:
         with noted_readers() as readers:
             evaluated = run_traced(twin, example, record)
         consumers_in_eval = len(record.consumers)
-        if may_differ(twin, readers):
+        if readers or keeps_its_own_mode(twin):
             set_train_mode(twin)
             macs = list(record.macs)
             try:

@@ -100,12 +100,14 @@ def _group(
     made = [flow.producers[key] for key in flow.zeroed]
     writing = set().union(*(dims.of(each.labels) for each in made))
     writing |= set().union(*(dims.of(labels) for each in made for labels in each.biases))
-    producers, followers, consumers = [], [], []
+    producers, followers, consumers, counters = [], [], [], []
     by_number: dict[int, Slot] = {}
     for number, entries in raw.slots:
         slot = to_slot(record, number, entries, indices)
         by_number[number] = slot
-        if number in writing:
+        if slot.tensor in record.sources.counters:
+            counters.append(slot)
+        elif number in writing:
             producers.append(slot)
         elif number in reading:
             consumers.append(slot)
@@ -131,6 +133,7 @@ def _group(
         zero_reason=zero_reason,
         constants=() if zero_reason else constants,
         is_placeable=all(site.conv for site in sites),
+        counters=tuple(counters),
         duplicate_reason=TIED if both else _not_additive(record, by_number.keys() & reading, dims),
     )
 

@@ -140,11 +140,10 @@ def _gather(
     reasons: Sequence[str],
 ) -> Grouping:
     """Components with equal slots and equal reasons become one group."""
-    labels = np.flatnonzero(wanted[component])
     group_of = np.full(record.sources.count, -1, dtype=np.int64)
-    if not len(labels):
+    if not wanted.any():
         return Grouping([], group_of)
-    labels, head = _by_channel(labels, component)
+    labels, head = _by_channel(np.flatnonzero(wanted[component]), component)
     starts = np.flatnonzero(np.diff(head, prepend=-1))
     ids = np.random.default_rng(0).integers(1, 2**62, size=len(record.sources.dims), dtype=np.int64)
     with np.errstate(over="ignore"):
@@ -157,10 +156,10 @@ def _gather(
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
     group_of[labels] = rank[group_of[labels]]
-    order = np.argsort(group_of[labels] * len(ids) + slot_of[labels], kind="stable")
+    by_slot = np.argsort(group_of[labels] * len(ids) + slot_of[labels], kind="stable")
     sizes = np.bincount(rank[which])
     groups = _raw_groups(
-        record, labels[order], sizes, component, group_of, slot_of, reason_of, reasons
+        record, labels[by_slot], sizes, component, group_of, slot_of, reason_of, reasons
     )
     return Grouping(groups, group_of)
 

@@ -45,9 +45,8 @@ def equalize_channels(model: nn.Module, group: Group, clusters: Sequence[Sequenc
         for slot in dict.fromkeys(group.producers + group.followers):
             path, _, local = slot.tensor.rpartition(".")
             tensor = getattr(model.get_submodule(path), local)
-            origins = [index for first, _ in pairs for index in slot.indices[first]]
-            targets = [index for _, other in pairs for index in slot.indices[other]]
-            origins, targets = (
-                torch.tensor(each, device=tensor.device) for each in (origins, targets)
-            )
+            firsts = [index for first, _ in pairs for index in slot.indices[first]]
+            others = [index for _, other in pairs for index in slot.indices[other]]
+            origins = torch.tensor(firsts, device=tensor.device)
+            targets = torch.tensor(others, device=tensor.device)
             tensor.index_copy_(slot.dim, targets, tensor.index_select(slot.dim, origins))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimcli.network import fuse
+from slimcli.network import attributes, fuse
 from slimcli.network.example import Example
 from slimcli.network.nested import tensors_in
 from slimcli.network.structure import (
@@ -80,6 +80,7 @@ def _watch_modules(model: nn.Module, tracer: Tracer) -> list[Any]:
     """Hooks that tell the tracer which module is running."""
     handles = []
     stack = tracer.calls.stack
+    counted = {module: name for name, (module, _) in attributes.counters(model).items()}
 
     def enter(path: str) -> Any:
         def hook(module: nn.Module, inputs: Any, keywords: Any) -> None:
@@ -87,6 +88,8 @@ def _watch_modules(model: nn.Module, tracer: Tracer) -> list[Any]:
             stack.append((path, module))
             _take(tracer, path, (inputs, keywords))
             tracer.calls.mixing_entered += isinstance(module, MIXING)
+            if module in counted:
+                _count(tracer, counted[module], inputs)
 
         return hook
 
@@ -107,6 +110,17 @@ def _watch_modules(model: nn.Module, tracer: Tracer) -> list[Any]:
         )
         handles.append(module.register_forward_hook(leave, always_call=True))
     return handles
+
+
+def _count(tracer: Tracer, name: str, inputs: tuple[Any, ...]) -> None:
+    """A layer without tensors says in an attribute how many channels it is called with."""
+    labels = tracer.record.sources.counters.get(name)
+    if labels is None:
+        return
+    for tensor in tensors_in(inputs):
+        for plane in tracer.planes_of(tensor):
+            if plane.numel() == labels.numel():
+                tracer.record.join(plane.reshape(-1), labels)
 
 
 def _take(tracer: Tracer, path: str, value: Any) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from slimcli.network import attributes
 from slimcli.network.structure.nodes import Kind, Node, NodeTable
 from slimcli.network.structure.planes import SHIFT
 
@@ -40,6 +41,7 @@ class Sources:
     Attributes:
         dims: All labelled dimensions.
         seen: Names of tensors that were asked for: operators used them.
+        counters: Name of an attribute that counts channels -> labels for what it counts.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -56,6 +58,11 @@ class Sources:
         named += [*model.named_buffers(remove_duplicate=False)]
         for name, tensor in named:
             self._register(name, tensor, 2 if id(tensor) in kernels else tensor.dim())
+        self.counters: dict[str, Tensor] = {}
+        for name, (module, attribute) in attributes.counters(model).items():
+            size = getattr(module, attribute)
+            if size > 1:
+                self.counters[name] = torch.arange(size) + self._labelled(name, 0, size)
 
     @property
     def count(self) -> int:
@@ -76,15 +83,20 @@ class Sources:
                 if size <= 1 or dim >= labelled_dims:
                     first_labels.append(0)
                     continue
-                self._starts.append(self._next)
-                self.dims.append(SourceDim(name, dim, self._next, size))
-                first_labels.append(self._next)
-                self._next += size
+                first_labels.append(self._labelled(name, dim, size))
             source = Source(name, tensor, tuple(first_labels))
             self._by_memory[key] = source
         self._names.setdefault(source.name, set()).add(name)
         self._by_identity[id(tensor)] = source
         self._storages.add(tensor.untyped_storage().data_ptr())
+
+    def _labelled(self, name: str, dim: int, size: int) -> int:
+        """The first of the labels that a dimension gets."""
+        first = self._next
+        self._starts.append(first)
+        self.dims.append(SourceDim(name, dim, first, size))
+        self._next += size
+        return first
 
     def find(self, tensor: Tensor) -> Source | None:
         """The source a tensor is, also through ``.data``."""

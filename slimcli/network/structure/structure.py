@@ -70,6 +70,7 @@ class Group:
         producers: Output dimensions of the weights and biases that make the values.
         followers: All on the way: norms, depthwise convs, scales, the gate side of a product.
         consumers: Input dimensions that read the values.
+        counters: Attributes of layers without tensors that say how many channels there are.
         sites: Where a channel is made zero; in a sum everywhere, in a product on one side.
         frozen_reason: Why it can be cut in no way; empty if it can.
         exact_zero: Removing a channel that is zero at every site changes nothing.
@@ -96,6 +97,7 @@ class Group:
     constants: tuple[tuple[str, Slot], ...] = ()
     is_linear: bool = False
     is_placeable: bool = True
+    counters: tuple[Slot, ...] = ()
 
     @property
     def is_prunable(self) -> bool:
@@ -105,7 +107,7 @@ class Group:
     @property
     def slots(self) -> tuple[Slot, ...]:
         """All slots."""
-        return self.producers + self.followers + self.consumers
+        return self.producers + self.followers + self.consumers + self.counters
 
     def cut(self, keep: Sequence[int]) -> Cut:
         """Drops every channel that is not in ``keep``.
@@ -141,6 +143,7 @@ class Group:
         known: dict[Any, Sources] = {}
         slots = [_summed(slot, singles, known) for slot in self.producers + self.followers]
         slots += [_summed(slot, sums, known) for slot in self.consumers]
+        slots += [_summed(slot, singles, known) for slot in self.counters]
         gone = sorted(set(range(self.size)) - set(channels))
         constants = tuple(
             Constant(path, tuple(sorted(i for c in gone for i in slot.indices[c])))

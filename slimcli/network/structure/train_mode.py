@@ -13,15 +13,6 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-DROPOUTS: tuple[type[nn.Module], ...] = (
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-)
-"""Scale each value of their input by a number of its own: no channel meets another."""
-
-
 _ONE_AT_A_TIME = threading.RLock()
 
 
@@ -38,18 +29,23 @@ def _keeps_eval_mode(module: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def noted_readers() -> Iterator[dict[int, nn.Module]]:
-    """Modules (by id) whose attribute ``training`` is read meanwhile.
+def noted_readers() -> Iterator[list[nn.Module]]:
+    """Modules whose attribute ``training`` is read meanwhile, by anything but a dropout layer.
+
+    Dropout scales each value, or each channel, by a number of its own: no channel meets another. A
+    norm with running statistics is in eval mode whatever the model is in.
 
     The attribute is a property of ``nn.Module`` as long as this lasts; its value stays where it
     is, in the module's own dictionary.
     """
-    readers: dict[int, nn.Module] = {}
+    readers: list[nn.Module] = []
+    dropouts = {kind.forward.__code__ for kind in _dropouts()}
 
     def read(module: nn.Module) -> bool:
         if "training" not in vars(module):  # a scripted module keeps it elsewhere
             raise AttributeError("training")
-        readers[id(module)] = module
+        if not _keeps_eval_mode(module) and sys._getframe(1).f_code not in dropouts:
+            readers.append(module)
         mode: bool = vars(module)["training"]
         return mode
 
@@ -68,32 +64,22 @@ def noted_readers() -> Iterator[dict[int, nn.Module]]:
             del nn.Module.training
 
 
-def may_differ(model: nn.Module, readers: dict[int, nn.Module]) -> bool:
-    """Could a run in train mode do anything to channels that the run in eval mode did not?
+def _dropouts() -> tuple[type[nn.Module], ...]:
+    vision = sys.modules.get("torchvision.ops")  # a model that has one of its layers imported it
+    more = () if vision is None else (vision.StochasticDepth,)
+    return nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, *more
 
-    Args:
-        model: As it ran in eval mode.
-        readers: What ``noted_readers`` gave for that run.
-    """
-    if any(_has_its_own_way(module) for module in model.modules()):
-        return True
-    return not all(
-        _keeps_eval_mode(module) or type(module) in (*DROPOUTS, *_other_dropouts())
-        for module in readers.values()
-    )
+
+def keeps_its_own_mode(model: nn.Module) -> bool:
+    """Does any of its modules keep or switch its mode by code of its own?"""
+    return any(_has_its_own_way(module) for module in model.modules())
 
 
 def _has_its_own_way(module: nn.Module) -> bool:
-    """Does it keep or switch its mode by code of its own?"""
     if isinstance(module, torch.jit.ScriptModule):
         return True
     kinds = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
-    places = [vars(module), *map(vars, kinds)]
-    return any(name in place for place in places for name in ("train", "eval")) or any(
-        "training" in place for place in places[1:]
+    switches = [vars(module), *map(vars, kinds)]
+    return any(name in place for place in switches for name in ("train", "eval")) or any(
+        "training" in vars(kind) for kind in kinds
     )
-
-
-def _other_dropouts() -> tuple[type[nn.Module], ...]:
-    vision = sys.modules.get("torchvision.ops")  # a model that has one of its layers imported it
-    return () if vision is None else (vision.StochasticDepth,)

@@ -1,0 +1,123 @@
+"""What only happens in train mode is found however the code asks for the mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+from slimcli.network.example import Example
+from slimcli.network.structure import analyze
+
+from . import structures
+from .proving import call
+
+
+class Auxiliary(structures.Net):
+    """In train mode a second head reads the features.
+
+    Args:
+        asks: Is the model in train mode?
+    """
+
+    def __init__(self, asks: Callable[[Auxiliary], bool] = lambda net: net.training) -> None:
+        super().__init__(12)
+        self.features = structures.conv_bn(8, 12)
+        self.auxiliary, self.drop, self.asks = nn.Linear(12, 5), nn.Dropout(0.1), asks
+
+    def body(self, x: Tensor) -> Tensor:
+        x = self.drop(self.features(x))
+        self.seen = x.mean((2, 3))
+        if self.asks(self):
+            self.guess = self.auxiliary(self.seen)
+        return x
+
+
+class Switched(Auxiliary):
+    """Keeps the mode in an attribute of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda net: net.learns)
+        self.learns = True
+
+    def train(self, mode: bool = True) -> Switched:
+        self.learns = mode
+        return super().train(mode)
+
+
+class Renamed(Auxiliary):
+    """Its mode is a property, as wrappers have it."""
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        return self.learns
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        self.learns = mode
+
+
+WAYS: dict[str, Callable[[], nn.Module]] = {
+    "attribute": Auxiliary,
+    "getattr": lambda: Auxiliary(lambda net: getattr(net, "training")),  # noqa: B009
+    "of a child": lambda: Auxiliary(lambda net: net.head.training),
+    "of a dropout layer": lambda: Auxiliary(lambda net: net.drop.training),
+    "own switch": Switched,
+    "own property": Renamed,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_head_of_train_mode_is_found_by(way: str) -> None:
+    structure = analyze(WAYS[way](), Example(structures.image(), call))
+    slots = {slot.tensor for slot in structure.group("features.1").slots}
+    assert "auxiliary.weight" in slots
+
+
+def test_a_head_of_train_mode_is_found_where_the_predict_function_asks() -> None:
+    def predict(model: Any, batch: Tensor) -> Any:
+        prediction = call(model, batch)
+        return (prediction, model.auxiliary(model.seen)) if model.training else prediction
+
+    structure = analyze(Auxiliary(lambda net: False), Example(structures.image(), predict))
+    assert "auxiliary.weight" in {slot.tensor for slot in structure.group("features.1").slots}
+
+
+class Regularised(structures.Net):
+    """Norms and dropout of all kinds, and nothing else that asks for the mode."""
+
+    def __init__(self, extra: nn.Module) -> None:
+        super().__init__(12)
+        self.features, self.depth = structures.conv_bn(8, 12), StochasticDepth(0.2, "row")
+        self.drop, self.plane, self.extra = nn.Dropout(0.1), nn.Dropout2d(0.3), extra
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.extra(self.depth(self.plane(self.drop(self.features(x)))))
+
+
+@pytest.mark.parametrize(("extra", "runs"), [(nn.Identity(), 1), (nn.RReLU(), 2)])
+def test_only_what_asks_for_the_mode_costs_a_second_run(extra: nn.Module, runs: int) -> None:
+    modes = []
+
+    def predict(model: nn.Module, batch: Tensor) -> Any:
+        modes.append(vars(model)["training"])
+        return call(model, batch)
+
+    analyze(Regularised(extra), Example(structures.image(), predict), trial=False)
+    assert modes == [False, True][:runs]
+
+
+def test_the_attribute_is_a_plain_one_again_afterwards() -> None:
+    def fails(model: nn.Module, batch: Tensor) -> Any:
+        raise ValueError("as a user's code may")
+
+    with pytest.raises(ValueError, match="as a user's code may"):
+        analyze(Auxiliary(), Example(structures.image(), fails))
+    assert "training" not in vars(nn.Module)
+    model = Auxiliary()
+    analyze(model, Example(structures.image(), call))
+    assert model.training
+    assert "training" not in vars(nn.Module)
