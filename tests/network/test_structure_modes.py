@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from torch import Tensor, nn
+from torch import Tensor, cat, nn
 from torchvision.ops import StochasticDepth
 
 from slimcli.network.example import Example
@@ -121,3 +121,39 @@ def test_the_attribute_is_a_plain_one_again_afterwards() -> None:
     analyze(model, Example(structures.image(), call))
     assert model.training
     assert "training" not in vars(nn.Module)
+
+
+class Remembering(structures.Net):
+    """Adds what it made of the last batch, if it fits."""
+
+    def __init__(self) -> None:
+        super().__init__(24)
+        self.features, self.kept = structures.conv_bn(8, 12), None
+
+    def body(self, x: Tensor) -> Tensor:
+        x = self.features(x)
+        last = x if self.kept is None or self.kept.shape != x.shape else self.kept
+        self.kept = x
+        return cat([x, last], 1)
+
+
+def test_a_model_that_keeps_features_between_runs_is_run_twice() -> None:
+    group = analyze(Remembering(), Example(structures.image(), call)).group("features.1")
+    assert "its width is compared with another" in group.frozen_reason
+
+
+class Again(structures.Net):
+    """One conv reads the same channels twice."""
+
+    def __init__(self) -> None:
+        super().__init__(12)
+        self.features, self.twice = structures.conv_bn(8, 12), nn.Conv2d(12, 12, 1)
+
+    def body(self, x: Tensor) -> Tensor:
+        x = self.features(x)
+        return self.twice(x) + self.twice(x * 2)
+
+
+def test_a_layer_that_reads_channels_twice_makes_no_linear_group_of_them() -> None:
+    group = analyze(Again(), Example(structures.image(), call)).group("features.1")
+    assert [group.is_prunable, group.is_linear] == [True, False]

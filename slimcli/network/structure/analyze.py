@@ -24,6 +24,8 @@ from slimcli.network.structure.traced import Traced
 from slimcli.network.structure.train_mode import (
     keeps_its_own_mode,
     noted_readers,
+    remembered,
+    remembers,
     set_train_mode,
 )
 
@@ -32,8 +34,9 @@ def analyze(model: nn.Module, example: Example, *, trial: bool = True) -> Struct
     """Finds out which channels of a model belong together, and which can be removed.
 
     The model is run on the example in eval mode and, if anything but a norm or a dropout layer asks
-    for the mode, in train mode (norms in eval mode), on a copy that shares its parameters; modes,
-    buffers and random states are as before afterwards.
+    for the mode or the model keeps something between runs, again in train mode (norms in eval
+    mode), on a copy that shares its parameters; modes, buffers and random states are as before
+    afterwards.
 
     Args:
         model: Any module.
@@ -64,10 +67,11 @@ def trace(model: nn.Module, example: Example) -> Traced:
     trained, train_path_differs = None, False
     with preserved_randomness(), without_fast_path():
         twin.eval()
+        before = remembered(twin)
         with noted_readers() as readers:
             evaluated = run_traced(twin, example, record)
         consumers_in_eval = len(record.consumers)
-        if readers or keeps_its_own_mode(twin):
+        if readers or keeps_its_own_mode(twin) or remembers(twin, before):
             set_train_mode(twin)
             macs = list(record.macs)
             try:

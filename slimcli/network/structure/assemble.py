@@ -59,7 +59,7 @@ def assemble(
         for slot in group.producers:
             makers.setdefault(slot.tensor, []).append(group)
     groups = [
-        replace(group, is_linear=_is_linear(group, flow, makers))
+        replace(group, is_linear=_is_linear(group, flow, makers, record.runs))
         for group, flow in zip(groups, found, strict=True)
     ]
     group_names = [group.name for group in groups]
@@ -189,7 +189,7 @@ def _with_duplicates(group: Group, reason: str) -> Group:
     return replace(group, exact_duplicate=not reason, duplicate_reason=reason, frozen_reason=frozen)
 
 
-def _is_linear(group: Group, flow: Flow, makers: dict[str, list[Group]]) -> bool:
+def _is_linear(group: Group, flow: Flow, makers: dict[str, list[Group]], runs: int) -> bool:
     """One dense value producer and one dense value reader; the way to a gate doesn't count."""
     if group.frozen_reason or len(group.sites) != 1 or not group.is_placeable:
         return False
@@ -201,7 +201,7 @@ def _is_linear(group: Group, flow: Flow, makers: dict[str, list[Group]]) -> bool
         return False
     values = [c for path, c in readers.items() if not _feeds_only(path, gates, makers, set())]
     calls = [r for r in flow.readings if r.consumer.path in {c.path for c in values}]
-    return len(values) == 1 and values[0].is_plain and len(calls) <= 2
+    return len(values) == 1 and values[0].is_plain and len(calls) <= runs
 
 
 def _feeds_only(path: str, gates: set[str], makers: dict[str, list[Group]], seen: set[str]) -> bool:

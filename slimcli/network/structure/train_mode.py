@@ -1,6 +1,6 @@
-"""Does train mode change what a model does with its channels?
+"""Does a second run, in train mode, do anything that the first one did not?
 
-Where nothing asks for the mode, a run in train mode would only repeat the run in eval mode.
+Where nothing asks for the mode and nothing is kept, it would only repeat the run in eval mode.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -68,6 +70,31 @@ def _dropouts() -> tuple[type[nn.Module], ...]:
     vision = sys.modules.get("torchvision.ops")  # a model that has one of its layers imported it
     more = () if vision is None else (vision.StochasticDepth,)
     return nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, *more
+
+
+Memory = dict[tuple[int, str], tuple[Any, int]]
+
+_OF_ALL_MODULES = frozenset(vars(nn.Module()))
+
+
+def remembered(model: nn.Module) -> Memory:
+    """(Module, attribute) -> what it keeps there, and how many things if it can say so."""
+    kept: Memory = {}
+    for module in model.modules():
+        own = {name: each for name, each in vars(module).items() if name not in _OF_ALL_MODULES}
+        for name, value in (own | dict(module.named_buffers(recurse=False))).items():
+            size = len(value) if isinstance(value, (list, dict, set, deque)) else 0
+            kept[id(module), name] = value, size
+    return kept
+
+
+def remembers(model: nn.Module, before: Memory) -> bool:
+    """Did the forward keep anything that another run may meet?"""
+    after = remembered(model)
+    return after.keys() != before.keys() or any(
+        value is not before[key][0] or size != before[key][1]
+        for key, (value, size) in after.items()
+    )
 
 
 def keeps_its_own_mode(model: nn.Module) -> bool:
