@@ -86,13 +86,13 @@ def page(found: dict[str, Any]) -> str:
     lines = [
         "# What finding a network's structure costs",
         "",
-        "Made by `python benchmarks/analysis_cost.py`: one image of 224 x 224, one thread, float32,",
-        f"a process each, medians of {ROUNDS}. {found['machine']}.",
+        "Made by `python benchmarks/analysis_cost.py`: one image of 224 x 224, one thread, float32,"
+        f" a process each, medians of {ROUNDS}. {found['machine']}.",
         "",
         "| network | wanted CPU s | " + " | ".join(f"{each}: CPU s, MiB" for each in WAYS.values()),
         "|---|---|" + "---|" * len(WAYS),
     ]
-    lines[5] += " |"
+    lines[4] += " |"
     for network, most in MOST_SECONDS.items():
         row = found["networks"][network]
         cells = [f"{row[way]['cpu_seconds']:.2f}, {row[way]['growth_mib']:.0f}" for way in WAYS]
