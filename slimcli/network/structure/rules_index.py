@@ -1,15 +1,23 @@
-"""Reading and writing by index: fine along axes without channels."""
+"""Reading by index: fine along axes without channels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from slimcli.network.structure.planes import move, squeeze_equal
-from slimcli.network.structure.rules_movement import frozen, without
-from slimcli.network.structure.rules_pointwise import joined_across
-from slimcli.network.structure.rules_spatial import bordered
+from slimcli.network.structure.nodes import Kind, Node
+from slimcli.network.structure.planes import (
+    active_axes,
+    broadcast,
+    labels_of,
+    move,
+    pack,
+    squeeze_equal,
+)
+from slimcli.network.structure.rules_movement import without
+from slimcli.network.structure.rules_pointwise import combine_nodes
 from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule
 
 
@@ -31,52 +39,63 @@ def indexed(op: Op) -> Sequence[Planes]:
     return [tuple(squeeze_equal(plane) for plane in result)]
 
 
-def gathered(op: Op) -> Sequence[Planes]:
-    """``gather`` and ``index_select`` along an axis without channels."""
+def selected(op: Op) -> Sequence[Planes]:
+    """``index_select`` along an axis without channels."""
     tensor = op.args[0]
-    axis, index = op.args[1] % tensor.dim(), op.args[2]
+    axis = op.args[1] % tensor.dim()
+    op.freeze([op.args[2]], "channels are used as an index")
+    return [without(op, op.planes(tensor), [axis], "channels are picked by index")]
+
+
+def gathered(op: Op) -> Sequence[Planes]:
+    """``gather`` along an axis without channels; each channel may have places of its own."""
+    tensor, index = op.args[0], op.args[2]
+    axis = op.args[1] % max(tensor.dim(), 1)
     planes = without(op, op.planes(tensor), [axis], "channels are picked by index")
-    op.freeze([index], "channels are used as an index")
-    return [
-        tuple(
-            squeeze_equal(op.func(plane.expand(tensor.shape), axis, index.cpu()))
-            for plane in planes
-        )
-    ]
+    places = without(op, op.planes(index), [axis], "channels are used as an index")
+    return [at_places(op, (tensor, planes), (index, places))]
 
 
-def put(op: Op) -> Sequence[Planes]:
-    """``x[indices] = values`` where the indices go along the first axes, without channels there.
+Labelled = tuple[Tensor, Planes]
+"""A tensor, and those of its planes that count."""
 
-    Where nothing is written ``x`` stays what it was: zero, channels, or anything.
+
+def at_places(op: Op, values: Labelled, index: Labelled) -> Planes:
+    """Values that are read from, or written to, places of which each channel may have its own.
+
+    Args:
+        op: For what is frozen.
+        values: The values.
+        index: Numbers of the places, of as many axes; its planes are the channels' that they are
+            for. Without any they are the same for all channels, or a cut raises an error.
     """
-    target, indices, values = op.args[0], list(op.args[1]), op.args[2]
-    op.freeze([index for index in indices if index is not None], "channels are used as an index")
-    if any(index is None for index in indices) or op.arg(3, "accumulate", False):
-        return frozen(op, WRITTEN)
-    first = sum(index.dim() if index.dtype == torch.bool else 1 for index in indices)
-    old = without(op, op.planes(target), range(first), WRITTEN)
-    if values.dim() == 0:
-        return [bordered(op, old, is_zero=bool(values == 0))]
-    new: Planes = NO_PLANES
-    for plane in op.planes(values):
-        lead = max(plane.dim() - target.dim() + first, 0)
-        if any(size > 1 for size in plane.shape[:lead]):
-            op.freeze_planes([plane], WRITTEN)
-            continue
-        axes = list(plane.shape[lead:])
-        new += (plane.reshape([1] * (target.dim() - len(axes)) + axes),)
-    if op.tracer.is_blank(target):
-        return [bordered(op, new, is_zero=True)]
-    return [joined_across(op, [(target, old), (target, new)], -1, stacks=False)]
+    result: Planes = NO_PLANES
+    places = index[1]
+    for value in values[1]:
+        axes = active_axes(value)
+        match = [plane for plane in places if set(active_axes(plane)) & set(axes)]
+        places = tuple(plane for plane in places if all(plane is not each for each in match))
+        if not match and all(index[0].shape[a] == values[0].shape[a] for a in axes):
+            result += (value,)
+        elif len(match) == 1 and active_axes(match[0]) == axes:
+            result += (_gated(op, value, match[0]),)
+        else:
+            op.freeze_planes([value, *match], "channels meet a tensor of fixed size")
+    op.freeze_planes(places, "channels are used as an index")
+    return result
 
 
-WRITTEN = "channels are written by index"
+def _gated(op: Op, value: Tensor, place: Tensor) -> Tensor:
+    """A zero stays one at whatever place."""
+    op.record.tie(value, place, "channels meet fixed values")
+    add = op.record.table.add
+    wide = [plane.contiguous() for plane in broadcast([value, place])]
+    nodes = combine_nodes(wide, lambda parents: add(Node(Kind.COMBINE, parents, (True, False))))
+    return pack(labels_of(wide[0]), nodes)
+
 
 RULES: dict[str, Rule] = {
     "index": indexed,
     "gather": gathered,
-    "index_select": gathered,
-    "index_put": put,
-    "_unsafe_index_put": put,
+    "index_select": selected,
 }

@@ -48,13 +48,7 @@ def restrided(op: Op) -> Sequence[Planes]:
 
 def executed(op: Op) -> Sequence[Planes]:
     """The operator itself is run on each plane."""
-    tensor, rest, kwargs = op.args[0], op.args[1:], op.kwargs
-    outputs = [NO_PLANES for _ in tensors_in(op.output)]
-    for plane in op.planes(tensor):
-        moved = op.func(plane.expand(tensor.shape), *rest, **kwargs)
-        for index, each in enumerate(tensors_in(moved)):
-            outputs[index] += (squeeze_equal(each),)
-    return outputs
+    return moved_planes(op, op.planes(op.args[0]))
 
 
 def viewed(op: Op) -> Sequence[Planes]:
@@ -84,9 +78,15 @@ def note_line(op: Op, plane: Tensor) -> str:
 
 
 def add_split(op: Op, plane: Tensor, axis: int, size: int, line: str) -> None:
-    """An axis is divided into blocks of ``size`` entries."""
+    """An axis is divided into blocks of ``size`` entries.
+
+    Nothing is to be decided where all of a block is one channel, as where pixels are told from
+    channels that lay beside them.
+    """
     labels = labels_of(plane).movedim(axis, 0)
     blocks = labels.reshape(labels.shape[0] // size, size, -1)
+    if size > 1 and bool((blocks == blocks[:, :1]).all()):
+        return
     offsets = blocks[:1].expand_as(blocks)
     firsts = blocks[:, :1].expand_as(blocks)
     flat = blocks.reshape(-1).numpy()
@@ -120,10 +120,9 @@ def divided(op: Op) -> Sequence[Planes]:
 
 def moved_planes(op: Op, planes: Planes) -> Sequence[Planes]:
     """The operator run on these planes of its first argument."""
-    tensor = op.args[0]
     outputs = [NO_PLANES for _ in tensors_in(op.output)]
     for plane in planes:
-        moved = op.func(plane.expand(tensor.shape), *op.args[1:], **op.kwargs)
+        moved = op.func(plane.expand(op.size), *op.args[1:], **op.kwargs)
         for index, each in enumerate(tensors_in(moved)):
             outputs[index] += (squeeze_equal(each),)
     return outputs
@@ -193,17 +192,6 @@ def without(op: Op, planes: Planes, axes: Sequence[int], reason: str) -> Planes:
     return kept
 
 
-def rolled(op: Op) -> Sequence[Planes]:
-    """Roll and flip: nothing moves along axes without channels."""
-    tensor = op.args[0]
-    index = 2 if op.name == "roll" else 1
-    axes = [axis % tensor.dim() for axis in op.arg(index, "dims", ())]
-    planes = op.planes(tensor)
-    if not axes or any(plane.shape[axis] > 1 for plane in planes for axis in axes):
-        return executed(op)
-    return [planes]
-
-
 def shuffled(op: Op) -> Sequence[Planes]:
     """``channel_shuffle``: blocks of axis 1 are interleaved, so that they shrink together."""
     groups = int(op.args[1])
@@ -236,17 +224,6 @@ def unfolded(op: Op) -> Sequence[Planes]:
     return [tuple(plane.unsqueeze(-1) for plane in planes)]
 
 
-def im2col(op: Op) -> Sequence[Planes]:
-    """``unfold``: each channel becomes one entry for each place of the kernel."""
-    planes = without(op, op.planes(op.args[0]), [2, 3], "channels lie along the image")
-    places = op.args[1][0] * op.args[1][1]
-    result: Planes = NO_PLANES
-    for plane in planes:
-        flat = plane.reshape(plane.shape[0], plane.shape[1])
-        result += (flat.repeat_interleave(places, 1).unsqueeze(2),)
-    return [result]
-
-
 def frozen(op: Op, reason: str) -> Sequence[Planes]:
     """All arguments are frozen."""
     op.freeze(op.tensors(), reason)
@@ -268,17 +245,15 @@ RULES: dict[str, Rule] = {
     **_table(same, "_autocast_to_reduced_precision positive"),
     "as_strided": restrided,
     **_table(executed, "permute transpose t expand squeeze unsqueeze movedim moveaxis"),
-    **_table(executed, "pixel_shuffle pixel_unshuffle diagonal"),
+    **_table(executed, "pixel_shuffle pixel_unshuffle"),
     **_table(viewed, "view _unsafe_view reshape _reshape_alias unflatten flatten"),
     **_table(
         divided, "split split_with_sizes chunk unsafe_split unsafe_chunk split_with_sizes_copy"
     ),
     **_table(sliced, "slice narrow_copy"),
     **_table(picked, "select unbind"),
-    **_table(rolled, "roll flip"),
     **_table(shuffled, "channel_shuffle native_channel_shuffle"),
     **_table(repeated, "repeat"),
-    **_table(im2col, "im2col"),
     **_table(unfolded, "unfold"),
     **_table(nothing, "_local_scalar_dense is_same_size sym_size is_nonzero equal"),
 }

@@ -19,7 +19,7 @@ from slimcli.network.structure.planes import (
     pack,
 )
 from slimcli.network.structure.record import Consumer, Record
-from slimcli.network.structure.rules_pointwise import combine_nodes, map_nodes
+from slimcli.network.structure.rules_pointwise import arbitrary, combine_nodes, map_nodes
 from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule, affine_node
 
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
@@ -137,6 +137,24 @@ def softmax(op: Op) -> Sequence[Planes]:
     return [tuple(map_nodes(op.record, plane, node) for plane in planes)]
 
 
+def bucketed(op: Op) -> Sequence[Planes]:
+    """``bucketize`` and ``searchsorted``: for each number its place among sorted ones."""
+    tensors = {"bucketize": op.args[:2], "searchsorted": op.args[1::-1]}[op.name]
+    values, borders = tensors
+    op.freeze([borders], f"channels are searched by {op.name}")
+    if not isinstance(values, Tensor) or borders.dim() > 1:
+        op.freeze([values], f"channels are searched by {op.name}")
+        return []
+    add = op.record.table.add
+    planes = op.planes(values)
+    return [
+        tuple(
+            map_nodes(op.record, p, lambda n: add(Node(Kind.MAP, (n,), keeps_zero=False)))
+            for p in planes
+        )
+    ]
+
+
 def across(op: Op, planes: Planes, axes: set[int], reason: str) -> Planes:
     """Planes without labels along these axes: blocks laid along them are tied, channels frozen."""
     kept: Planes = NO_PLANES
@@ -182,7 +200,17 @@ def reduced(op: Op) -> Sequence[Planes]:
         if not keepdim:
             moved = moved.reshape([n for axis, n in enumerate(moved.shape) if axis not in axes])
         result += (moved,)
-    return [result for _ in tensors_in(op.output)]
+    return _with_places(op, result)
+
+
+def _with_places(op: Op, planes: Planes) -> Sequence[Planes]:
+    """For each output: values first, then the places where they were found."""
+    results = [planes for _ in tensors_in(op.output)]
+    if op.name.startswith("arg"):
+        return [arbitrary(op.record, planes)]
+    if len(results) == 2 and op.name in _PLACES:
+        results[1] = arbitrary(op.record, planes)
+    return results
 
 
 def _consume(op: Op, plane: Tensor) -> None:
@@ -220,6 +248,7 @@ def _node_of_reduction(op: Op, plane: Tensor) -> Tensor:
         "min",
         "linalg_vector_norm",
         "norm",
+        *("aminmax", "median", "nanmedian", "mode", "kthvalue"),
     )
     if keeps_zero or op.name in ("var", "std", "var_mean"):
         return plane
@@ -234,8 +263,8 @@ def _keeps(op: Op) -> bool:
 
 def _reduced_axes(op: Op) -> set[int]:
     tensor = op.args[0]
-    index = 2 if op.name in ("linalg_vector_norm", "norm") else 1
-    dims = op.arg(index, "dim", None)
+    index = 2 if op.name in ("linalg_vector_norm", "norm", "kthvalue") else 1
+    dims = op.arg(index, "dim", -1 if op.name in ("mode", "kthvalue") else None)
     if dims is None or dims == []:
         return set(range(tensor.dim()))
     dims = [dims] if isinstance(dims, int) else dims
@@ -259,7 +288,7 @@ def accumulated(op: Op) -> Sequence[Planes]:
             op.freeze_planes([plane], f"{op.name} over channels")
         else:
             result += (map_nodes(op.record, plane, node),)
-    return [result for _ in tensors_in(op.output)]
+    return _with_places(op, result)
 
 
 def sorted_along(op: Op) -> Sequence[Planes]:
@@ -274,13 +303,18 @@ def sorted_along(op: Op) -> Sequence[Planes]:
     first = next(tensors_in(op.output))
     if first.dim() != tensor.dim():
         planes = tuple(plane.squeeze(axis) for plane in planes)
-    return [planes for _ in tensors_in(op.output)]
+    return _with_places(op, planes)
 
 
 _REDUCTIONS = """
 sum mean amax amin max min var std var_mean std_mean linalg_vector_norm norm prod logsumexp any all
-count_nonzero nansum median
+count_nonzero nansum median nanmedian mode kthvalue aminmax
 """
+
+_PLACES = frozenset(
+    ("max", "min", "median", "nanmedian", "mode", "kthvalue", "topk", "sort", "cummax", "cummin")
+)
+"""Operators that also tell where they found their values."""
 
 _BATCH_NORM = """
 native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit
@@ -303,6 +337,7 @@ RULES: dict[str, Rule] = {
     "native_group_norm": group_norm,
     **dict.fromkeys(_BATCH_NORM.split(), batch_norm),
     **dict.fromkeys(_SOFTMAX.split(), softmax),
+    **dict.fromkeys(("bucketize", "searchsorted"), bucketed),
     **dict.fromkeys(_REDUCTIONS.split(), reduced),
     **dict.fromkeys(_ACCUMULATIONS.split(), accumulated),
     **dict.fromkeys(_SORTINGS.split(), sorted_along),

@@ -173,9 +173,13 @@ def _anything(record: Record) -> int:
 def probe(op: Op, zeros: Sequence[int], tensors: Sequence[Tensor]) -> tuple[bool, bool]:
     """Is the result zero if these operands are zero and the others anything? Found by trying.
 
+    Operands that the user's code made of zeros are zero in any case.
+
     Returns:
         (is zero, could be tried).
     """
+    blank = [place for place, each in enumerate(tensors) if op.tracer.is_blank(each)]
+    zeros = sorted({*zeros, *blank})
     dtypes = tuple(tensor.dtype for tensor in tensors)
     key = (_signature(op), tuple(zeros), dtypes)
     if key not in _PROBES:
@@ -204,7 +208,7 @@ def _evaluated(op: Op, places: Sequence[int], inner: Tensor, outer: Tensor) -> T
 
     def replaced(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return (inner if next(position) in places else outer).to(value.dtype)
+            return _as(value.dtype, inner if next(position) in places else outer)
         if isinstance(value, (tuple, list)):
             return type(value)(replaced(each) for each in value)
         return value
@@ -217,6 +221,13 @@ def _evaluated(op: Op, places: Sequence[int], inner: Tensor, outer: Tensor) -> T
         return None
 
 
+def _as(dtype: torch.dtype, values: Tensor) -> Tensor:
+    """Numbers of a dtype: a mask that holds for all of them would hide what lies behind it."""
+    if dtype == torch.bool:
+        return values > 0
+    return values * (1 - 0.6j) if dtype.is_complex else values.to(dtype)
+
+
 def copied(op: Op) -> Sequence[Planes]:
     """``copy_``: the target takes the labels of the source, broadcast."""
     target, source = op.args[0], op.args[1]
@@ -224,8 +235,27 @@ def copied(op: Op) -> Sequence[Planes]:
     return [planes]
 
 
+def arbitrary(record: Record, planes: Planes) -> Planes:
+    """Values of which nothing is known where the channel is zero, like places of a maximum."""
+    add = record.table.add
+    return tuple(
+        map_nodes(record, plane, lambda n: add(Node(Kind.BORDER, (n,), keeps_zero=False)))
+        for plane in planes
+    )
+
+
 def filled(op: Op) -> Sequence[Planes]:
     """A tensor filled with values that don't come from channels keeps the labels it had."""
+    value = op.arg(1, "value", None) if op.name == "fill" else None
+    is_zero = op.tracer.is_blank(value) if isinstance(value, Tensor) else value == 0
+    if is_zero or op.name == "zero":
+        add = op.record.table.add
+        return [
+            tuple(
+                map_nodes(op.record, plane, lambda n: add(Node(Kind.BORDER, (n,))))
+                for plane in op.planes(op.args[0])
+            )
+        ]
     node = _anything(op.record)
     return [tuple(map_nodes(op.record, plane, lambda _: node) for plane in op.planes(op.args[0]))]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -10,14 +11,18 @@ import torch
 
 from slimcli.network.nested import tensors_in
 from slimcli.network.structure.nodes import Kind, Node
-from slimcli.network.structure.rules_pointwise import map_nodes
+from slimcli.network.structure.rules_index import at_places
+from slimcli.network.structure.rules_movement import without
+from slimcli.network.structure.rules_norm import one_of_each
+from slimcli.network.structure.rules_pointwise import arbitrary, map_nodes
 from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule
 
 
 def passing(op: Op) -> Sequence[Planes]:
     """Zero stays zero and a constant stays constant (max pooling, resizing, reflecting)."""
     planes = off_image(op, _image_axes(op.name))
-    return [planes for _ in tensors_in(op.output)]
+    places = arbitrary(op.record, planes)
+    return [places if number else planes for number, _ in enumerate(tensors_in(op.output))]
 
 
 def averaged(op: Op) -> Sequence[Planes]:
@@ -29,6 +34,41 @@ def averaged(op: Op) -> Sequence[Planes]:
     if uneven or (counts and any(padding if isinstance(padding, (list, tuple)) else [padding])):
         planes = bordered(op, planes, is_zero=True)
     return [planes]
+
+
+def unpooled(op: Op) -> Sequence[Planes]:
+    """``max_unpool2d``: zeros, and each value at the place that a pooling found for its channel."""
+    values, index = op.args[0], op.args[1]
+    axes = range(-_image_axes(op.name), 0)
+    places = without(op, op.planes(index), axes, f"{op.name} along an axis with channels")
+    planes = at_places(op, (values, off_image(op, len(axes))), (index, places))
+    return [bordered(op, planes, is_zero=True)]
+
+
+def folded(op: Op) -> Sequence[Planes]:
+    """``fold``: the entries for all places of the kernel make one channel, a sum of them."""
+    tensor, places = op.args[0], math.prod(op.args[2])
+    add = op.record.table.add
+    result: Planes = NO_PLANES
+    lead = tensor.dim() - 2
+    for plane in without(op, op.planes(tensor), (*range(lead), -1), "channels lie along windows"):
+        entries = one_of_each(op.record, plane.reshape(-1, places))
+        summed = map_nodes(op.record, entries, lambda n: add(Node(Kind.CARRY, (n,))))
+        result += (summed.reshape([1] * lead + [-1, 1, 1]),)
+    return [result]
+
+
+def im2col(op: Op) -> Sequence[Planes]:
+    """``unfold``: each channel becomes one entry for each place of the kernel."""
+    planes, places = off_image(op, 2), math.prod(op.args[1])
+    if any(op.args[3]):
+        planes = bordered(op, planes, is_zero=True)
+    result: Planes = NO_PLANES
+    for plane in planes:
+        flat = plane.reshape(plane.shape[:-2])
+        many = flat.repeat_interleave(places, -1) if flat.shape[-1] > 1 else flat
+        result += (many.unsqueeze(-1),)
+    return [result]
 
 
 def sampled(op: Op) -> Sequence[Planes]:
@@ -117,4 +157,7 @@ RULES: dict[str, Rule] = {
     **_names("grid_sampler_2d grid_sampler_3d", sampled),
     **_names("torchvision::roi_align torchvision::roi_pool", regions),
     "constant_pad_nd": padded,
+    **_names("max_unpool2d max_unpool3d", unpooled),
+    "im2col": im2col,
+    "col2im": folded,
 }

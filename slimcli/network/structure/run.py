@@ -18,7 +18,9 @@ from slimcli.network.structure import (
     rules_movement,
     rules_norm,
     rules_pointwise,
+    rules_scatter,
     rules_spatial,
+    rules_turning,
     rules_weights,
 )
 from slimcli.network.structure.modes import output_tensors
@@ -36,6 +38,8 @@ RULES: dict[str, Rule] = {
     **rules_conv.RULES,
     **rules_movement.RULES,
     **rules_index.RULES,
+    **rules_scatter.RULES,
+    **rules_turning.RULES,
     **rules_weights.RULES,
 }
 

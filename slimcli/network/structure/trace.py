@@ -36,6 +36,7 @@ class Op:
     Attributes:
         name: Base name, no overload, no trailing underscore (``add`` for ``add_.Tensor``).
         output: What the call returned.
+        size: Of the first tensor among the arguments, before the call (``squeeze_`` changes it).
     """
 
     tracer: Tracer
@@ -44,6 +45,7 @@ class Op:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any
+    size: torch.Size
 
     @property
     def record(self) -> Record:
@@ -141,6 +143,9 @@ ORDER_DEPENDENT = frozenset(
 
 _BLANK = frozenset(("zeros", "zeros_like", "new_zeros"))
 
+_LITERAL = frozenset(("scalar_tensor", "lift_fresh"))
+"""They make a tensor of a number in the user's code."""
+
 _READS = frozenset(("_local_scalar_dense", "is_nonzero", "equal"))
 
 
@@ -194,11 +199,12 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if in_place and inputs:
             self._back_up(inputs[0])
         self._note_reading(name)
+        size = inputs[0].shape if inputs else torch.Size()
         output = func(*args, **kwargs)
         self.ops.append((func.name(), tuple(each.shape for each in tensors_in(output))))
-        if name in _BLANK and output.layout == torch.strided:
+        if _makes_zeros(name, output):
             self._blank[output] = True
-        planes = self._apply(Op(self, func, name, args, kwargs, output)) if labelled else ()
+        planes = self._apply(Op(self, func, name, args, kwargs, output, size)) if labelled else ()
         if in_place and inputs:
             self._spoil(inputs[0])
         if not labelled:
@@ -316,6 +322,13 @@ def base_name(func: Any) -> tuple[str, bool]:
     in_place = base.endswith("_") and not base.startswith("__")
     base = base[:-1] if in_place else base
     return (base if space == "aten" else f"{space}::{base}"), in_place
+
+
+def _makes_zeros(name: str, output: Any) -> bool:
+    """Are these zeros, whatever the model reads?"""
+    if name in _LITERAL:
+        return output.dim() == 0 and not bool(output)
+    return name in _BLANK and output.layout == torch.strided
 
 
 def affine_node(record: Record, path: str) -> Callable[[int], int]:
