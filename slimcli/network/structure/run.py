@@ -13,6 +13,7 @@ from slimcli.network.example import Example
 from slimcli.network.nested import tensors_in
 from slimcli.network.structure import (
     rules_conv,
+    rules_fourier,
     rules_index,
     rules_matmul,
     rules_movement,
@@ -40,6 +41,7 @@ RULES: dict[str, Rule] = {
     **rules_index.RULES,
     **rules_scatter.RULES,
     **rules_turning.RULES,
+    **rules_fourier.RULES,
     **rules_weights.RULES,
 }
 

@@ -1,0 +1,48 @@
+"""Fourier transforms over the image, and complex numbers taken apart and put together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from slimcli.network.structure.nodes import Kind, Node
+from slimcli.network.structure.rules_movement import without
+from slimcli.network.structure.rules_pointwise import map_nodes
+from slimcli.network.structure.trace import Op, Planes, Rule
+
+
+def transformed(op: Op) -> Sequence[Planes]:
+    """A sum with varying weights over some axes: zeros stay zeros, constants don't."""
+    tensor = op.args[0]
+    axes = [axis % tensor.dim() for axis in op.args[1]]
+    add = op.record.table.add
+    planes = without(op, op.planes(tensor), axes, "a Fourier transform over channels")
+    return [
+        tuple(
+            map_nodes(op.record, plane, lambda n: add(Node(Kind.CARRY, (n,)))) for plane in planes
+        )
+    ]
+
+
+def parted(op: Op) -> Sequence[Planes]:
+    """``view_as_real``: real and imaginary part side by side along a new last axis."""
+    add = op.record.table.add
+    planes = op.planes(op.args[0])
+    return [
+        tuple(
+            map_nodes(op.record, plane, lambda n: add(Node(Kind.BORDER, (n,)))).unsqueeze(-1)
+            for plane in planes
+        )
+    ]
+
+
+def united(op: Op) -> Sequence[Planes]:
+    """``view_as_complex``: the two numbers along the last axis become one."""
+    planes = without(op, op.planes(op.args[0]), [-1], "channels are real and imaginary parts")
+    return [tuple(plane.squeeze(-1) for plane in planes)]
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(("_fft_r2c", "_fft_c2r", "_fft_c2c"), transformed),
+    "view_as_real": parted,
+    "view_as_complex": united,
+}
