@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slimcli.network.nested import tensors_in
 from slimcli.network.structure.nodes import Kind, Node
-from slimcli.network.structure.planes import broadcast, entries, labels_of, pack
+from slimcli.network.structure.planes import active_axes, broadcast, entries, labels_of, pack
 from slimcli.network.structure.producing import (
     add_consumer,
     add_producer,
@@ -48,6 +48,7 @@ def _with_bias(op: Op, bias: Tensor, planes: Planes) -> Planes:
     def shifted(node: int) -> int:
         return add(Node(Kind.COMBINE, (node, anything), (False, False)))
 
+    is_weight = weights_only(op)
     result: Planes = NO_PLANES
     known = op.planes(bias)
     for plane in planes:
@@ -57,8 +58,9 @@ def _with_bias(op: Op, bias: Tensor, planes: Planes) -> Planes:
             each for each in known if {a + lead for a, n in enumerate(each.shape) if n > 1} & axes
         ]
         if match:
-            op.record.tie(plane, match[0].reshape([1] * lead + list(match[0].shape)), FIXED_WEIGHT)
-            result += (plane,)
+            other = match[0].reshape([1] * lead + list(match[0].shape))
+            op.record.tie(plane, other, FIXED_WEIGHT)
+            result += (plane if is_weight(other) else _sum_of(op, plane, other),)
         elif any(bias.shape[axis - lead] > 1 for axis in axes if axis >= lead):
             op.freeze_planes([plane], "channels meet a tensor of fixed size")
         else:
@@ -66,6 +68,16 @@ def _with_bias(op: Op, bias: Tensor, planes: Planes) -> Planes:
     alone = [p for p in known if not any(_overlap(p, plane) for plane in planes)]
     op.freeze_planes(alone, FIXED_WEIGHT)
     return result
+
+
+def _sum_of(op: Op, plane: Tensor, other: Tensor) -> Tensor:
+    """A product is added to other channels: both must be zero."""
+    add = op.record.table.add
+    nodes = combine_nodes(
+        [each.contiguous() for each in broadcast([plane, other])],
+        lambda parents: add(Node(Kind.COMBINE, parents, (False, False))),
+    )
+    return pack(labels_of(plane), nodes)
 
 
 def _overlap(bias: Tensor, plane: Tensor) -> bool:
@@ -127,16 +139,31 @@ def multiply(op: Op, left: Any, right: Any, output: Tensor, bias: Any = None) ->
 
 def _settle(op: Op, planes: Planes) -> Planes:
     """Planes from both sides that share an axis (batch, heads) are one."""
-    if len(planes) == 2:
-        shared = [
-            i
-            for i, (x, y) in enumerate(zip(planes[0].shape, planes[1].shape, strict=True))
-            if x > 1 and y > 1
-        ]
-        if shared:
-            op.freeze_planes(planes, "channels on both sides of a product share an axis")
-            return NO_PLANES
-    return planes
+    result: Planes = NO_PLANES
+    for plane in planes:
+        axes = active_axes(plane)
+        shared = [each for each in result if set(active_axes(each)) & set(axes)]
+        result = tuple(each for each in result if all(each is not other for other in shared))
+        if not shared:
+            result += (plane,)
+        elif len(shared) == 1 and active_axes(shared[0]) == axes and axes[-1] < plane.dim() - 2:
+            result += (_side_by_side(op, shared[0], plane),)
+        else:
+            op.freeze_planes([*shared, plane], "channels on both sides of a product share an axis")
+    return result
+
+
+def _side_by_side(op: Op, left: Tensor, right: Tensor) -> Tensor:
+    """A product for each channel by itself: one zero side suffices."""
+    op.record.tie(left, right, "channels meet fixed values")
+    add = op.record.table.add
+    nodes = combine_nodes(
+        [each.contiguous() for each in broadcast([left, right])],
+        lambda parents: add(
+            Node(Kind.CARRY, (add(Node(Kind.COMBINE, parents, (True, True))),)),
+        ),
+    )
+    return pack(labels_of(left), nodes)
 
 
 def _lead(plane: Tensor, dims: int) -> Tensor:
@@ -162,7 +189,7 @@ def _contract(
         absorbs = not path.startswith("tensor:")
         add_consumer(op, path, left, labels_of(pairs), takes_constants=absorbs, is_plain=True)
         return
-    _meet(op, left, right)
+    _meet(op, left, right, "two activations are multiplied and summed over them", absorbs=True)
 
 
 def _one_row(op: Op, plane: Tensor) -> Tensor:
@@ -174,20 +201,45 @@ def _one_row(op: Op, plane: Tensor) -> Tensor:
     return one_of_each(op.record, rows).view(first.shape)
 
 
-def _meet(op: Op, left: Tensor, right: Tensor) -> None:
-    """Two activations are multiplied and summed over channels: one zero side suffices."""
+def _meet(op: Op, left: Tensor, right: Tensor, reason: str, *, absorbs: bool) -> None:
+    """Two activations are combined and summed over channels.
+
+    Args:
+        op: Where.
+        left: Its channels.
+        right: The same ones.
+        reason: Why equal channels can't be merged.
+        absorbs: One zero side suffices.
+    """
     wide = [each.contiguous() for each in broadcast([left, right])]
-    add = op.record.table.add
-    nodes = combine_nodes(wide, lambda parents: add(Node(Kind.COMBINE, parents, (True, True))))
+    add, flags = op.record.table.add, (absorbs, absorbs)
+    nodes = combine_nodes(wide, lambda parents: add(Node(Kind.COMBINE, parents, flags)))
     packed = entries(pack(labels_of(wide[0]), nodes))
     empty = torch.zeros(0, dtype=torch.int64).numpy()
     none = torch.zeros(2, 0, dtype=torch.int64).numpy()
     op.record.consumers.append(
         Consumer(op.record.next_order(), "", packed, empty, none, False, False)
     )
-    op.record.refuse_duplicates(
-        [left, right], "two activations are multiplied and summed over them"
-    )
+    op.record.refuse_duplicates([left, right], reason)
+
+
+def distances(op: Op) -> Sequence[Planes]:
+    """``cdist``: a sum over channels of what both sides differ by, so both must be zero."""
+    sides: list[Tensor] = []
+    for tensor in op.args[:2]:
+        planes = op.planes(tensor)
+        across = [plane for plane in planes if plane.numel() == plane.shape[-1]]
+        others = [plane for plane in planes if plane.numel() != plane.shape[-1]]
+        op.freeze_planes(others, "distances between channels")
+        sides += [plane.reshape(-1) for plane in across[:1]]
+        op.freeze_planes(across[1:], "several kinds of channels are summed over")
+    if len(sides) == 2:
+        left, right = sides
+        op.record.tie(left, right, FIXED_INPUT)
+        _meet(op, left, right, "distances are measured over them", absorbs=False)
+    elif sides:
+        op.freeze_planes(sides, FIXED_INPUT)
+    return []
 
 
 def _leaving(op: Op, planes: list[Tensor], weight: Tensor | None, axis: int, bias: Any) -> Planes:
@@ -287,6 +339,7 @@ RULES: dict[str, Rule] = {
     "baddbmm": added_product,
     "linear": linear,
     "add": added,
+    **dict.fromkeys(("_euclidean_dist", "_cdist_forward", "cdist"), distances),
     **dict.fromkeys(("embedding", "_embedding_bag", "_embedding_bag_forward_only"), embedding),
     **dict.fromkeys(_ATTENTION.split(), attention),
 }

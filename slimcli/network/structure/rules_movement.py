@@ -66,7 +66,8 @@ def viewed(op: Op) -> Sequence[Planes]:
         for axis, size in blocks:
             assert size is not None
             add_split(op, plane, axis, size, line)
-        result += (view(plane, tensor.shape, output.shape),)
+        moved = view(plane, tensor.shape, output.shape)
+        result += (squeeze_equal(moved) if blocks else moved,)
     return [result]
 
 

@@ -156,11 +156,12 @@ def _combined(op: Op, tensors: Sequence[Tensor], places: list[int], planes: list
     table = op.record.table
 
     def node_of(parents: tuple[int, ...]) -> int:
-        if others:  # an operand without channels: any value
-            return table.add(
-                Node(Kind.COMBINE, (*parents, _anything(op.record)), (*absorbs, False), keeps_zero)
-            )
-        return table.add(Node(Kind.COMBINE, parents, absorbs, keeps_zero))
+        if others and not keeps_zero:
+            parents, flags = (*parents, _anything(op.record)), (*absorbs, False)
+            return table.add(Node(Kind.COMBINE, parents, flags, keeps_zero))
+        combined = table.add(Node(Kind.COMBINE, parents, absorbs, keeps_zero))
+        # An operand without channels: any value, so that all but a zero varies with it.
+        return table.add(Node(Kind.BORDER, (combined,))) if others else combined
 
     return combine_nodes(planes, node_of)
 
