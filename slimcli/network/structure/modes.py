@@ -15,6 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+_NUMBERS = frozenset(map(np.dtype, ("?", "b", "B", "h", "i", "q", "e", "f", "d", "F", "D")))
+"""What arrays hold that torch can hold as well."""
+
 
 def share_copy(model: nn.Module) -> nn.Module:
     """A copy with its own modules and buffers and the same parameters."""
@@ -76,8 +79,13 @@ def without_fast_path() -> Iterator[None]:
 
 
 def output_tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """All tensors in a prediction: nested containers, dataclasses, objects with attributes."""
+    """All tensors in a prediction: nested containers, dataclasses, objects with attributes.
+
+    Arrays of numbers count as tensors.
+    """
     seen = set() if seen is None else seen
+    if isinstance(value, np.ndarray) and value.dtype in _NUMBERS:
+        value = torch.from_numpy(value.copy())
     if isinstance(value, Tensor):
         yield value
         return

@@ -3,7 +3,8 @@
 ``if x.shape == y.shape: y = y + x`` takes another branch as soon as a cut makes two widths equal,
 and no single trial shows all widths. ``if x.shape[2] % 2: x = F.pad(x, (0, 0, 0, 1))`` pads images
 of other sizes than the example's. Inside a trace, ``tensor.shape`` and ``tensor.size()`` therefore
-hold numbers that tell when two of them are compared, and when a remainder of one is taken.
+hold numbers that tell when two of them are compared, and when a remainder of one is taken. Tensors
+that become arrays are heard as well: no operator follows.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -20,6 +22,11 @@ from slimcli.network.structure import user_line
 from slimcli.network.structure.planes import Labels, labels_of
 from slimcli.network.structure.record import Record
 from slimcli.network.structure.trace import Planes, Tracer
+
+_LEAVING = frozenset(
+    (torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__, torch.Tensor.tolist)
+)
+"""What a tensor becomes something else by."""
 
 NONE: Labels = np.zeros(0, np.int64)
 
@@ -86,6 +93,13 @@ class Length(int):
         return int, (int(self),)
 
 
+def _plain(value: Any) -> Any:
+    """The same with sizes that don't tell."""
+    if isinstance(value, Length):
+        return int.__int__(value)
+    return tuple(map(_plain, value)) if isinstance(value, (tuple, list)) else value
+
+
 class Shapes(TorchFunctionMode):
     """Inside its ``with`` block sizes of tensors are :class:`Length`.
 
@@ -101,6 +115,10 @@ class Shapes(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Executes the function; sizes are looked at."""
+        if func in _LEAVING:
+            self._leave(args[0])
+        if func is F.affine_grid:  # torch looks for the smallest of these sizes
+            args, kwargs = _plain(args), {name: _plain(each) for name, each in kwargs.items()}
         result = func(*args, **(kwargs or {}))
         if func is torch.Tensor.size and type(result) is int:
             dim = args[1] if len(args) > 1 else (kwargs or {})["dim"]
@@ -108,6 +126,11 @@ class Shapes(TorchFunctionMode):
         if isinstance(result, torch.Size) and args and isinstance(args[0], Tensor):
             return torch.Size([self._length(args[0], dim, size) for dim, size in enumerate(result)])
         return result
+
+    def _leave(self, tensor: Tensor) -> None:
+        """What becomes of the channels from here on is not seen."""
+        reason = f"channels leave torch at {user_line.current()}"
+        self._tracer.record.freeze(self._tracer.planes_of(tensor), reason)
 
     def _length(self, tensor: Tensor, dim: int, size: int) -> Length:
         length = Length(size)
