@@ -1,0 +1,82 @@
+"""A removed channel that is one number everywhere, which a bias takes up, until something acts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .paired import Case, Paired, check
+
+INDEX = (torch.arange(256) * 7) % 100
+MASK = torch.rand(16, 16, generator=torch.Generator().manual_seed(0)) > 0.5
+FIXED = torch.randn(16, 16, generator=torch.Generator().manual_seed(0)).double()
+
+KEPT: dict[str, Callable[[Tensor], Tensor]] = {
+    "as it is": lambda x: x,
+    "flipped": lambda x: x.flip(2),
+    "turned": lambda x: torch.rot90(x, 1, (2, 3)),
+    "gathered": lambda x: x.flatten(2).gather(2, INDEX.expand_as(x.flatten(2))).view_as(x),
+    "selected": lambda x: x.index_select(2, torch.arange(16).flip(0)),
+    "pooled": lambda x: F.max_pool2d(x, 2, return_indices=True)[0],
+    "the largest": lambda x: x.topk(4, 2)[0],
+    "the middle": lambda x: x.median(2, True)[0],
+    "the extremes": lambda x: torch.cat(x.aminmax(dim=2, keepdim=True), 2),
+    "unfolded": lambda x: F.unfold(x, 2, stride=2).view(2, -1, 2, 2, 8, 8).mean((2, 3)),
+    "by what it is": lambda x: torch.where(x > 0.4, x, x * 2),
+    "in a bucket": lambda x: torch.bucketize(x, torch.linspace(-1, 1, 8).double()).to(x.dtype),
+}
+LOST: dict[str, Callable[[Tensor], Tensor]] = {
+    "unpooled": lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2),
+    "places": lambda x: F.max_pool2d(x, 2, return_indices=True)[1].to(x.dtype) / 256,
+    "transformed": lambda x: torch.fft.rfft2(x).abs(),
+    "parts of a complex number": lambda x: torch.view_as_real(torch.complex(x, x * 0)).flatten(3),
+    "triangle": lambda x: x.tril(),
+    "on a diagonal": lambda x: torch.diag_embed(x[:, :, 0]),
+    "summed by index": lambda x: torch.zeros_like(x.flatten(2)).index_add(2, INDEX, x.flatten(2)),
+    "put over itself": lambda x: x.flatten(2).index_add(2, INDEX, x.flatten(2)),
+    "scattered": lambda x: torch.zeros_like(x.flatten(2)).scatter(
+        2, INDEX.expand_as(x.flatten(2)), x.flatten(2)
+    ),
+    "zeros by index": lambda x: x.index_fill(2, torch.arange(3), 0.0),
+    "zeros in a slice": lambda x: x.slice_scatter(torch.zeros_like(x[:, :, :3]), 2, 0, 3),
+    "zeros in a block": lambda x: zeroed(x),
+    "windows with a border": lambda x: F.unfold(x, 3, padding=1).view(2, -1, 9, 256).mean(2),
+    "folded": lambda x: F.fold(F.unfold(x, 3), (16, 16), 3),
+    "chosen by a fixed mask": lambda x: torch.where(MASK, x, 0.0),
+    "times a fixed image": lambda x: x * FIXED,
+    "a product of rows and columns": lambda x: x @ (x * FIXED),
+}
+
+
+def zeroed(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, :, 2:5, 3:7] = 0
+    return x
+
+
+class Absorbing(Paired):
+    """The reader has no border and a bias: it takes up one number for each channel."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(lambda x, _: image_like(between(torch.sigmoid(x))))
+        self.b = nn.Sequential(nn.Conv2d(16, 12, 1), nn.ReLU())
+
+
+def image_like(x: Tensor) -> Tensor:
+    return x if x.dim() == 4 else x.unsqueeze(3)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_one_number_stays_one_number(name: str) -> None:
+    torch.manual_seed(0)
+    check(Case(KEPT[name], {"a": 16}), Absorbing(KEPT[name]))
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_one_number_becomes_several(name: str) -> None:
+    torch.manual_seed(0)
+    check(Case(LOST[name], merge=("a",)), Absorbing(LOST[name]))
