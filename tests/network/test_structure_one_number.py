@@ -25,11 +25,17 @@ KEPT: dict[str, Callable[[Tensor], Tensor]] = {
     "the largest": lambda x: x.topk(4, 2)[0],
     "the middle": lambda x: x.median(2, True)[0],
     "the extremes": lambda x: torch.cat(x.aminmax(dim=2, keepdim=True), 2),
+    "the mean": lambda x: x.mean((2, 3), True),
+    "the deviation": lambda x: x.std((2, 3), keepdim=True),
     "unfolded": lambda x: F.unfold(x, 2, stride=2).view(2, -1, 2, 2, 8, 8).mean((2, 3)),
     "by what it is": lambda x: torch.where(x > 0.4, x, x * 2),
     "in a bucket": lambda x: torch.bucketize(x, torch.linspace(-1, 1, 8).double()).to(x.dtype),
 }
+CORNERS = (torch.arange(8)[:, None] * 32 + torch.arange(8) * 2).expand(2, 1, 8, 8)
 LOST: dict[str, Callable[[Tensor], Tensor]] = {
+    "unpooled to fixed places": lambda x: F.max_unpool2d(
+        F.avg_pool2d(x, 2), CORNERS.expand(-1, x.shape[1], -1, -1), 2
+    ),
     "unpooled": lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2),
     "places": lambda x: F.max_pool2d(x, 2, return_indices=True)[1].to(x.dtype) / 256,
     "transformed": lambda x: torch.fft.rfft2(x).abs(),
@@ -44,6 +50,11 @@ LOST: dict[str, Callable[[Tensor], Tensor]] = {
     "zeros by index": lambda x: x.index_fill(2, torch.arange(3), 0.0),
     "zeros in a slice": lambda x: x.slice_scatter(torch.zeros_like(x[:, :, :3]), 2, 0, 3),
     "zeros in a block": lambda x: zeroed(x),
+    "the sum": lambda x: x.sum((2, 3), True),
+    "the sum of numbers": lambda x: x.nansum((2, 3), True),
+    "the length": lambda x: x.norm(dim=(2, 3), keepdim=True),
+    "the product": lambda x: x.prod(3, True),
+    "the logarithm of a sum": lambda x: x.logsumexp((2, 3), True),
     "windows with a border": lambda x: F.unfold(x, 3, padding=1).view(2, -1, 9, 256).mean(2),
     "folded": lambda x: F.fold(F.unfold(x, 3), (16, 16), 3),
     "chosen by a fixed mask": lambda x: torch.where(MASK, x, 0.0),

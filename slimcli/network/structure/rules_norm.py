@@ -208,7 +208,7 @@ def _with_places(op: Op, planes: Planes) -> Sequence[Planes]:
     results = [planes for _ in tensors_in(op.output)]
     if op.name.startswith("arg"):
         return [arbitrary(op.record, planes)]
-    if len(results) == 2 and op.name in _PLACES:
+    if len(results) == 2 and op.name in _PLACES.split():
         results[1] = arbitrary(op.record, planes)
     return results
 
@@ -238,21 +238,17 @@ def _no_pairs() -> Labels:
 
 
 def _node_of_reduction(op: Op, plane: Tensor) -> Tensor:
-    """Constant stays constant (another number), zero stays zero or becomes a constant."""
-    keeps_zero = op.name in (
-        "sum",
-        "mean",
-        "amax",
-        "amin",
-        "max",
-        "min",
-        "linalg_vector_norm",
-        "norm",
-        *("aminmax", "median", "nanmedian", "mode", "kthvalue"),
-    )
-    if keeps_zero or op.name in ("var", "std", "var_mean"):
-        return plane
+    """A zero stays zero or becomes another number.
+
+    A sum, of one number, is as large as the image, and other images have other sizes.
+    """
     add = op.record.table.add
+    if op.name in _SELECTING.split():
+        return plane
+    if op.name in _GROWING.split():
+        return map_nodes(op.record, plane, lambda n: add(Node(Kind.CARRY, (n,))))
+    if op.name == "logsumexp":
+        return arbitrary(op.record, (plane,))[0]
     return map_nodes(op.record, plane, lambda n: add(Node(Kind.MAP, (n,), keeps_zero=False)))
 
 
@@ -311,10 +307,17 @@ sum mean amax amin max min var std var_mean std_mean linalg_vector_norm norm pro
 count_nonzero nansum median nanmedian mode kthvalue aminmax
 """
 
-_PLACES = frozenset(
-    ("max", "min", "median", "nanmedian", "mode", "kthvalue", "topk", "sort", "cummax", "cummin")
-)
-"""Operators that also tell where they found their values."""
+_PLACES = """
+max min median nanmedian mode kthvalue topk sort cummax cummin
+"""  # they also tell where they found their values
+
+_SELECTING = """
+mean amax amin max min aminmax median nanmedian mode kthvalue var std var_mean
+"""  # of equal numbers they give that number, or zero, however many they are
+
+_GROWING = """
+sum nansum linalg_vector_norm norm prod count_nonzero
+"""  # of zeros they give zero; of other numbers it depends on how many they are
 
 _BATCH_NORM = """
 native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit
