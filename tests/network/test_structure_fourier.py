@@ -159,3 +159,32 @@ def test_blocks_of_fixed_size_stay() -> None:
     torch.manual_seed(0)
     structure = proven(BlockDiagonal(), torch.randn(2, 16, 8))
     assert {group.name: group.size for group in prunable(structure)} == {"b": 12}
+
+
+class FourierOperator(nn.Module):
+    """Low frequencies times complex weights, put back among zeros, as in FNO."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lift, self.skip = nn.Linear(3, 8), nn.Conv2d(8, 12, 1)
+        self.weight = nn.Parameter(torch.rand(8, 12, 4, 4, dtype=torch.complex128))
+        self.a, self.head = nn.Linear(12, 10), nn.Linear(10, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.lift(x).permute(0, 3, 1, 2)
+        spectrum = torch.fft.rfft2(x)
+        mixed = torch.zeros(len(x), self.weight.shape[1], 16, 9, dtype=spectrum.dtype)
+        low = torch.einsum("nixy,ioxy->noxy", spectrum[:, :, :4, :4], self.weight)
+        mixed[:, :, :4, :4] = low
+        x = F.gelu(torch.fft.irfft2(mixed, s=x.shape[-2:]) + self.skip(x))
+        return self.head(F.gelu(self.a(x.permute(0, 2, 3, 1))))
+
+
+def test_complex_weights_of_frequencies_are_cut() -> None:
+    torch.manual_seed(0)
+    structure = proven(FourierOperator(), torch.randn(2, 16, 16, 3))
+    groups = {group.name: group for group in prunable(structure)}
+    sizes = {name: group.size for name, group in groups.items()}
+    assert sizes == {"lift": 8, "weight": 12, "a": 10}
+    slots = {(slot.tensor, slot.dim) for slot in groups["weight"].producers}
+    assert slots == {("weight", 1), ("skip.weight", 0), ("skip.bias", 0)}

@@ -55,6 +55,7 @@ LOST: dict[str, Callable[[Tensor], Tensor]] = {
     "the length": lambda x: x.norm(dim=(2, 3), keepdim=True),
     "the product": lambda x: x.prod(3, True),
     "the logarithm of a sum": lambda x: x.logsumexp((2, 3), True),
+    "pasted": lambda x: pasted(x),
     "windows with a border": lambda x: F.unfold(x, 3, padding=1).view(2, -1, 9, 256).mean(2),
     "folded": lambda x: F.fold(F.unfold(x, 3), (16, 16), 3),
     "chosen by a fixed mask": lambda x: torch.where(MASK, x, 0.0),
@@ -67,6 +68,12 @@ def zeroed(x: Tensor) -> Tensor:
     x = x.clone()
     x[:, :, 2:5, 3:7] = 0
     return x
+
+
+def pasted(x: Tensor) -> Tensor:
+    canvas = x.new_zeros(2, x.shape[1], 20, 20)
+    canvas[:, :, 2:18, 2:18] = x
+    return canvas
 
 
 class Absorbing(Paired):

@@ -72,7 +72,38 @@ def write_block(number: float) -> Callable[[Tensor, Tensor], None]:
     return write
 
 
-BESIDE = "channels are laid beside a tensor of fixed size at "
+def pasted(number: float) -> Function:
+    """Into a canvas, not made from channels, that is larger than the image."""
+
+    def function(x: Tensor, _: Tensor) -> Tensor:
+        make = torch.ones if number else torch.zeros
+        canvas = make(2, x.shape[1], 20, 20, dtype=x.dtype)
+        canvas[:, :, 2:18, 1:17] = x
+        return canvas
+
+    return function
+
+
+def pasted_one_by_one(x: Tensor, _: Tensor) -> Tensor:
+    canvas = x.new_zeros(2, x.shape[1], 20, 20)
+    for image, part in zip(canvas, x, strict=True):
+        image[:, 2:18, 2:18].copy_(part)
+    return canvas
+
+
+def pasted_over(x: Tensor, y: Tensor) -> Tensor:
+    canvas = x.new_zeros(2, 20, x.shape[1], 20)
+    canvas[:, :16, :, :16] = x.transpose(1, 2)
+    canvas[:, 4:, :, 4:] += y.transpose(1, 2)
+    return canvas.transpose(1, 2)
+
+
+def beside(x: Tensor, y: Tensor) -> Tensor:
+    canvas = x.new_zeros(2, x.shape[1] + y.shape[1], 16, 16)
+    canvas[:, : x.shape[1]], canvas[:, x.shape[1] :] = x, y
+    return canvas
+
+
 PICKED = "channels are picked by index at "
 WRITTEN = "channels are written by index at "
 CASES = {
@@ -157,6 +188,11 @@ CASES = {
     "ones by a mask": Case(changed(write_everywhere(1.0)), merge=("a",)),
     "zeros in a block": Case(changed(write_block(0.0)), ONE),
     "ones in a block": Case(changed(write_block(1.0)), merge=("a",)),
+    "pasted": Case(pasted(0), ONE),
+    "pasted among ones": Case(pasted(1)),
+    "pasted one by one": Case(pasted_one_by_one, ONE),
+    "pasted over each other": Case(pasted_over, ONE),
+    "channels pasted side by side": Case(beside, {"a": 16, "side": 16}, width=32),
     "added twice": Case(
         lambda x, _: (
             torch.zeros_like(x.transpose(0, 2))

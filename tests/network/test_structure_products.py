@@ -11,7 +11,7 @@ from .paired import Case, proven, run_case
 from .proving import prunable
 from .structures import Net, conv_bn
 
-ONE, BOTH = {"a": 16}, {"a": 16, "side": 16}
+ONE = {"a": 16}
 GRID = torch.rand(2, 16, 16, 2, generator=torch.Generator().manual_seed(0)).double() * 2.4 - 1.2
 TURN = torch.tensor([[[0.8, 0.6, 0.1], [-0.6, 0.8, 0.3]]]).double().expand(2, 2, 3)
 MASK = torch.rand(16, 16, generator=torch.Generator().manual_seed(0)) > 0.5

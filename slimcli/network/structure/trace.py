@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from slimcli.network.nested import tensors_in
 from slimcli.network.structure import user_line
+from slimcli.network.structure.memory import bordered, joined, seen_from
 from slimcli.network.structure.nodes import Kind, Node
 from slimcli.network.structure.planes import is_useful, squeeze_equal
 from slimcli.network.structure.record import Record
@@ -205,13 +206,12 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if _makes_zeros(name, output):
             self._blank[output] = True
         planes = self._apply(Op(self, func, name, args, kwargs, output, size)) if labelled else ()
-        if in_place and inputs:
-            self._spoil(inputs[0])
+        spoiled = self._spoil(inputs[0]) if in_place and inputs else False
         if not labelled:
             self._note_views(inputs, output)
             return output
         if in_place and inputs:
-            self._write(inputs[0], planes[0] if planes else NO_PLANES)
+            self._write(inputs[0], planes[0] if planes else NO_PLANES, spoiled)
             return output
         for tensor, each in zip(tensors_in(output), planes, strict=False):
             useful = tuple(plane for plane in each if is_useful(plane))
@@ -269,15 +269,17 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         living.pop(id(tensor), None)
         return list(living.values())
 
-    def _spoil(self, tensor: Tensor) -> None:
-        """What shares memory with a tensor that was written is not blank any more."""
+    def _spoil(self, tensor: Tensor) -> bool:
+        """What shares memory with a tensor that was written is not blank any more; was it?"""
+        before = len(self._blank)
         if len(self._blank) and tensor.layout == torch.strided:
             storage = tensor.untyped_storage().data_ptr()
             for other in list(self._blank):
                 if other.untyped_storage().data_ptr() == storage:
                     del self._blank[other]
+        return len(self._blank) < before
 
-    def _write(self, tensor: Tensor, planes: Planes) -> None:
+    def _write(self, tensor: Tensor, planes: Planes, was_blank: bool) -> None:
         """The tensor was written in place: so were all tensors that share its memory."""
         planes = tuple(plane for plane in planes if is_useful(plane))
         old = self.planes_of(tensor)
@@ -288,7 +290,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         aliases = self._living_aliases(tensor)
         self._planes[tensor] = planes
-        if not aliases:
+        if not aliases or (was_blank and self._paint(tensor, planes, aliases)):
             return
         if len(planes) > 1 or any(len(self.planes_of(other)) > 1 for other in aliases):
             everything = [*planes, *(p for other in aliases for p in self.planes_of(other))]
@@ -297,6 +299,27 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
             return
         self._write_through(tensor, aliases)
+
+    def _paint(self, tensor: Tensor, planes: Planes, aliases: Sequence[Tensor]) -> bool:
+        """Channels were written into a part of zeros: the other zeros are of these channels, too.
+
+        Returns:
+            False where the channels lie otherwise in the memory that is shared.
+        """
+        if any(self.planes_of(other) for other in aliases):
+            return False
+        views = [[seen_from(plane, tensor, other) for other in aliases] for plane in planes]
+        whole = [[v for v in found if v is not None] for found in views if None not in found]
+        lost = [p for p, found in zip(planes, views, strict=True) if None in found]
+        if not whole:
+            return False
+        self.record.freeze(lost, f"written in place through a view at {user_line.current()}")
+        for number, other in enumerate(aliases):
+            self._planes[other] = tuple(
+                bordered(self.record.table, found[number]) for found in whole
+            )
+        self._planes[tensor] = tuple(p for p in planes if all(p is not each for each in lost))
+        return True
 
     def _write_through(self, tensor: Tensor, aliases: Sequence[Tensor]) -> None:
         numel = tensor.untyped_storage().nbytes() // tensor.element_size()
@@ -310,7 +333,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 place.zero_()
         for other in aliases:
             view = memory.as_strided(other.shape, other.stride(), other.storage_offset())
-            plane = squeeze_equal(view.clone())
+            plane = joined(self.record.table, squeeze_equal(view.clone()))
             self._planes[other] = (plane,) if plane.numel() > 1 and bool(plane.any()) else NO_PLANES
 
 

@@ -1,0 +1,63 @@
+"""Planes of tensors that share memory, one of which was written in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from slimcli.network.structure.nodes import Kind, Node, NodeTable
+from slimcli.network.structure.planes import active_axes, labels_of, nodes_of, pack
+
+
+def seen_from(plane: Tensor, tensor: Tensor, other: Tensor) -> Tensor | None:
+    """The plane of a tensor as one of another tensor that shares its memory.
+
+    None where not the whole of each axis with channels is an axis of the other tensor.
+
+    >>> canvas = torch.zeros(2, 3, 8, 8)
+    >>> seen_from(torch.arange(3).view(3, 1, 1), canvas[0, :, 2:6, 2:6], canvas).shape
+    torch.Size([1, 3, 1, 1])
+    """
+    places = {
+        stride: axis
+        for axis, (size, stride) in enumerate(zip(other.shape, other.stride(), strict=True))
+        if size > 1
+    }
+    axes: dict[int, int] = {}
+    for axis in active_axes(plane):
+        place = places.get(tensor.stride(axis))
+        if place is None or other.shape[place] != plane.shape[axis]:
+            return None
+        axes[place] = axis
+    moved = plane.squeeze().permute([active_axes(plane).index(axes[each]) for each in sorted(axes)])
+    return moved.reshape([plane.shape[axes[n]] if n in axes else 1 for n in range(other.dim())])
+
+
+def bordered(table: NodeTable, plane: Tensor) -> Tensor:
+    """The plane of channels that have zeros around them."""
+    unique, inverse = torch.unique(nodes_of(plane), return_inverse=True)
+    new = [table.add(Node(Kind.BORDER, (node,))) if node else 0 for node in unique.tolist()]
+    return pack(labels_of(plane), torch.tensor(new)[inverse])
+
+
+def joined(table: NodeTable, plane: Tensor) -> Tensor:
+    """The plane without axes along which values differ, but not the channels."""
+    labels = labels_of(plane)
+    for axis in active_axes(plane):
+        if bool((labels == labels.narrow(axis, 0, 1)).all()):
+            labels = labels.narrow(axis, 0, 1)
+            plane = pack(labels, _along(axis, nodes_of(plane), table.add))
+    return plane
+
+
+def _along(axis: int, nodes: Tensor, add: Callable[[Node], int]) -> Tensor:
+    """One node for all that lie along an axis."""
+    rows, inverse = torch.unique(nodes.movedim(axis, -1).flatten(0, -2), dim=0, return_inverse=True)
+    new = [
+        row[0] if len(set(row)) == 1 else add(Node(Kind.JOIN, tuple(sorted(set(row)))))
+        for row in rows.tolist()
+    ]
+    shape = [1 if each == axis else size for each, size in enumerate(nodes.shape)]
+    return torch.tensor(new)[inverse].reshape(shape)
