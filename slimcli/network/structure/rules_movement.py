@@ -200,6 +200,7 @@ def rolled(op: Op) -> Sequence[Planes]:
     axes = [axis % tensor.dim() for axis in op.arg(index, "dims", ())]
     planes = op.planes(tensor)
     if not axes or any(plane.shape[axis] > 1 for plane in planes for axis in axes):
+        op.record.turns = True
         return executed(op)
     return [planes]
 

@@ -8,7 +8,9 @@ hold numbers that tell when two of them are compared, and when a remainder of on
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,14 @@ from slimcli.network.structure import user_line
 from slimcli.network.structure.planes import Labels, labels_of
 from slimcli.network.structure.record import Record
 from slimcli.network.structure.trace import Planes, Tracer
+
+_LEAVING = frozenset(
+    (torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__, torch.Tensor.tolist)
+)
+"""What a tensor becomes something else by."""
+
+_BARE = frozenset((torch.Tensor.data_ptr, torch.Tensor.untyped_storage, torch.Tensor.storage))
+"""What looks at memory itself."""
 
 NONE: Labels = np.zeros(0, np.int64)
 
@@ -101,6 +111,8 @@ class Shapes(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Executes the function; sizes are looked at."""
+        if func in _LEAVING or func in _BARE:
+            self._leave(func, args[0], sys._getframe(1))
         result = func(*args, **(kwargs or {}))
         if func is torch.Tensor.size and type(result) is int:
             dim = args[1] if len(args) > 1 else (kwargs or {})["dim"]
@@ -108,6 +120,15 @@ class Shapes(TorchFunctionMode):
         if isinstance(result, torch.Size) and args and isinstance(args[0], Tensor):
             return torch.Size([self._length(args[0], dim, size) for dim, size in enumerate(result)])
         return result
+
+    def _leave(self, func: Any, tensor: Tensor, caller: FrameType) -> None:
+        """What becomes of the channels from here on is not seen."""
+        if user_line.is_of_slim(caller):
+            return  # hooks of a trace
+        self._tracer.record.leaves = True
+        if func in _LEAVING:
+            reason = f"channels leave torch at {user_line.current()}"
+            self._tracer.record.freeze(self._tracer.planes_of(tensor), reason)
 
     def _length(self, tensor: Tensor, dim: int, size: int) -> Length:
         length = Length(size)

@@ -144,6 +144,14 @@ _BLANK = frozenset(("zeros", "zeros_like", "new_zeros"))
 _READS = frozenset(("_local_scalar_dense", "is_nonzero", "equal"))
 
 
+Execute = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Executes an operator as it is."""
+    return func(*args, **kwargs)
+
+
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows labels through everything that runs inside its ``with`` block.
 
@@ -151,13 +159,17 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         record: Findings are added to it.
         calls: Kept by the module hooks.
         rules: Base name of an operator -> its rule; pointwise operators need no entry.
+        execute: How an operator is executed.
     """
 
-    def __init__(self, record: Record, calls: Calls, rules: dict[str, Rule]) -> None:
+    def __init__(
+        self, record: Record, calls: Calls, rules: dict[str, Rule], execute: Execute = call
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.record = record
         self.calls = calls
         self._rules = rules
+        self._execute = execute
         self._planes: MutableMapping[Tensor, Planes] = WeakIdKeyDictionary()
         self._aliases: dict[int, list[weakref.ref[Tensor]]] = {}
         self._blank: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()
@@ -194,7 +206,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if in_place and inputs:
             self._back_up(inputs[0])
         self._note_reading(name)
-        output = func(*args, **kwargs)
+        output = self._execute(func, args, kwargs)
         self.ops.append((func.name(), tuple(each.shape for each in tensors_in(output))))
         if name in _BLANK and output.layout == torch.strided:
             self._blank[output] = True
