@@ -31,16 +31,84 @@ def measure(model: nn.Module, cuts: Sequence[Cut], example: Example) -> dict[str
     Raises:
         RunError: A value isn't constant, or a bias can't stand for it in that layer.
     """
-    entries: dict[str, list[int]] = {}
-    for cut in cuts:
-        for constant in cut.constants:
-            known = entries.setdefault(constant.module, [])
-            known += [each for each in constant.entries if each not in known]
-    values = _capture(model, entries, example)
-    return {
-        path: bias_change(model.get_submodule(path), entries[path], values[path], path)
-        for path in entries
-    }
+    capture = Capture(model, cuts)
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad(), capture:
+            example.run(model)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return capture.gains()
+
+
+class Capture:
+    """Inside its ``with`` block, reads what arrives at consumers that must take up constants.
+
+    Args:
+        model: Is run inside the block, in eval mode, the producers' channels at zero.
+        cuts: Their ``constants`` are read.
+    """
+
+    def __init__(self, model: nn.Module, cuts: Sequence[Cut]) -> None:
+        self._model = model
+        self._entries: dict[str, list[int]] = {}
+        for cut in cuts:
+            for constant in cut.constants:
+                known = self._entries.setdefault(constant.module, [])
+                known += [each for each in constant.entries if each not in known]
+        self._values: dict[str, Tensor] = {}
+        self._refused: RunError | None = None
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Capture:
+        """Watches the consumers."""
+        self._handles = [
+            self._model.get_submodule(path).register_forward_pre_hook(self._reader(path))
+            for path in self._entries
+        ]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Watches no more."""
+        for handle in self._handles:
+            handle.remove()
+
+    def gains(self) -> dict[str, Tensor]:
+        """Module path -> what its bias must take up, float64 (out_channels,).
+
+        Raises:
+            RunError: A value isn't constant, or a bias can't stand for it in that layer.
+        """
+        if self._refused is not None:
+            raise self._refused
+        for path in self._entries:
+            if path not in self._values:
+                raise _refused(path, "it did not run on the example")
+        return {
+            path: bias_change(self._model.get_submodule(path), entries, self._values[path], path)
+            for path, entries in self._entries.items()
+        }
+
+    def _reader(self, path: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            try:
+                self._read(path, module, inputs[0])
+            except RunError as error:  # the model's own code may be in between: told later
+                self._refused = self._refused or error
+
+        return hook
+
+    def _read(self, path: str, module: nn.Module, inputs: Tensor) -> None:
+        dim = inputs.dim() - 1 - _spatial_dimensions(module)
+        value = constant_value(inputs, self._entries[path], dim)
+        if value is None:
+            raise _refused(path, "the removed channels do not arrive as constants")
+        before = self._values.setdefault(path, value)
+        limit = _rounding(inputs.dtype) * value.abs().clamp_min(1.0)
+        if bool(((before - value).abs() > limit).any()):
+            raise _refused(path, "it is used several times with different constants")
 
 
 def bias_change(module: nn.Module, entries: Sequence[int], values: Tensor, path: str) -> Tensor:
@@ -93,42 +161,6 @@ def constant_value(inputs: Tensor, entries: Sequence[int], dim: int) -> Tensor |
     if bool(((high - low) > _rounding(inputs.dtype) * size).any()):
         return None
     return picked[:, 0]
-
-
-def _capture(
-    model: nn.Module, entries: dict[str, list[int]], example: Example
-) -> dict[str, Tensor]:
-    """Runs the model once and reads each consumer's input."""
-    values: dict[str, Tensor] = {}
-
-    def watch(path: str, module: nn.Module) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            dim = inputs[0].dim() - 1 - _spatial_dimensions(module)
-            value = constant_value(inputs[0], entries[path], dim)
-            if value is None:
-                raise _refused(path, "the removed channels do not arrive as constants")
-            before = values.setdefault(path, value)
-            limit = _rounding(inputs[0].dtype) * value.abs().clamp_min(1.0)
-            if bool(((before - value).abs() > limit).any()):
-                raise _refused(path, "it is used several times with different constants")
-
-        return module.register_forward_pre_hook(hook)
-
-    modes = {module: module.training for module in model.modules()}
-    handles = [watch(path, model.get_submodule(path)) for path in entries]
-    try:
-        model.eval()
-        with torch.no_grad():
-            example.run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
-    for path in entries:
-        if path not in values:
-            raise _refused(path, "it did not run on the example")
-    return values
 
 
 def _rounding(dtype: torch.dtype) -> float:

@@ -73,11 +73,23 @@ def place(
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(value, requires_grad=old.requires_grad)
         vars(new).update(vars(old))  # marks that users leave on parameters, such as "no decay"
+        _hand_over_hooks(old, new)
         if optimizer is not None:
             optimizer_state.replace(optimizer, old, new, state or {})
     for _, module, local in held.holders:
         setattr(module, local, new)
     held.tensor = new
+
+
+def _hand_over_hooks(old: nn.Parameter, new: nn.Parameter) -> None:
+    """Gradient hooks go on with the new parameter, and their handles still remove them.
+
+    torch has no public list of them; where it keeps none under these names there are none to lose.
+    """
+    for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        hooks = getattr(old, name, None)
+        if hooks:
+            setattr(new, name, hooks)
 
 
 def joined(path: str, local: str) -> str:

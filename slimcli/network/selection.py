@@ -83,20 +83,25 @@ def _leader_of(leader: list[int], index: int) -> int:
     return index
 
 
-def select(tensor: Tensor, sources: Mapping[int, Sources]) -> Tensor:
-    """A new tensor with the selections done, one a dimension; memory layout, dtype, device kept.
+def select(
+    tensor: Tensor, sources: Mapping[int, Sources], dtype: torch.dtype | None = None
+) -> Tensor:
+    """A new tensor with the selections done, one a dimension; memory layout and device kept.
 
     Args:
         tensor: Any shape; not changed.
         sources: Dimension -> what stays of it.
+        dtype: Of the result, in which sums are made; default: that of the tensor.
 
     >>> select(torch.tensor([[1.0, 2.0, 3.0]]), {1: ((0, 2), (1,))})
     tensor([[4., 2.]])
     """
     result = tensor.detach()
     cheapest_first = sorted(sources.items(), key=lambda item: (max(map(len, item[1])), item[0]))
+    dtype = dtype or tensor.dtype
     for dim, entries in cheapest_first:
-        result = _select_dimension(result, dim, entries)
+        result = _select_dimension(result, dim, entries, dtype)
+    result = result.to(dtype)
     if sources and _lies_in_order(tensor):
         return result
     return in_memory_order(result, tensor.dim_order())
@@ -170,15 +175,20 @@ def groups_after(sources: Sources, size: int, groups: int) -> int:
     return len(counts)
 
 
-def _select_dimension(tensor: Tensor, dim: int, sources: Sources) -> Tensor:
-    """Sums in rounds with unique targets, so that the result doesn't depend on thread order."""
+def _select_dimension(tensor: Tensor, dim: int, sources: Sources, dtype: torch.dtype) -> Tensor:
+    """Sums in rounds with unique targets, so that the result doesn't depend on thread order.
+
+    The result has this dtype if it has sums, else that of the tensor.
+    """
     first = np.fromiter(map(itemgetter(0), sources), np.int64, len(sources))
     result = tensor.index_select(dim, torch.from_numpy(first).to(tensor.device))
-    for turn in range(1, max(map(len, sources))):
+    most = max(map(len, sources))
+    result = result.to(dtype) if most > 1 else result
+    for turn in range(1, most):
         targets = [place for place, entry in enumerate(sources) if len(entry) > turn]
         origins = [sources[place][turn] for place in targets]
         addend = tensor.index_select(dim, torch.tensor(origins, device=tensor.device))
-        result.index_add_(dim, torch.tensor(targets, device=tensor.device), addend)
+        result.index_add_(dim, torch.tensor(targets, device=tensor.device), addend.to(dtype))
     return result
 
 

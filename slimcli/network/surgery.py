@@ -6,7 +6,7 @@ are followed by identity and not by name. Nothing here decides *what* is cut.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from slimcli.network.selection import Sources, compose, select, whole
 
 __all__ = ["apply", "layout", "reshape_to"]
 
+Selecting = Callable[[Tensor, Mapping[int, Sources]], Tensor]
+
 
 def apply(
     model: nn.Module,
@@ -28,6 +30,8 @@ def apply(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     example: Example | None = None,
+    gains: Mapping[str, Tensor] | None = None,
+    selecting: Selecting = select,
 ) -> None:
     """Cuts ``model`` in place; every index of every cut means the model as it was before the call.
 
@@ -41,6 +45,8 @@ def apply(
         cuts: What stays; several cuts may touch one tensor.
         optimizer: Optimizer of ``model``; its state follows.
         example: Needed if a cut has ``constants``: the model is run once, its channels at zero.
+        gains: What biases must take up, if that is known already (``constants.Capture``).
+        selecting: Makes what is left of a tensor.
 
     Raises:
         RunError: A cut does not fit the model or its optimizer. The model is then unchanged.
@@ -52,11 +58,13 @@ def apply(
     changed = list({id(each): each for each in held.values() if each.sources}.values())
     updates += planned_attributes(model, changed)
     states = [_planned_state(each, optimizer) for each in changed]
-    gains = _measured_gains(model, cuts, example, held)
+    if gains is None:
+        gains = _measured_gains(model, cuts, example)
+    _check_biases(gains, held)
     for path, gain in gains.items():
         _add_to_bias(model.get_submodule(path), gain, path, held, optimizer)
     for each, state in zip(changed, states, strict=True):
-        place(each, select(each.tensor, each.sources), optimizer, state)
+        place(each, selecting(each.tensor, each.sources), optimizer, state)
     for module, values in updates:
         for name, value in values.items():
             setattr(module, name, value)
@@ -128,7 +136,7 @@ def _planned_state(held: Held, optimizer: torch.optim.Optimizer | None) -> dict[
 
 
 def _measured_gains(
-    model: nn.Module, cuts: Sequence[Cut], example: Example | None, held: Mapping[str, Held]
+    model: nn.Module, cuts: Sequence[Cut], example: Example | None
 ) -> dict[str, Tensor]:
     """What biases must take up; empty for most cuts, and the model is then not run."""
     if not any(cut.constants for cut in cuts):
@@ -137,11 +145,15 @@ def _measured_gains(
         raise misfit(
             "removed channels arrive as constants, and there is no example to measure them"
         )
-    for path in {constant.module for cut in cuts for constant in cut.constants}:
+    return constants.measure(model, cuts, example)
+
+
+def _check_biases(gains: Collection[str], held: Mapping[str, Held]) -> None:
+    """Nothing may add to a bias that several layers share."""
+    for path in gains:
         bias = held.get(joined(path, "bias"))
         if bias is not None and len(bias.holders) > 1:
             raise misfit(f"the bias of {path} would take up a constant, but other layers share it")
-    return constants.measure(model, cuts, example)
 
 
 def _add_to_bias(

@@ -19,10 +19,11 @@ from slimcli.network.cuts import Cut
 from slimcli.network.example import Example
 from slimcli.network.structure import Structure, analyze, select_groups, zero_channels
 from slimcli.network.structure.analyze import trace
+from slimcli.network.structure.edits import carry_out, equalize_channels
 from slimcli.network.structure.modes import output_tensors
 from slimcli.network.structure.recheck import first_disorder
 from slimcli.network.structure.record import Record
-from slimcli.network.structure.rehearse import equalize_channels, rehearse
+from slimcli.network.structure.rehearse import rehearse
 from slimcli.network.structure.run import run_traced
 from slimcli.network.structure.sources import Sources
 
@@ -128,7 +129,8 @@ def test_channels_that_arrive_at_a_border_as_constants_can_be_merged_but_not_rem
     for _ in range(3):
         order = torch.randperm(group.size, generator=random).tolist()
         twins = copy.deepcopy(model)
-        cut = rehearse(twins, group, order)
+        cut, edits = rehearse(twins, group, order)
+        carry_out(edits)
         before = outputs(twins, example)
         surgery.apply(twins, [cut], example=example)
         assert difference(before, outputs(twins, example)) <= EXACT

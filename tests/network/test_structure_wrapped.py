@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from slimcli.network import surgery
 from slimcli.network.example import Example
 from slimcli.network.structure import Group, Structure, analyze, zero_channels
-from slimcli.network.structure.rehearse import equalize_channels
+from slimcli.network.structure.edits import equalize_channels
 from slimcli.network.structure.trial import unequal
 
 from . import structures

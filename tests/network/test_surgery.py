@@ -642,3 +642,18 @@ def test_apply_equals_indexing_by_hand_on_every_tensor(data):
     surgery.apply(model, cuts)
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, expected[name], rtol=EXACT, atol=EXACT, msg=name)
+
+
+def test_gradient_hooks_of_parameters_go_on_after_a_cut_and_can_still_be_removed():
+    model, seen, gradients = chain().eval(), [], []
+    doubled = model[0].weight.register_hook(lambda gradient: 2 * gradient)
+    model[0].weight.register_post_accumulate_grad_hook(lambda each: seen.append(each.shape))
+    surgery.apply(model, [chain_cut(keep(0, 2))])
+    batch = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    for _ in range(2):
+        model.zero_grad()
+        model(batch).square().sum().backward()
+        gradients.append(model[0].weight.grad.clone())
+        doubled.remove()
+    assert seen == [model[0].weight.shape] * 2
+    torch.testing.assert_close(gradients[0], 2 * gradients[1], rtol=EXACT, atol=EXACT)

@@ -5,6 +5,7 @@ a compactor row of zero does.
 """
 
 from slimcli.network.structure.analyze import analyze
+from slimcli.network.structure.edits import zero_channels
 from slimcli.network.structure.strategies import STRATEGIES, select_groups
 from slimcli.network.structure.structure import (
     ConvBatchNorm,
@@ -12,7 +13,6 @@ from slimcli.network.structure.structure import (
     LayerRow,
     Site,
     Structure,
-    zero_channels,
 )
 
 __all__ = [

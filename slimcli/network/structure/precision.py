@@ -6,8 +6,9 @@ rounding would then look like a difference, or hide one.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,6 +27,17 @@ WIDE = {
 }
 
 
+@contextlib.contextmanager
+def in_double() -> Iterator[None]:
+    """What is made without a dtype is made in float64."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
+
+
 class Widened(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside its ``with`` block every dtype that an operator is given is a double one.
 
@@ -39,20 +51,23 @@ class Widened(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> Any:
         """What says no dtype is made in float64."""
-        self._default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
+        self._default = in_double()
+        self._default.__enter__()
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
         """As before."""
         super().__exit__(*error)  # type: ignore[no-untyped-call]
-        torch.set_default_dtype(self._default)
+        self._default.__exit__(*error)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Executes the operator."""
-        kwargs = kwargs or {}
+        return self.execute(func, args, kwargs or {})
+
+    def execute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Executes an operator, for this mode or for another one that sees its arguments first."""
         if kwargs.get("dtype") in WIDE:
             kwargs = {**kwargs, "dtype": WIDE[kwargs["dtype"]]}
         if any(each in WIDE for each in args if isinstance(each, torch.dtype)):
@@ -72,18 +87,24 @@ def run_inside(mode: TorchDispatchMode, example: Example) -> Example:
     return Example(example.batch, predict)
 
 
-def example_as(example: Example, dtype: torch.dtype) -> Example:
-    """The same example in another dtype; in float64 nothing that the user's code does leaves it."""
-    same = Example(to_dtype(example.batch, dtype), example.predict)
-    return run_inside(Widened(), same) if dtype == torch.float64 else same
+def copy_as(
+    model: nn.Module,
+    dtype: torch.dtype,
+    stand_in: Callable[[nn.Parameter], Tensor | None] = lambda parameter: None,
+) -> nn.Module:
+    """A deep copy in another dtype, without gradients; never two copies at once.
 
-
-def copy_as(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A deep copy in another dtype, without gradients; never two copies at once."""
+    Args:
+        model: Not changed.
+        dtype: Of its real tensors; complex ones get the like.
+        stand_in: What takes the place of a parameter, already in this dtype; None: a copy.
+    """
     memo: dict[int, Any] = copies_of_nothing(model)
     for parameter in model.parameters():
         if type(parameter) is nn.Parameter and _is_real_or_complex(parameter):
-            values = parameter.detach().to(_like(parameter, dtype), copy=True)
+            values = stand_in(parameter)
+            if values is None:
+                values = parameter.detach().to(_like(parameter, dtype), copy=True)
             memo[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
         if type(buffer) is Tensor and _is_real_or_complex(buffer):

@@ -115,6 +115,8 @@ class Record:
         remainders: (plane of a tensor, the user's line) where a remainder of the size of an image
             is taken: other images may then be padded.
         unseen: Paths of layers that did not run.
+        turns: Channels are flipped, or told from pixels that lay beside them.
+        leaves: The numbers of a tensor are read by other means than operators.
         not_additive: Labels of weights that are computed by a function that is no sum of its parts,
             and its name: where such a weight reads equal channels, they can't be merged.
     """
@@ -139,8 +141,18 @@ class Record:
     reads: list[tuple[str, str]] = field(default_factory=list)
     remainders: list[tuple[Tensor, str]] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
+    turns: bool = False
+    leaves: bool = False
     order: int = 0
     runs: int = 0
+
+    @property
+    def may_reorder(self) -> bool:
+        """Does the code divide or turn an axis with channels, so that a cut may change their order?
+
+        Where it never does, they arrive in the order in which they are made, whatever their number.
+        """
+        return bool(self.splits) or self.turns
 
     def join(self, left: Tensor, right: Tensor) -> None:
         """These entries (packed or labels, broadcastable) are the same channels."""

@@ -87,6 +87,7 @@ def add_split(op: Op, plane: Tensor, axis: int, size: int, line: str) -> None:
     labels = labels_of(plane).movedim(axis, 0)
     blocks = labels.reshape(labels.shape[0] // size, size, -1)
     if size > 1 and bool((blocks == blocks[:, :1]).all()):
+        op.record.turns = True
         return
     offsets = blocks[:1].expand_as(blocks)
     firsts = blocks[:, :1].expand_as(blocks)

@@ -18,6 +18,7 @@ def flipped(op: Op) -> Sequence[Planes]:
     axes = [axis % tensor.dim() for axis in op.arg(1, "dims", ())]
     planes = op.planes(tensor)
     if any(plane.shape[axis] > 1 for plane in planes for axis in axes):
+        op.record.turns = True
         return executed(op)
     return [planes]
 

@@ -29,7 +29,7 @@ from slimcli.network.structure.producing import MIXING
 from slimcli.network.structure.record import Hands, Record
 from slimcli.network.structure.rules_pointwise import map_nodes
 from slimcli.network.structure.shapes import Shapes
-from slimcli.network.structure.trace import Calls, Rule, Tracer, affine_node
+from slimcli.network.structure.trace import Calls, Execute, Rule, Tracer, affine_node, call
 
 RULES: dict[str, Rule] = {
     **rules_pointwise.RULES,
@@ -61,11 +61,20 @@ class TracedRun:
     ops: tuple[Any, ...]
 
 
-def run_traced(model: nn.Module, example: Example, record: Record) -> TracedRun:
-    """Runs the model as it is, following its channels."""
+def run_traced(
+    model: nn.Module, example: Example, record: Record, execute: Execute = call
+) -> TracedRun:
+    """Runs the model as it is, following its channels.
+
+    Args:
+        model: Its modes are left as they are.
+        example: The batch.
+        record: Findings are added to it.
+        execute: How an operator is executed.
+    """
     record.runs += 1
     calls = Calls()
-    tracer = Tracer(record, calls, RULES)
+    tracer = Tracer(record, calls, RULES, execute)
     handles = _watch_modules(model, tracer)
     try:
         with torch.no_grad(), tracer, Shapes(tracer):

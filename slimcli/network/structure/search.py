@@ -10,12 +10,13 @@ from torch import nn
 
 from slimcli.network.example import Example
 from slimcli.network.structure.assemble import assemble
+from slimcli.network.structure.comparison import Failure
 from slimcli.network.structure.groups import Choice, Grouping, build, first_choices
 from slimcli.network.structure.planes import Labels, distinct
 from slimcli.network.structure.record import Record
 from slimcli.network.structure.structure import Group, Structure
 from slimcli.network.structure.traced import Traced
-from slimcli.network.structure.trial import Failure, Trial
+from slimcli.network.structure.trial import Trial
 
 FEW = 4
 """So many groups at one line of code are tried alone before they are blamed for what it raises."""

@@ -9,7 +9,9 @@ that become arrays are heard as well: no operator follows.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,9 @@ _LEAVING = frozenset(
     (torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__, torch.Tensor.tolist)
 )
 """What a tensor becomes something else by."""
+
+_BARE = frozenset((torch.Tensor.data_ptr, torch.Tensor.untyped_storage, torch.Tensor.storage))
+"""What looks at memory itself."""
 
 NONE: Labels = np.zeros(0, np.int64)
 
@@ -115,10 +120,10 @@ class Shapes(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Executes the function; sizes are looked at."""
-        if func in _LEAVING:
-            self._leave(args[0])
+        if func in _LEAVING or func in _BARE:
+            self._leave(func, args[0], sys._getframe(1))
         if func is F.affine_grid:  # torch looks for the smallest of these sizes
-            args, kwargs = _plain(args), {name: _plain(each) for name, each in kwargs.items()}
+            args, kwargs = _plain(args), {k: _plain(v) for k, v in (kwargs or {}).items()}
         result = func(*args, **(kwargs or {}))
         if func is torch.Tensor.size and type(result) is int:
             dim = args[1] if len(args) > 1 else (kwargs or {})["dim"]
@@ -127,10 +132,14 @@ class Shapes(TorchFunctionMode):
             return torch.Size([self._length(args[0], dim, size) for dim, size in enumerate(result)])
         return result
 
-    def _leave(self, tensor: Tensor) -> None:
+    def _leave(self, func: Any, tensor: Tensor, caller: FrameType) -> None:
         """What becomes of the channels from here on is not seen."""
-        reason = f"channels leave torch at {user_line.current()}"
-        self._tracer.record.freeze(self._tracer.planes_of(tensor), reason)
+        if user_line.is_of_slim(caller):
+            return  # hooks of a trace
+        self._tracer.record.leaves = True
+        if func in _LEAVING:
+            reason = f"channels leave torch at {user_line.current()}"
+            self._tracer.record.freeze(self._tracer.planes_of(tensor), reason)
 
     def _length(self, tensor: Tensor, dim: int, size: int) -> Length:
         length = Length(size)

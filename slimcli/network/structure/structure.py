@@ -8,8 +8,6 @@ from itertools import chain, compress
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from slimcli.network.cuts import Constant, Cut, Slot, SlotCut
 from slimcli.network.selection import Sources, whole
@@ -214,35 +212,6 @@ class Structure:
             if group.name == name:
                 return group
         raise KeyError(name)
-
-
-def zero_channels(model: nn.Module, group: Group, channels: Sequence[int]) -> None:
-    """Makes channels of a group zero at its sites, in place: like a compactor row of zeros."""
-    with torch.no_grad():
-        for site in group.sites:
-            norm = model.get_submodule(site.norm) if site.norm else None
-            has_affine = norm is not None and getattr(norm, "weight", None) is not None
-            parts = ("weight", "bias") if has_affine else ()
-            followers = [s for s in group.followers if site.norm and _inside(s, site.norm)]
-            for slot in followers:
-                local = slot.tensor.rpartition(".")[2]
-                if local in parts or local == "running_mean":
-                    _zero(model, slot, channels)
-            if not has_affine:
-                for slot in group.producers:
-                    if not site.conv or _inside(slot, site.conv):
-                        _zero(model, slot, channels)
-
-
-def _inside(slot: Slot, path: str) -> bool:
-    return slot.tensor.startswith(f"{path}.")
-
-
-def _zero(model: nn.Module, slot: Slot, channels: Sequence[int]) -> None:
-    path, _, local = slot.tensor.rpartition(".")
-    tensor: Tensor = getattr(model.get_submodule(path), local)
-    entries = [index for channel in channels for index in slot.indices[channel]]
-    tensor.index_fill_(slot.dim, torch.tensor(entries, device=tensor.device), 0)
 
 
 def _check_channels(channels: Sequence[int], size: int) -> None:

@@ -150,6 +150,14 @@ _LITERAL = frozenset(("scalar_tensor", "lift_fresh"))
 _READS = frozenset(("_local_scalar_dense", "is_nonzero", "equal"))
 
 
+Execute = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Executes an operator as it is."""
+    return func(*args, **kwargs)
+
+
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows labels through everything that runs inside its ``with`` block.
 
@@ -157,13 +165,17 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         record: Findings are added to it.
         calls: Kept by the module hooks.
         rules: Base name of an operator -> its rule; pointwise operators need no entry.
+        execute: How an operator is executed.
     """
 
-    def __init__(self, record: Record, calls: Calls, rules: dict[str, Rule]) -> None:
+    def __init__(
+        self, record: Record, calls: Calls, rules: dict[str, Rule], execute: Execute = call
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.record = record
         self.calls = calls
         self._rules = rules
+        self._execute = execute
         self._planes: MutableMapping[Tensor, Planes] = WeakIdKeyDictionary()
         self._aliases: dict[int, list[weakref.ref[Tensor]]] = {}
         self._blank: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()
@@ -201,7 +213,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._back_up(inputs[0])
         self._note_reading(name)
         size = inputs[0].shape if inputs else torch.Size()
-        output = func(*args, **kwargs)
+        output = self._execute(func, args, kwargs)
         self.ops.append((func.name(), tuple(each.shape for each in tensors_in(output))))
         if _makes_zeros(name, output):
             self._blank[output] = True

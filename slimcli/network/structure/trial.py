@@ -20,21 +20,22 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimcli.errors import SlimError
-from slimcli.network import surgery
+from slimcli.network import constants, surgery
 from slimcli.network.cuts import Cut
 from slimcli.network.example import Example
-from slimcli.network.nested import tensors_in
 from slimcli.network.structure import user_line
+from slimcli.network.structure.comparison import Failure, Picks, Ran, compare
+from slimcli.network.structure.edits import Edit, carry_out
+from slimcli.network.structure.hollow import Hollow, is_large
 from slimcli.network.structure.modes import (
     output_tensors,
     preserved_randomness,
     without_collector,
     without_fast_path,
 )
-from slimcli.network.structure.precision import copy_as, example_as, run_inside
+from slimcli.network.structure.precision import copy_as, in_double, run_inside, to_dtype
 from slimcli.network.structure.producing import MIXING
 from slimcli.network.structure.recheck import first_disorder
 from slimcli.network.structure.record import Record
@@ -42,31 +43,8 @@ from slimcli.network.structure.rehearse import rehearse
 from slimcli.network.structure.run import run_traced
 from slimcli.network.structure.sources import Sources
 from slimcli.network.structure.structure import Group
-from slimcli.network.structure.trace import ORDER_DEPENDENT, base_name
 from slimcli.network.structure.traced import Traced
 from slimcli.network.structure.train_mode import set_train_mode
-
-LIMITS = {torch.float64: 1e-8, torch.float32: 1e-3}
-"""Largest difference, relative to the largest output: far above rounding, far below an error."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a trial cut failed.
-
-    Attributes:
-        what: The error or the difference.
-        line: The user's line, if it raised.
-        module: Path of the module that was entered last, if it raised.
-    """
-
-    what: str
-    line: str = ""
-    module: str = ""
-
-    def __str__(self) -> str:
-        """For a frozen reason."""
-        return f"a trial cut failed: {self.what}" + (f" at {self.line}" if self.line else "")
 
 
 @dataclass
@@ -114,46 +92,11 @@ def _watched(model: nn.Module, log: _Log) -> Iterator[None]:
             handle.remove()
 
 
-@dataclass(frozen=True)
-class Ran:
-    """What a run gave.
-
-    Attributes:
-        final: Tensors of the prediction.
-        layers: Outputs of uncut layers, in front of the first operator that sorts or picks.
-        picks: What such operators picked.
-    """
-
-    final: list[Tensor]
-    layers: list[Tensor]
-    picks: list[Tensor]
-
-    def picks_as(self, other: Ran) -> bool:
-        """Did both runs pick the same places?"""
-        return len(self.picks) == len(other.picks) and all(
-            map(torch.equal, self.picks, other.picks)
-        )
-
-
-class Picks(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Keeps the places that sorting and picking operators found."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.found: list[Tensor] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Executes the operator."""
-        output = func(*args, **(kwargs or {}))
-        if base_name(func)[0] in ORDER_DEPENDENT:
-            self.found += [t for t in tensors_in(output) if not t.is_floating_point()]
-        return output
-
-
 class Trial:
     """Cuts groups on copies of a model and compares.
+
+    The copies' large weights are hollow; where the code reads numbers by other means than operators
+    or a cut fails, they are whole, to be sure that it is not for that.
 
     Args:
         model: Not changed.
@@ -166,6 +109,9 @@ class Trial:
         self._random = torch.Generator().manual_seed(seed)
         self._traced = traced
         self._rechecks = False
+        self._copies = traced.record.leaves
+        self._names = {id(each): name for name, each in model.named_parameters()}
+        self._is_sure = False
         self.note = ""
         self._log = _Log(limit=traced.record.static_calls or 0)
         self._origin = model, example
@@ -174,13 +120,23 @@ class Trial:
     def _use(self, dtype: torch.dtype) -> None:
         """Runs in this dtype from now on."""
         self._dtype = dtype
-        self._example = example_as(self._origin[1], dtype)
+        example = self._origin[1]
+        self._example = Example(to_dtype(example.batch, dtype), example.predict)
 
     def _fresh(self) -> nn.Module:
         """A copy to be cut; only one is held at a time."""
-        model = copy_as(self._origin[0], self._dtype).eval()
-        unequal(model, self._random)
+        self._hollow = Hollow() if self._dtype == torch.float64 else None
+        model = copy_as(self._origin[0], self._dtype, self._stand_in).eval()
+        unequal(model, self._random, self._hollow)
         return model
+
+    def _stand_in(self, parameter: nn.Parameter) -> Tensor | None:
+        """A hollow tensor for a large parameter that operators read, if its numbers are unequal."""
+        if self._copies or self._hollow is None:
+            return None
+        is_read = self._names[id(parameter)] in self._traced.record.sources.seen
+        is_taken = is_read and is_large(parameter) and not _is_uniform(parameter)
+        return self._hollow.shell(parameter) if is_taken else None
 
     def run(self, model: nn.Module, record: Record | None = None) -> Ran:
         """Runs the model, same random numbers every time.
@@ -190,27 +146,40 @@ class Trial:
             record: Its channels are followed into this.
         """
         self._log.calls, self._log.outputs = 0, []
-        picks = Picks()
-        example = run_inside(picks, self._example) if self._log.limit else self._example
+        picks, hollow = Picks(), self._hollow
+        example = self._example
+        if hollow is not None and record is None:
+            example = run_inside(hollow, example)
+        if self._log.limit:
+            example = run_inside(picks, example)
         with torch.no_grad(), preserved_randomness(), without_fast_path():
             torch.manual_seed(0)
             if record is None:
                 prediction = example.run(model)
-            else:
+            elif hollow is None:
                 prediction = run_traced(model, example, record).output
+            else:
+                with in_double():
+                    prediction = run_traced(model, example, record, hollow.execute).output
+        if hollow is not None:
+            hollow.forget()
         return Ran(list(output_tensors(prediction)), self._log.outputs, picks.found)
 
     def _run_zeroed(self, model: nn.Module) -> Ran | None:
-        """The same; None where the user's code wants float32 and everything must begin again."""
+        """The same; None where the user's code can't be run so and everything must begin again."""
         try:
             ran = self.run(model)
             if not self._log.limit and not any(each.is_floating_point() for each in ran.final):
                 self._log.limit = sys.maxsize  # class numbers tell little: layers tell more
                 ran = self.run(model)
             return ran
-        except Exception as error:  # the user's code fixes a dtype
+        except Exception as error:
             if self._dtype == torch.float32:
                 raise error
+            if not self._copies:  # it may look at a weight without asking an operator
+                self._copies = True
+                return None
+            # the code fixes a dtype
             self.note = f"trial cuts ran in float32, float64 fails: {str(error).splitlines()[0]}"
             self._use(torch.float32)
             return None
@@ -225,6 +194,18 @@ class Trial:
             thorough: Also compare the order of channels, and run the cut model in train mode.
             merging: Of channels that can be zeroed or merged, as many are merged as zeroed.
         """
+        failure = self._attempt_once(groups, thorough, merging)
+        if failure is None or self._copies or self._is_sure:
+            return failure
+        self._copies = True  # is it the code, or that its weights are hollow? once is enough
+        failure = self._attempt_once(groups, thorough, merging)
+        self._is_sure = failure is not None
+        self._copies = failure is None or self._dtype == torch.float32
+        return failure
+
+    def _attempt_once(
+        self, groups: Sequence[Group], thorough: bool, merging: bool
+    ) -> Failure | None:
         with without_collector():
             model = self._fresh()
             with _watched(model, self._log):
@@ -237,16 +218,20 @@ class Trial:
         cuts = []
         for group in groups:
             order = torch.randperm(group.size, generator=self._random).tolist()
-            cuts.append(rehearse(model, group, order, merging))
+            cut, edits = rehearse(model, group, order, merging)
+            cuts.append(cut)
+            self._edit(edits)
         after = None
         try:
-            zeroed = self._run_zeroed(model)
+            capture = constants.Capture(model, cuts)
+            with capture:
+                zeroed = self._run_zeroed(model)
             if zeroed is None:
-                return self.attempt(groups, thorough=thorough, merging=merging)
-            surgery.apply(model, cuts, example=self._example)
-            if thorough or self._rechecks:
+                return self._attempt_once(groups, thorough, merging)
+            self._cut(model, cuts, capture)
+            if (thorough and self._traced.record.may_reorder) or self._rechecks:
                 after = Record(Sources(model))
-            cut = self.run(model, after)
+            cut_ran = self.run(model, after)
             if thorough and self._traced.train_path_differs:
                 set_train_mode(model)
                 self.run(model)
@@ -257,8 +242,26 @@ class Trial:
             return Failure(error.problems[0].what)
         except Exception as error:  # the user's code on other sizes: anything can come
             return self._raised(error)
-        failure = self._compare(zeroed, cut)
+        failure = compare(zeroed, cut_ran, self._dtype, may_jump=bool(self._log.limit))
         return self._recheck(after, cuts) if failure is None and after is not None else failure
+
+    def _edit(self, edits: Sequence[Edit]) -> None:
+        """Makes channels removable."""
+        if self._hollow is None:
+            carry_out(edits)
+            return
+        with torch.no_grad():
+            for edit in edits:
+                self._hollow.edit(edit)
+
+    def _cut(self, model: nn.Module, cuts: Sequence[Cut], capture: constants.Capture) -> None:
+        """Removes the channels, whose constants were captured."""
+        if self._hollow is None:
+            surgery.apply(model, cuts, gains=capture.gains())
+            return
+        with self._hollow:
+            gains = capture.gains()
+        surgery.apply(model, cuts, gains=gains, selecting=self._hollow.select)
 
     def _uncut_layers(self, groups: Sequence[Group]) -> frozenset[str]:
         cut = {slot.tensor for group in groups for slot in group.producers + group.followers}
@@ -284,41 +287,6 @@ class Trial:
             return None
         self._rechecks = True
         return Failure(f"the channels do not arrive at {path} in the predicted order", "", path)
-
-    def _compare(self, zeroed: Ran, cut: Ran) -> Failure | None:
-        """Where sorting or suppression makes the output jump, the layers before that count.
-
-        If both runs picked the same, the output counts, too.
-        """
-        failure = None
-        if self._log.limit:
-            failure = self._compare_all(zeroed.layers, cut.layers)
-        if failure is None and (not self._log.limit or zeroed.picks_as(cut)):
-            failure = self._compare_all(zeroed.final, cut.final)
-        return failure
-
-    def _compare_all(self, zeroed: Sequence[Tensor], cut: Sequence[Tensor]) -> Failure | None:
-        if len(zeroed) != len(cut):
-            return Failure("the number of outputs changes")
-        for before, after in zip(zeroed, cut, strict=True):
-            if before.shape != after.shape:
-                return Failure(
-                    f"an output changes its shape {(*before.shape,)} to {(*after.shape,)}"
-                )
-            if not before.numel():
-                continue
-            before, after = before.to(torch.float64), after.to(torch.float64)
-            finite = torch.isfinite(before)
-            if not bool((finite == torch.isfinite(after)).all()):
-                return Failure("other outputs are infinite or not a number")
-            before, after = before[finite], after[finite]
-            if not before.numel():
-                continue
-            size = max(float(before.abs().max()), 1e-30)
-            difference = float((before - after).abs().max()) / size
-            if not difference <= LIMITS[self._dtype]:
-                return Failure(f"zeroed and cut differ by {difference:.1e} of the output")
-        return None
 
     def find_bad(
         self, groups: Sequence[Group], failure: Failure, *, merging: bool = False
@@ -349,14 +317,22 @@ class Trial:
         return found
 
 
-def unequal(model: nn.Module, random: torch.Generator) -> None:
-    """Gives norms, and parameters whose entries are all equal, different entries, in place."""
+def unequal(model: nn.Module, random: torch.Generator, hollow: Hollow | None = None) -> None:
+    """Gives norms, and parameters whose entries are all equal, different entries, in place.
+
+    Args:
+        model: Changed.
+        random: What they are drawn from.
+        hollow: Its tensors stay as they are.
+    """
     with torch.no_grad():
         for module in model.modules():
             statistics = hasattr(module, "running_mean") and hasattr(module, "running_var")
             named: list[tuple[str, Tensor]] = [*module.named_parameters(recurse=False)]
             named += [*module.named_buffers(recurse=False)] if statistics else []
             for name, tensor in named:
+                if hollow is not None and hollow.stands_for(tensor):
+                    continue
                 if _is_uniform(tensor) or (statistics and tensor.is_floating_point()):
                     positive = name == "running_var" or float(tensor.flatten()[0]) > 0
                     tensor.copy_(_spread(tensor, positive, random))

@@ -11,11 +11,17 @@ import torch
 
 import slimcli
 
-_OURS = (torch.__path__[0] + os.sep, slimcli.__path__[0] + os.sep, "<")
+_SLIM = slimcli.__path__[0] + os.sep
+_OURS = (torch.__path__[0] + os.sep, _SLIM, "<")
 
 
 def _is_ours(filename: str) -> bool:
     return filename.startswith(_OURS)
+
+
+def is_of_slim(frame: FrameType) -> bool:
+    """Is this code of this package?"""
+    return frame.f_code.co_filename.startswith(_SLIM)
 
 
 def describe(filename: str, line: int) -> str:

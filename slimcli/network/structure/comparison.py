@@ -1,0 +1,109 @@
+"""What a run gave, and whether a cut network gave the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from slimcli.network.nested import tensors_in
+from slimcli.network.structure.trace import ORDER_DEPENDENT, base_name
+
+LIMITS = {torch.float64: 1e-8, torch.float32: 1e-3}
+"""Largest difference, relative to the largest output: far above rounding, far below an error."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a trial cut failed.
+
+    Attributes:
+        what: The error or the difference.
+        line: The user's line, if it raised.
+        module: Path of the module that was entered last, if it raised.
+    """
+
+    what: str
+    line: str = ""
+    module: str = ""
+
+    def __str__(self) -> str:
+        """For a frozen reason."""
+        return f"a trial cut failed: {self.what}" + (f" at {self.line}" if self.line else "")
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a run gave.
+
+    Attributes:
+        final: Tensors of the prediction.
+        layers: Outputs of uncut layers, in front of the first operator that sorts or picks.
+        picks: What such operators picked.
+    """
+
+    final: list[Tensor]
+    layers: list[Tensor]
+    picks: list[Tensor]
+
+    def picks_as(self, other: Ran) -> bool:
+        """Did both runs pick the same places?"""
+        return len(self.picks) == len(other.picks) and all(
+            map(torch.equal, self.picks, other.picks)
+        )
+
+
+class Picks(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps the places that sorting and picking operators found."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[Tensor] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Executes the operator."""
+        output = func(*args, **(kwargs or {}))
+        if base_name(func)[0] in ORDER_DEPENDENT:
+            self.found += [t for t in tensors_in(output) if not t.is_floating_point()]
+        return output
+
+
+def compare(zeroed: Ran, cut: Ran, dtype: torch.dtype, *, may_jump: bool) -> Failure | None:
+    """Where sorting or suppression makes the output jump, the layers before that count.
+
+    If both runs picked the same, the output counts, too.
+    """
+    failure = None
+    if may_jump:
+        failure = _compare_all(zeroed.layers, cut.layers, LIMITS[dtype])
+    if failure is None and (not may_jump or zeroed.picks_as(cut)):
+        failure = _compare_all(zeroed.final, cut.final, LIMITS[dtype])
+    return failure
+
+
+def _compare_all(zeroed: Sequence[Tensor], cut: Sequence[Tensor], limit: float) -> Failure | None:
+    if len(zeroed) != len(cut):
+        return Failure("the number of outputs changes")
+    for before, after in zip(zeroed, cut, strict=True):
+        if before.shape != after.shape:
+            return Failure(f"an output changes its shape {(*before.shape,)} to {(*after.shape,)}")
+        if not before.numel():
+            continue
+        before, after = before.to(torch.float64), after.to(torch.float64)
+        finite = torch.isfinite(before)
+        if not bool((finite == torch.isfinite(after)).all()):
+            return Failure("other outputs are infinite or not a number")
+        before, after = before[finite], after[finite]
+        if not before.numel():
+            continue
+        size = max(float(before.abs().max()), 1e-30)
+        difference = float((before - after).abs().max()) / size
+        if not difference <= limit:
+            return Failure(f"zeroed and cut differ by {difference:.1e} of the output")
+    return None
