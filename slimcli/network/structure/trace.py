@@ -193,7 +193,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def is_blank(self, tensor: Tensor) -> bool:
         """Was it made of zeros, and nothing written into it since?"""
-        return tensor in self._blank
+        return bool(len(self._blank)) and tensor in self._blank
 
     def relabel(self, tensor: Tensor, planes: Planes) -> None:
         """Gives a tensor these planes."""
