@@ -11,39 +11,13 @@ from torch import Tensor, nn
 from slimcli.network import attributes, fuse
 from slimcli.network.example import Example
 from slimcli.network.nested import tensors_in
-from slimcli.network.structure import (
-    rules_conv,
-    rules_fourier,
-    rules_index,
-    rules_matmul,
-    rules_movement,
-    rules_norm,
-    rules_pointwise,
-    rules_scatter,
-    rules_spatial,
-    rules_turning,
-    rules_weights,
-)
 from slimcli.network.structure.modes import output_tensors
 from slimcli.network.structure.producing import MIXING
 from slimcli.network.structure.record import Hands, Record
-from slimcli.network.structure.rules_pointwise import map_nodes
+from slimcli.network.structure.rules import RULES
+from slimcli.network.structure.rules.pointwise import map_nodes
 from slimcli.network.structure.shapes import Shapes
-from slimcli.network.structure.trace import Calls, Execute, Rule, Tracer, affine_node, call
-
-RULES: dict[str, Rule] = {
-    **rules_pointwise.RULES,
-    **rules_spatial.RULES,
-    **rules_norm.RULES,
-    **rules_matmul.RULES,
-    **rules_conv.RULES,
-    **rules_movement.RULES,
-    **rules_index.RULES,
-    **rules_scatter.RULES,
-    **rules_turning.RULES,
-    **rules_fourier.RULES,
-    **rules_weights.RULES,
-}
+from slimcli.network.structure.trace import Calls, Execute, Tracer, affine_node, call
 
 
 @dataclass(frozen=True)

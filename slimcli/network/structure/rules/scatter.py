@@ -12,10 +12,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from slimcli.network.structure.rules_index import at_places
-from slimcli.network.structure.rules_movement import frozen, without
-from slimcli.network.structure.rules_pointwise import joined_across, pointwise
-from slimcli.network.structure.rules_spatial import bordered
+from slimcli.network.structure.rules.index import at_places
+from slimcli.network.structure.rules.joining import joined_across
+from slimcli.network.structure.rules.movement import frozen, without
+from slimcli.network.structure.rules.pointwise import pointwise
+from slimcli.network.structure.rules.spatial import bordered
 from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule
 
 WRITTEN = "channels are written by index"

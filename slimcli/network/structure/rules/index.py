@@ -16,8 +16,8 @@ from slimcli.network.structure.planes import (
     pack,
     squeeze_equal,
 )
-from slimcli.network.structure.rules_movement import without
-from slimcli.network.structure.rules_pointwise import combine_nodes
+from slimcli.network.structure.rules.movement import without
+from slimcli.network.structure.rules.pointwise import combine_nodes
 from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule
 
 

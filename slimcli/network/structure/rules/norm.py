@@ -19,7 +19,7 @@ from slimcli.network.structure.planes import (
     pack,
 )
 from slimcli.network.structure.record import Consumer, Record
-from slimcli.network.structure.rules_pointwise import arbitrary, combine_nodes, map_nodes
+from slimcli.network.structure.rules.pointwise import arbitrary, combine_nodes, map_nodes
 from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule, affine_node
 
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)

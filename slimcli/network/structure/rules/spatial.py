@@ -11,10 +11,10 @@ import torch
 
 from slimcli.network.nested import tensors_in
 from slimcli.network.structure.nodes import Kind, Node
-from slimcli.network.structure.rules_index import at_places
-from slimcli.network.structure.rules_movement import without
-from slimcli.network.structure.rules_norm import one_of_each
-from slimcli.network.structure.rules_pointwise import arbitrary, map_nodes
+from slimcli.network.structure.rules.index import at_places
+from slimcli.network.structure.rules.movement import without
+from slimcli.network.structure.rules.norm import one_of_each
+from slimcli.network.structure.rules.pointwise import arbitrary, map_nodes
 from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule
 
 

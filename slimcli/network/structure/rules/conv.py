@@ -19,8 +19,8 @@ from slimcli.network.structure.producing import (
     only_plane,
 )
 from slimcli.network.structure.record import MacTerm, Producer
-from slimcli.network.structure.rules_norm import channel_rows
-from slimcli.network.structure.rules_pointwise import map_nodes
+from slimcli.network.structure.rules.norm import channel_rows
+from slimcli.network.structure.rules.pointwise import map_nodes
 from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule
 
 FIXED_INPUT = "it reads a tensor of fixed size (the model's input or computed values)"

@@ -21,9 +21,9 @@ from slimcli.network.structure.producing import (
     weights_only,
 )
 from slimcli.network.structure.record import Consumer, MacTerm
-from slimcli.network.structure.rules_conv import FIXED_INPUT, FIXED_WEIGHT
-from slimcli.network.structure.rules_norm import one_of_each
-from slimcli.network.structure.rules_pointwise import combine_nodes, map_nodes, pointwise
+from slimcli.network.structure.rules.conv import FIXED_INPUT, FIXED_WEIGHT
+from slimcli.network.structure.rules.norm import one_of_each
+from slimcli.network.structure.rules.pointwise import combine_nodes, map_nodes, pointwise
 from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from slimcli.network.structure.nodes import Kind, Node
-from slimcli.network.structure.rules_movement import without
-from slimcli.network.structure.rules_pointwise import map_nodes
+from slimcli.network.structure.rules.movement import without
+from slimcli.network.structure.rules.pointwise import map_nodes
 from slimcli.network.structure.trace import Op, Planes, Rule
 
 
