@@ -259,8 +259,9 @@ def test_heads_whose_number_or_size_is_fixed_in_the_code_are_frozen_with_the_lin
     assert [group.name for group in prunable(structure)] == [
         *("features.1.0.mlp.0", "features.1.1.mlp.0", "features.3.0.mlp.0", "features.3.1.mlp.0")
     ]
-    reason = structure.group("features.1.0.attn.qkv.weight").frozen_reason
-    assert "3, num_heads, C // num_heads)" in reason
+    qkv = next(row for row in structure.layers if row.name == "features.1.0.attn.qkv.weight")
+    assert qkv.group == "features.0.0"  # shaped with the width of the layer's input
+    assert "layer norm measures statistics over channels" in qkv.frozen_reason
 
 
 def tensors(group: Group) -> list[str]:

@@ -1,10 +1,12 @@
 """Sizes that know whose channels they count, for code that compares shapes.
 
 ``if x.shape == y.shape: y = y + x`` takes another branch as soon as a cut makes two widths equal,
-and no single trial shows all widths. ``if x.shape[2] % 2: x = F.pad(x, (0, 0, 0, 1))`` pads images
-of other sizes than the example's. Inside a trace, ``tensor.shape`` and ``tensor.size()`` therefore
-hold numbers that tell when two of them are compared, and when a remainder of one is taken. Tensors
-that become arrays are heard as well: no operator follows.
+and no single trial shows all widths. ``y.view(b, c, -1)`` with the ``c`` of another tensor fits
+only as long as both are cut alike, as they are when a trial cuts half of everything.
+``if x.shape[2] % 2: x = F.pad(x, (0, 0, 0, 1))`` pads images of other sizes than the example's.
+Inside a trace, ``tensor.shape`` and ``tensor.size()`` therefore hold numbers that tell when two of
+them are compared or one is given as a size, and when a remainder of one is taken. Tensors that
+become arrays are heard as well: no operator follows.
 """
 
 from __future__ import annotations
@@ -34,6 +36,9 @@ _BARE = frozenset((torch.Tensor.data_ptr, torch.Tensor.untyped_storage, torch.Te
 """What looks at memory itself."""
 
 NONE: Labels = np.zeros(0, np.int64)
+
+RESHAPES = frozenset({torch.Tensor.view, torch.Tensor.reshape, torch.reshape, torch.Tensor.expand})
+"""They are told all sizes of their result."""
 
 
 def _heard(compare: Callable[[int, Any], bool]) -> Any:
@@ -105,6 +110,11 @@ def _plain(value: Any) -> Any:
     return tuple(map(_plain, value)) if isinstance(value, (tuple, list)) else value
 
 
+def _same(left: Length, right: Length) -> bool:
+    """Do they count the same channels, perhaps in another order (a shuffle)?"""
+    return np.array_equal(np.unique(left.labels), np.unique(right.labels))
+
+
 class Shapes(TorchFunctionMode):
     """Inside its ``with`` block sizes of tensors are :class:`Length`.
 
@@ -125,6 +135,8 @@ class Shapes(TorchFunctionMode):
         if func is F.affine_grid:  # torch looks for the smallest of these sizes
             args, kwargs = _plain(args), {k: _plain(v) for k, v in (kwargs or {}).items()}
         result = func(*args, **(kwargs or {}))
+        if func in RESHAPES:
+            self._tie(result, [*args[1:], *(kwargs or {}).values()])
         if func is torch.Tensor.size and type(result) is int:
             dim = args[1] if len(args) > 1 else (kwargs or {})["dim"]
             return self._length(args[0], dim, result) if isinstance(dim, int) else result
@@ -140,6 +152,18 @@ class Shapes(TorchFunctionMode):
         if func in _LEAVING:
             reason = f"channels leave torch at {user_line.current()}"
             self._tracer.record.freeze(self._tracer.planes_of(tensor), reason)
+
+    def _tie(self, result: Tensor, sizes: list[Any]) -> None:
+        """A width given as a size ties its channels to those that come to lie along that axis."""
+        if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
+            sizes = list(sizes[0])
+        if result.dim() != len(sizes):
+            return
+        for dim, size in enumerate(sizes):
+            if isinstance(size, Length) and size.record is self._tracer.record:
+                found = self._length(result, dim, int(size))
+                if len(size.labels) and len(found.labels) and not _same(size, found):
+                    size._met(found)
 
     def _length(self, tensor: Tensor, dim: int, size: int) -> Length:
         length = Length(size)
