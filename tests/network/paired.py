@@ -76,7 +76,7 @@ def proven(model: nn.Module, batch: Tensor | None = None) -> Structure:
     return structure
 
 
-def check(case: Case, model: nn.Module, batch: Tensor | None = None) -> None:
+def check_paired(case: Case, model: nn.Module, batch: Tensor | None = None) -> None:
     """The structure is what the case says."""
     structure = proven(model, batch)
     mine = [group for group in structure.groups if group.name in ("a", "side")]
@@ -92,6 +92,6 @@ def check(case: Case, model: nn.Module, batch: Tensor | None = None) -> None:
         assert structure.group("b.1").exact_zero
 
 
-def run_case(case: Case) -> None:
+def check_case(case: Case) -> None:
     torch.manual_seed(0)
-    check(case, Paired(case.between, case.width))
+    check_paired(case, Paired(case.between, case.width))

@@ -129,7 +129,7 @@ def test_channels_that_arrive_at_a_border_as_constants_can_be_merged_but_not_rem
     for _ in range(3):
         order = torch.randperm(group.size, generator=random).tolist()
         twins = copy.deepcopy(model)
-        cut, edits = rehearse(twins, group, order)
+        cut, edits = rehearse(twins, group, order, 4)
         carry_out(edits)
         before = outputs(twins, example)
         surgery.apply(twins, [cut], example=example)

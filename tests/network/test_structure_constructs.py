@@ -101,7 +101,7 @@ class Gram(Net):
 
 
 class TalkingHeads(Net):
-    """A softmax over positions makes one over n of a zero; a bias takes that up."""
+    """A softmax over positions makes one over n of a zero; larger images have another n."""
 
     def __init__(self) -> None:
         super().__init__(12)
@@ -300,7 +300,7 @@ CASES = {
     "roll and windows": Case(ShiftedWindows, ["a.1", "wide", "b.1"]),
     "stack": Case(SelectiveKernel, ["a.1", "c.1"]),
     "matmul of activations": Case(Gram, ["b.1", "c.1"]),
-    "talking heads": Case(TalkingHeads, ["a.1", "b", "c.1"]),
+    "talking heads": Case(TalkingHeads, ["b", "c.1"], ["a.1"]),
     "unit length": Case(UnitLength, ["a.1", "b.1"]),
     "expanded to a fixed size": Case(
         FixedExpansion, ["b.1"], frozen={"a.1": "expand(-1, 16, -1, -1)"}

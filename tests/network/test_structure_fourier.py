@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .paired import Case, proven, run_case
+from .paired import Case, check_case, proven
 from .proving import prunable
 from .structures import Net, conv_bn
 
@@ -63,7 +63,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_cut_through_a_fourier_transform(name: str) -> None:
-    run_case(CASES[name])
+    check_case(CASES[name])
 
 
 class FourierUnit(Net):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .paired import Case, Paired, check
+from .paired import Case, Paired, check_paired
 
 INDEX = (torch.arange(256) * 7) % 100
 MASK = torch.rand(16, 16, generator=torch.Generator().manual_seed(0)) > 0.5
@@ -91,10 +91,10 @@ def image_like(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", KEPT)
 def test_one_number_stays_one_number(name: str) -> None:
     torch.manual_seed(0)
-    check(Case(KEPT[name], {"a": 16}), Absorbing(KEPT[name]))
+    check_paired(Case(KEPT[name], {"a": 16}), Absorbing(KEPT[name]))
 
 
 @pytest.mark.parametrize("name", LOST)
 def test_one_number_becomes_several(name: str) -> None:
     torch.manual_seed(0)
-    check(Case(LOST[name], merge=("a",)), Absorbing(LOST[name]))
+    check_paired(Case(LOST[name], merge=("a",)), Absorbing(LOST[name]))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .paired import Case, Function, proven, run_case
+from .paired import Case, Function, check_case, proven
 from .proving import prunable
 from .structures import Net, conv_bn
 
@@ -207,7 +207,7 @@ CASES = {
 @pytest.mark.filterwarnings("ignore:index_reduce")
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_cut_through_an_index(name: str) -> None:
-    run_case(CASES[name])
+    check_case(CASES[name])
 
 
 POOLINGS = {
@@ -263,7 +263,7 @@ POOLINGS = {
 
 @pytest.mark.parametrize("name", POOLINGS)
 def test_what_is_cut_with_the_places_of_pooling_and_sorting(name: str) -> None:
-    run_case(POOLINGS[name])
+    check_case(POOLINGS[name])
 
 
 class SegNet(Net):

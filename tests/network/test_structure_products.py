@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .paired import Case, proven, run_case
+from .paired import Case, check_case, proven
 from .proving import prunable
 from .structures import Net, conv_bn
 
@@ -136,17 +136,17 @@ IMAGES = {
 
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_what_is_cut_through_a_product(name: str) -> None:
-    run_case(PRODUCTS[name])
+    check_case(PRODUCTS[name])
 
 
 @pytest.mark.parametrize("name", POINTWISE)
 def test_what_is_cut_through_masks_and_choices(name: str) -> None:
-    run_case(POINTWISE[name])
+    check_case(POINTWISE[name])
 
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_what_is_cut_through_windows_and_grids(name: str) -> None:
-    run_case(IMAGES[name])
+    check_case(IMAGES[name])
 
 
 class Transformer(Net):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .paired import Case, run_case
+from .paired import Case, check_case
 
 ONE = {"a": 16}
 ROLLED = "channels are rolled at "
@@ -46,4 +46,4 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_cut_through_a_turn(name: str) -> None:
-    run_case(CASES[name])
+    check_case(CASES[name])

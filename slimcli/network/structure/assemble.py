@@ -150,7 +150,10 @@ def _hopeless(raw: RawGroup, flow: Flow) -> str:
     """Why neither zero nor equal channels can go."""
     if not flow.readings:
         return UNREAD
-    return "it has one channel" if raw.size < 2 else ""
+    if raw.size > 1:
+        return ""
+    most = max((entries.shape[1] for _, entries in raw.slots), default=1)
+    return "it has one channel" if most == 1 else "its channels can only go all together"
 
 
 def _name(flow: Flow, norm_after: dict[str, str]) -> str:

@@ -95,7 +95,7 @@ def _compare_all(zeroed: Sequence[Tensor], cut: Sequence[Tensor], limit: float) 
             return Failure(f"an output changes its shape {(*before.shape,)} to {(*after.shape,)}")
         if not before.numel():
             continue
-        before, after = before.to(torch.float64), after.to(torch.float64)
+        before, after = _numbers(before), _numbers(after)
         finite = torch.isfinite(before)
         if not bool((finite == torch.isfinite(after)).all()):
             return Failure("other outputs are infinite or not a number")
@@ -107,3 +107,9 @@ def _compare_all(zeroed: Sequence[Tensor], cut: Sequence[Tensor], limit: float) 
         if not difference <= limit:
             return Failure(f"zeroed and cut differ by {difference:.1e} of the output")
     return None
+
+
+def _numbers(tensor: Tensor) -> Tensor:
+    """In float64, the imaginary parts too."""
+    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    return real.to(torch.float64)

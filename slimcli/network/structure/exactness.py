@@ -14,7 +14,7 @@ import numpy as np
 
 from slimcli.network.structure.groups import Grouping
 from slimcli.network.structure.nodes import State, ZeroStates
-from slimcli.network.structure.planes import LABEL_MASK, SHIFT, distinct, entries, labels_of
+from slimcli.network.structure.planes import LABEL_MASK, SHIFT, Labels, distinct, entries
 from slimcli.network.structure.record import Consumer, Producer, Record
 
 NO_BIAS = "that no bias can take up"
@@ -65,8 +65,11 @@ def flows(record: Record, grouping: Grouping, norm_after: dict[str, str]) -> lis
     for raw, flow in zip(grouping.groups, found, strict=True):
         _choose_sites(record, flow, norm_after, is_frozen=bool(raw.reason))
     for plane, line in record.remainders:
-        for number in _numbers(grouping, entries(labels_of(plane))):
-            _refuse_constants(found[number], line)
+        for number, nodes in _by_group(grouping, entries(plane)).items():
+            flow = found[number]
+            states = ZeroStates(record.table, flow.zeroed, norm_after)
+            if any(states.of(node) == State.CONSTANT for node in nodes):
+                _refuse_constants(flow, line)
     return found
 
 
@@ -83,14 +86,19 @@ def _refuse_constants(flow: Flow, line: str) -> None:
 
 def _add_readings(record: Record, grouping: Grouping, found: list[Flow]) -> None:
     for consumer in record.consumers:
-        by_group: dict[int, set[int]] = defaultdict(set)
-        groups = grouping.group_of[consumer.arrivals & LABEL_MASK]
-        for pair in distinct((consumer.arrivals & ~LABEL_MASK) | (groups + 1)).tolist():
-            number = (pair & LABEL_MASK) - 1
-            if number >= 0:
-                by_group[number].add(pair >> SHIFT)
-        for number, nodes in by_group.items():
+        for number, nodes in _by_group(grouping, consumer.arrivals).items():
             found[number].readings.append(Reading(consumer, tuple(sorted(nodes))))
+
+
+def _by_group(grouping: Grouping, packed: Labels) -> dict[int, set[int]]:
+    """Number of a group -> the nodes that its channels have among these entries."""
+    by_group: dict[int, set[int]] = defaultdict(set)
+    groups = grouping.group_of[packed & LABEL_MASK]
+    for pair in distinct((packed & ~LABEL_MASK) | (groups + 1)).tolist():
+        number = (pair & LABEL_MASK) - 1
+        if number >= 0:
+            by_group[number].add(pair >> SHIFT)
+    return by_group
 
 
 def _numbers(grouping: Grouping, labels: np.ndarray) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -33,6 +33,19 @@ def seen_from(plane: Tensor, tensor: Tensor, other: Tensor) -> Tensor | None:
         axes[place] = axis
     moved = plane.squeeze().permute([active_axes(plane).index(axes[each]) for each in sorted(axes)])
     return moved.reshape([plane.shape[axes[n]] if n in axes else 1 for n in range(other.dim())])
+
+
+def has_gaps(planes: Sequence[Tensor], tensor: Tensor, others: Sequence[Tensor]) -> bool:
+    """Is there room between the channels, in the memory of the largest of the other tensors?
+
+    >>> canvas = torch.zeros(2, 6, 4)
+    >>> has_gaps([torch.arange(3).view(1, 3, 1)], canvas[:, 0::2], [canvas])
+    True
+    >>> has_gaps([torch.arange(3).view(1, 3, 1)], canvas[:, :3], [canvas])
+    False
+    """
+    known = max(others, key=Tensor.numel).stride()
+    return any(tensor.stride(axis) not in known for p in planes for axis in active_axes(p))
 
 
 def bordered(table: NodeTable, plane: Tensor) -> Tensor:

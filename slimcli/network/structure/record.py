@@ -112,8 +112,8 @@ class Record:
             order of values (sorting, suppression of boxes); None if there is none.
         hands: Path of every module that ran -> what its forward had in its hands.
         reads: (path of the module that ran, the user's line) where Python got a tensor's value.
-        remainders: (plane of a tensor, the user's line) where a remainder of the size of an image
-            is taken: other images may then be padded.
+        remainders: (plane of a tensor, the user's line) where the size of an image is divided:
+            images that leave a remainder may be padded.
         unseen: Paths of layers that did not run.
         turns: Channels are flipped, or told from pixels that lay beside them.
         leaves: The numbers of a tensor are read by other means than operators.

@@ -135,18 +135,23 @@ def _without_bad_cuts(
 ) -> tuple[Structure, Grouping]:
     """Learns from failures until all that is left can be cut; ``failure`` is the first one."""
     if failure is not None and not failure.module:  # it did not raise: it may be the merging
-        failure = trial.attempt(prunable(structure), thorough=True)
+        failure = _fails(trial, prunable(structure))
     for number in range(MAX_ROUNDS):
         if failure is None:
             return structure, grouping
         _learn(search, structure, grouping, trial, failure, thoroughly=number >= PATIENCE)
         structure, grouping = search.structure()
         groups = prunable(structure)
-        failure = trial.attempt(groups, thorough=True) if groups else None
+        failure = _fails(trial, groups) if groups else None
     if failure is not None:
         everything = np.arange(1, search.record.sources.count)
         search.bans.append((everything, f"no set of cuts worked in {MAX_ROUNDS} trials"))
     return search.structure()
+
+
+def _fails(trial: Trial, groups: Sequence[Group]) -> Failure | None:
+    """Tries two choices of channels: after one that failed, one that fits may be luck."""
+    return trial.attempt(groups, thorough=True) or trial.attempt(groups, thorough=True)
 
 
 def _without_bad_merges(

@@ -5,7 +5,7 @@ and no single trial shows all widths. ``y.view(b, c, -1)`` with the ``c`` of ano
 only as long as both are cut alike, as they are when a trial cuts half of everything.
 ``if x.shape[2] % 2: x = F.pad(x, (0, 0, 0, 1))`` pads images of other sizes than the example's.
 Inside a trace, ``tensor.shape`` and ``tensor.size()`` therefore hold numbers that tell when two of
-them are compared or one is given as a size, and when a remainder of one is taken. Tensors that
+them are compared or one is given as a size, and when one is divided. Tensors that
 become arrays are heard as well: no operator follows.
 """
 
@@ -49,6 +49,15 @@ def _heard(compare: Callable[[int, Any], bool]) -> Any:
     return method
 
 
+def _divided(divide: Callable[[int, Any], Any]) -> Any:
+    def method(self: Length, other: object) -> Any:
+        if not len(self.labels):
+            self.record.remainders += [(each, user_line.current()) for each in self.tensor]
+        return divide(self, other)
+
+    return method
+
+
 class Length(int):
     """One size of a tensor.
 
@@ -87,10 +96,10 @@ class Length(int):
     __ge__ = _heard(int.__ge__)
     __hash__ = int.__hash__
 
-    def __mod__(self, other: int) -> int:
-        if not len(self.labels):
-            self.record.remainders += [(each, user_line.current()) for each in self.tensor]
-        return int.__mod__(self, other)
+    __mod__ = _divided(int.__mod__)
+    __divmod__ = _divided(int.__divmod__)
+    __floordiv__ = _divided(int.__floordiv__)
+    __truediv__ = _divided(int.__truediv__)
 
     def __neg__(self) -> int:
         """``-height % 2`` is a remainder of the height."""

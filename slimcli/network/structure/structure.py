@@ -120,9 +120,9 @@ class Group:
         return self.merge([[channel] for channel in sorted(keep)])
 
     def merge(self, clusters: Sequence[Sequence[int]]) -> Cut:
-        """Keeps the first channel of each cluster; consumers get the sum over the cluster.
+        """Keeps the lowest channel of each cluster; consumers get the sum over the cluster.
 
-        Channels in no cluster are dropped.
+        Channels in no cluster are dropped; those that stay keep their order.
 
         Raises:
             ValueError: No cluster, an unknown channel, or one that is named twice.
@@ -135,7 +135,8 @@ class Group:
         """
         channels = [channel for cluster in clusters for channel in cluster]
         _check_channels(channels, self.size)
-        firsts = [cluster[0] for cluster in clusters if cluster]
+        clusters = sorted(sorted(cluster) for cluster in clusters if cluster)
+        firsts = [cluster[0] for cluster in clusters]
         singles = [[first] for first in firsts]
         sums = clusters if any(len(cluster) > 1 for cluster in clusters) else singles
         known: dict[Any, Sources] = {}

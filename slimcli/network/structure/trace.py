@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from slimcli.network.nested import tensors_in
 from slimcli.network.structure import user_line
-from slimcli.network.structure.memory import bordered, joined, seen_from
+from slimcli.network.structure.memory import bordered, has_gaps, joined, seen_from
 from slimcli.network.structure.nodes import Kind, Node
 from slimcli.network.structure.planes import is_useful, squeeze_equal
 from slimcli.network.structure.record import Record
@@ -304,7 +304,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._planes[tensor] = planes
         if not aliases or (was_blank and self._paint(tensor, planes, aliases)):
             return
-        if len(planes) > 1 or any(len(self.planes_of(other)) > 1 for other in aliases):
+        several = len(planes) > 1 or any(len(self.planes_of(other)) > 1 for other in aliases)
+        if several or has_gaps(planes, tensor, aliases):
             everything = [*planes, *(p for other in aliases for p in self.planes_of(other))]
             self.record.freeze(
                 everything, f"written in place through a view at {user_line.current()}"

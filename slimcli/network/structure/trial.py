@@ -39,7 +39,7 @@ from slimcli.network.structure.precision import copy_as, in_double, run_inside, 
 from slimcli.network.structure.producing import MIXING
 from slimcli.network.structure.recheck import first_disorder
 from slimcli.network.structure.record import Record
-from slimcli.network.structure.rehearse import rehearse
+from slimcli.network.structure.rehearse import kept_count, rehearse
 from slimcli.network.structure.run import run_traced
 from slimcli.network.structure.sources import Sources
 from slimcli.network.structure.structure import Group
@@ -218,7 +218,8 @@ class Trial:
         cuts = []
         for group in groups:
             order = torch.randperm(group.size, generator=self._random).tolist()
-            cut, edits = rehearse(model, group, order, merging)
+            keep = kept_count(group.size, self._random)
+            cut, edits = rehearse(model, group, order, keep, merging)
             cuts.append(cut)
             self._edit(edits)
         after = None
@@ -327,15 +328,23 @@ def unequal(model: nn.Module, random: torch.Generator, hollow: Hollow | None = N
     """
     with torch.no_grad():
         for module in model.modules():
-            statistics = hasattr(module, "running_mean") and hasattr(module, "running_var")
-            named: list[tuple[str, Tensor]] = [*module.named_parameters(recurse=False)]
-            named += [*module.named_buffers(recurse=False)] if statistics else []
-            for name, tensor in named:
-                if hollow is not None and hollow.stands_for(tensor):
-                    continue
-                if _is_uniform(tensor) or (statistics and tensor.is_floating_point()):
-                    positive = name == "running_var" or float(tensor.flatten()[0]) > 0
+            for tensor in module.parameters(recurse=False):
+                if (hollow is None or not hollow.stands_for(tensor)) and _is_uniform(tensor):
+                    positive = float(tensor.flatten()[0]) > 0
                     tensor.copy_(_spread(tensor, positive, random))
+            mean, variance = (
+                getattr(module, "running_mean", None),
+                getattr(module, "running_var", None),
+            )
+            if isinstance(mean, Tensor) and isinstance(variance, Tensor):
+                _disturb(mean, variance, random)
+
+
+def _disturb(mean: Tensor, variance: Tensor, random: torch.Generator) -> None:
+    """Moves statistics a little: far ones would silence every channel behind an activation."""
+    variance.mul_(_spread(variance, True, random))
+    shift = 2 * torch.rand(mean.shape, generator=random, dtype=torch.float64) - 1
+    mean.add_(0.1 * shift.to(mean.device) * variance.clamp_min(0).sqrt())
 
 
 def _is_uniform(tensor: Tensor) -> bool:

@@ -125,16 +125,13 @@ def _over_axes(op: Op, axes: Sequence[int], reason: str) -> Sequence[Planes]:
 
 
 def softmax(op: Op) -> Sequence[Planes]:
-    """Softmax over an axis with channels freezes them; elsewhere a constant gives one over n."""
+    """Softmax over an axis with channels freezes them.
+
+    Elsewhere a zero gives one over n, and images of other sizes have another n.
+    """
     axis = op.args[1] % op.args[0].dim()
     reason = f"{op.name.strip('_')} over channels"
-    add = op.record.table.add
-    planes = across(op, op.planes(op.args[0]), {axis}, reason)
-
-    def node(parent: int) -> int:
-        return add(Node(Kind.MAP, (parent,), keeps_zero=False))
-
-    return [tuple(map_nodes(op.record, plane, node) for plane in planes)]
+    return [arbitrary(op.record, across(op, op.planes(op.args[0]), {axis}, reason))]
 
 
 def bucketed(op: Op) -> Sequence[Planes]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from slimcli.network.structure.nodes import Kind, Node
+from slimcli.network.structure.rules.pointwise import map_nodes
 from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule
 
 
@@ -32,8 +34,25 @@ def measured(op: Op) -> Sequence[Planes]:
     return []
 
 
+def weighed(op: Op) -> Sequence[Planes]:
+    """``matrix @ vector`` along an axis without channels, as where pyramid levels are fused."""
+    matrix, vector = op.args[0], op.args[1]
+    planes = op.planes(matrix)
+    if not planes or any(plane.shape[1] > 1 for plane in planes):
+        return measured(op)
+    op.freeze([vector], "it weighs what lies along an axis without channels")
+    add = op.record.table.add
+    return [
+        tuple(
+            map_nodes(op.record, p, lambda n: add(Node(Kind.CARRY, (n,)))).squeeze(1)
+            for p in planes
+        )
+    ]
+
+
 RULES: dict[str, Rule] = {
     "_weight_norm_interface": weight_norm,
     "_weight_norm": weight_norm,
-    **dict.fromkeys(("mv", "dot", "vdot", "addmv"), measured),
+    "mv": weighed,
+    **dict.fromkeys(("dot", "vdot", "addmv"), measured),
 }

@@ -1,0 +1,178 @@
+"""What fits by luck is not right: dead branches, halves of everything, one choice of channels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slimcli.network.example import Example
+from slimcli.network.structure import analyze
+from slimcli.network.structure.comparison import Ran, compare
+from slimcli.network.structure.rehearse import kept_count
+from slimcli.network.structure.trial import unequal
+
+from . import structures
+from .proving import EXACT, call, prepared, prunable, zeroed_and_cut
+
+
+class Scaled(nn.Module):
+    """Divides by its width in front of a trained norm whose first mean is positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.norm = (
+            structures.conv(3, 16),
+            structures.conv(16, 12),
+            nn.BatchNorm2d(12),
+        )
+        self.head = nn.Linear(12, 5)
+        self.norm.running_mean.copy_(torch.linspace(0.02, -0.08, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(x))
+        return self.head(torch.relu(self.norm(self.b(x / x.shape[1]))).mean((2, 3)))
+
+
+def test_a_trained_norm_does_not_silence_what_a_trial_must_see() -> None:
+    torch.manual_seed(0)
+    model = Scaled().double().eval()
+    batch = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    structure = analyze(model, Example(batch, call))
+    assert [group.name for group in prunable(structure)] == ["norm"]
+    assert "zeroed and cut differ" in structure.group("a").frozen_reason
+
+
+def test_trial_statistics_stay_near_trained_ones_and_differ_from_channel_to_channel() -> None:
+    norm = nn.BatchNorm1d(64).double()
+    norm.running_mean.fill_(3.0)
+    norm.running_var.fill_(4.0)
+    unequal(norm, torch.Generator().manual_seed(0))
+    assert (norm.running_mean - 3.0).abs().max() <= 0.1 * norm.running_var.sqrt().max()
+    assert 3.0 <= norm.running_var.min() < norm.running_var.max() <= 5.0
+    for each in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
+        assert len(each.unique()) == 64
+
+
+class FixedHeads(nn.Module):
+    """As many heads as there are, of four channels each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.query, self.key, self.value = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.embed(x))
+        shape = (*x.shape[:-1], -1, 4)
+        q, k, v = (f(x).view(shape).transpose(1, 2) for f in (self.query, self.key, self.value))
+        weights = (q @ k.transpose(-1, -2) / 2).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+
+def test_heads_of_fixed_size_are_not_cut_because_half_of_them_is_one() -> None:
+    torch.manual_seed(0)
+    model, example = prepared(FixedHeads(), torch.randn(2, 9, 5))
+    assert [group.name for group in prunable(analyze(model, example))] == ["embed"]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 7, 8, 64, 1000])
+def test_a_trial_keeps_an_odd_number_of_channels_and_removes_at_least_one(size: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    counts = {kept_count(size, random) for _ in range(50)}
+    assert all(1 <= count < size for count in counts)
+    assert size < 4 or all(count % 2 for count in counts - {size - 1})
+    assert size < 16 or len(counts) > 2
+
+
+class Interleaved(structures.Net):
+    """Two branches written into a canvas of zeros, one channel of each in turn."""
+
+    def __init__(self) -> None:
+        super().__init__(12)
+        self.a, self.c, self.b = (
+            structures.conv(8, 10),
+            structures.conv(8, 10),
+            structures.conv(20, 12),
+        )
+
+    def body(self, x: Tensor) -> Tensor:
+        left, right = torch.relu(self.a(x)), torch.relu(self.c(x))
+        canvas = left.new_zeros(len(x), 2 * left.shape[1], *left.shape[2:])
+        canvas[:, 0::2], canvas[:, 1::2] = left, right
+        return self.b(canvas)
+
+
+def test_interleaved_channels_are_not_cut_in_an_order_that_happens_to_fit() -> None:
+    torch.manual_seed(0)
+    model, example = prepared(Interleaved(), structures.image())
+    structure = analyze(model, example)
+    for name in ("a", "c"):
+        assert "written in place through a view" in structure.group(name).frozen_reason
+
+
+class PadsOddImages(nn.Conv2d):
+    """Pads as TensorFlow does: even images not at all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = (-(-size // 2) * 2 - size for size in x.shape[2:])
+        if height > 0 or width > 0:
+            x = F.pad(x, (0, width, 0, height))
+        return super().forward(x)
+
+
+class Padding(structures.Net):
+    """A constant reaches a conv that pads some images; a zero reaches another one like it."""
+
+    def __init__(self) -> None:
+        super().__init__(12)
+        self.a, self.first = structures.conv_bn(8, 16), PadsOddImages(16, 10, 2, 2)
+        self.b, self.second = structures.conv_bn(10, 14), PadsOddImages(14, 12, 2, 2)
+
+    def body(self, x: Tensor) -> Tensor:
+        x = self.first(torch.sigmoid(self.a(x)))
+        return self.second(torch.relu(self.b(x)))
+
+
+def test_sizes_that_are_divided_keep_constants_from_convs_that_may_pad_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    model, example = prepared(Padding(), structures.image())
+    structure = analyze(model, example)
+    names = [group.name for group in prunable(structure)]
+    assert "images of other sizes may be padded" in structure.group("a.1").zero_reason
+    assert {"first", "b.1"} <= set(names)
+    odd = Example(torch.randn(2, 3, 17, 13, dtype=torch.float64), example.predict)
+    assert zeroed_and_cut(model, odd, prunable(structure), 0)[0] <= EXACT
+
+
+class Fused(structures.Net):
+    """Levels weighed by a few numbers, as BiFPN does."""
+
+    def __init__(self) -> None:
+        super().__init__(12)
+        self.a, self.c, self.b = (
+            structures.conv(8, 10),
+            structures.conv(8, 10),
+            structures.conv(10, 12),
+        )
+        self.weights = nn.Parameter(torch.tensor([0.3, 0.7]))
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(torch.stack([self.a(x), self.c(x)], -1) @ self.weights))
+
+
+def test_levels_that_a_small_vector_weighs_are_cut_together() -> None:
+    torch.manual_seed(0)
+    model, example = prepared(Fused(), structures.image())
+    structure = analyze(model, example)
+    assert "a" in [group.name for group in prunable(structure)]
+    assert {slot.tensor for slot in structure.group("a").producers} >= {"a.weight", "c.weight"}
+    assert zeroed_and_cut(model, example, prunable(structure), 0)[0] <= EXACT
+
+
+def test_outputs_that_differ_in_their_imaginary_part_alone_differ() -> None:
+    left = torch.complex(torch.ones(3), torch.ones(3)).to(torch.complex128)
+    same, other = Ran([left], [], []), Ran([left.conj()], [], [])
+    assert compare(same, Ran([left.clone()], [], []), torch.float64, may_jump=False) is None
+    assert "differ by 2.0e+00" in str(compare(same, other, torch.float64, may_jump=False))
