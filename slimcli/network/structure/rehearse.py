@@ -13,7 +13,7 @@ from slimcli.network.structure.structure import Group
 
 
 def kept_count(size: int, random: torch.Generator) -> int:
-    """How many of so many channels a trial keeps: about half, and an odd number.
+    """How many of so many channels a trial keeps: a quarter to three quarters, an odd number.
 
     Exactly half would fit too much code: two widths that must be equal are halved alike, and half
     of a number of heads is a number of heads.
@@ -21,8 +21,8 @@ def kept_count(size: int, random: torch.Generator) -> int:
     >>> kept_count(64, torch.Generator().manual_seed(0)) % 2
     1
     """
-    low, high = max(1, size // 2 - size // 8), size // 2 + size // 8
-    drawn = int(torch.randint(low, max(low, high) + 1, (), generator=random)) | 1
+    low, high = max(1, size // 4), 3 * size // 4
+    drawn = int(torch.randint(low, high + 1, (), generator=random)) | 1
     return min(drawn, size - 1)
 
 
