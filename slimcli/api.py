@@ -5,7 +5,6 @@ The keys and callables are those of a recipe; the command line is a thin user of
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -140,8 +139,10 @@ def _built(model: Any) -> Any:
     """A copy of a model, or what a function that makes one returns."""
     from torch import nn
 
+    from slimcli.network.copying import deep_copy
+
     is_maker = callable(model) and not isinstance(model, nn.Module | type)
-    return model() if is_maker else copy.deepcopy(model)
+    return model() if is_maker else deep_copy(model)
 
 
 def _split_hooks(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,6 +14,7 @@ from slimcli.artifacts import verify
 from slimcli.artifacts.events import EventLog
 from slimcli.compressor import Compressor, Plan, Refusal, Schedule
 from slimcli.errors import Problem, RecipeError, VerificationError
+from slimcli.network.copying import deep_copy
 from slimcli.network.example import Example
 from slimcli.solver import planner
 from slimcli.solver.data import Sharding
@@ -164,7 +164,7 @@ def _stage(
     )
     if not wants_trial or seen.plan.refusals:
         return result
-    subject = Subject(copy.deepcopy(model), seen.compressor, seen.plan, seen.example)
+    subject = Subject(deep_copy(model), seen.compressor, seen.plan, seen.example)
     around = Surroundings(
         fabric=fabric,
         stage=_short(stage),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from torch import nn
 
 from slimcli.compressor import LayerPlan
 from slimcli.network import surgery
+from slimcli.network.copying import deep_copy
 from slimcli.network.count import count_macs, count_params
 from slimcli.network.example import Example
 from slimcli.network.inspection import GroupFacts, facts_of
@@ -112,7 +112,7 @@ def _at_minimum(
         for row in layers
         if row.channels_minimum < row.channels and row.name in of_one_group
     }
-    narrow = copy.deepcopy(model)
+    narrow = deep_copy(model)
     cuts = []
     for name, width in widths.items():
         group = structure.group(name)

@@ -5,7 +5,6 @@ Nothing here changes the model it is given or writes a file.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import nn
 from slimcli.artifacts.checkpoint import stored_weights
 from slimcli.compressor import Compressor, Plan, Schedule
 from slimcli.errors import GoalError, HookError, Problem, RecipeError, SlimError
+from slimcli.network.copying import deep_copy
 from slimcli.network.example import Example
 from slimcli.recipe.hooks import check_model
 from slimcli.solver.datasets import Data
@@ -240,7 +240,7 @@ def copied(model: nn.Module, hooks: JobHooks) -> nn.Module:
         HookError: The model can't be copied.
     """
     try:
-        return copy.deepcopy(model)
+        return deep_copy(model)
     except Exception as error:
         raise HookError(
             Problem(

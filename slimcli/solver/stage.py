@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 from slimcli.artifacts import checkpoint
 from slimcli.compressor import Compressor, Plan
 from slimcli.errors import GoalError, Problem, RunError
+from slimcli.network.copying import deep_copy
 from slimcli.network.example import Example
 from slimcli.solver import planner, requirements
 from slimcli.solver.devices import make_fabric
@@ -61,7 +61,7 @@ class Stage:
         model = planner.prepared(compressor, model, self.example, self.plan)
         model = model.to(run.fabric.device)
         # What a checkpoint is loaded into: with cuts, the model in training has other shapes.
-        self._template = copy.deepcopy((compressor, model))
+        self._template = deep_copy((compressor, model))
         if stored is None:
             compressor.calibrate(model, self.training_batches(0))
         else:
@@ -238,7 +238,7 @@ class Stage:
         path = self.run.folder.best(self.job.name, self.is_last)
         if self.run.fabric.world_size > 1:
             self.run.fabric.barrier()
-        compressor, model = copy.deepcopy(self._template)
+        compressor, model = deep_copy(self._template)
         load_model_state(model, compressor, checkpoint.load(path))
         return compressor, model.to(self.run.fabric.device).eval()
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from slimcli.network import surgery
+from slimcli.network.copying import deep_copy
 from slimcli.network.example import Example
 from slimcli.network.structure import Group, Structure, analyze, zero_channels
 from slimcli.network.structure.edits import equalize_channels
@@ -54,7 +54,7 @@ def zeroed_and_cut(
 ) -> tuple[float, float]:
     """Difference of zeroed and cut, and of zeroed and the model as it was."""
     random = torch.Generator().manual_seed(seed)
-    other, cuts = copy.deepcopy(model), []
+    other, cuts = deep_copy(model), []
     for group in groups:
         count = int(torch.randint(1, group.size, (), generator=random))
         order = torch.randperm(group.size, generator=random).tolist()
@@ -67,7 +67,7 @@ def zeroed_and_cut(
 
 def merge_difference(model: nn.Module, example: Example, group: Group) -> float:
     """Difference that merging pairs of equal channels of a group makes."""
-    twins, half = copy.deepcopy(model), group.size // 2
+    twins, half = deep_copy(model), group.size // 2
     clusters = [[channel, channel + half] for channel in range(half)]
     equalize_channels(twins, group, clusters)
     before = outputs(twins, example)

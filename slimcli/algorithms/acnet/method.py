@@ -17,7 +17,6 @@ kernels of 7 and more are replaced too.
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -38,6 +37,7 @@ from slimcli.algorithms.acnet.blocks import (
 from slimcli.algorithms.acnet.config import ALGORITHM, ACNetConfig
 from slimcli.compressor import Compressor, LayerPlan, Plan, Schedule
 from slimcli.errors import Problem, RecipeError
+from slimcli.network.copying import deep_copy
 from slimcli.network.example import Example
 from slimcli.network.fuse import fold_pairs, remainder
 from slimcli.network.handover import insert_norms
@@ -170,7 +170,7 @@ class ACNetCompressor(Compressor):
 
     def _without_blocks(self, model: nn.Module) -> nn.Module:
         """A copy whose blocks are plain convolutions; a shared block becomes a shared conv."""
-        plain = copy.deepcopy(model)
+        plain = deep_copy(model)
         for target in self._analysis.targets:
             block = cast(Block, plain.get_submodule(target.conv))
             conv = plain_conv(block)
@@ -218,7 +218,7 @@ def input_dimensions(model: nn.Module, example: Example) -> dict[str, set[int]]:
     A convolution that is not called as a module is missing.
     """
     seen: dict[str, set[int]] = {}
-    twin = copy.deepcopy(model).eval()
+    twin = deep_copy(model).eval()
     for path, module in twin.named_modules():
         if isinstance(module, nn.Conv2d):
 

@@ -19,7 +19,6 @@ after it: so they shrink as planned whatever the optimizer does with gradients a
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -54,6 +53,7 @@ from slimcli.compressor import (
     default_param_groups,
 )
 from slimcli.errors import GoalError, Problem
+from slimcli.network.copying import deep_copy
 from slimcli.network.cuts import Cut
 from slimcli.network.example import Example
 from slimcli.network.fuse import fold_pairs
@@ -219,11 +219,11 @@ class CSGDCompressor(Compressor):
 
     def handover(self, model: nn.Module, batches: Iterable[Example]) -> nn.Module:
         """A copy: the model has no module of ours, and every norm is in place."""
-        return copy.deepcopy(model)
+        return deep_copy(model)
 
     def deploy(self, model: nn.Module) -> nn.Module:
         """A copy in eval mode with every norm folded that can be."""
-        plain = copy.deepcopy(model).eval()
+        plain = deep_copy(model).eval()
         pairs = self._analysis.structure.conv_batch_norms
         fold_pairs(plain, [(pair.conv, pair.norm) for pair in pairs])
         return plain

@@ -6,7 +6,6 @@ compressor adds is counting before training and folding after it.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import ClassVar
 
@@ -15,6 +14,7 @@ from torch import nn
 from slimcli.algorithms.finetune.config import ALGORITHM
 from slimcli.compressor import AlgorithmInfo, Compressor, LayerPlan, Plan, Schedule
 from slimcli.network import count, fuse
+from slimcli.network.copying import deep_copy
 from slimcli.network.example import Example
 from slimcli.network.structure import analyze
 
@@ -56,10 +56,10 @@ class FinetuneCompressor(Compressor):
 
     def handover(self, model: nn.Module, batches: Iterable[Example]) -> nn.Module:
         """A copy."""
-        return copy.deepcopy(model)
+        return deep_copy(model)
 
     def deploy(self, model: nn.Module) -> nn.Module:
         """A copy in eval mode whose norms are folded into the convolutions before them."""
-        plain = copy.deepcopy(model).eval()
+        plain = deep_copy(model).eval()
         fuse.fold_pairs(plain, self._pairs)
         return plain

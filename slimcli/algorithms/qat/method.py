@@ -18,7 +18,6 @@ are calibrated before training instead of starting with the first batch of it.
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterable
 from dataclasses import replace
@@ -39,6 +38,7 @@ from slimcli.compressor import (
     default_param_groups,
 )
 from slimcli.errors import Problem, RunError
+from slimcli.network.copying import deep_copy
 from slimcli.network.count import count_macs, count_params
 from slimcli.network.cuts import Cut
 from slimcli.network.example import Example
@@ -72,7 +72,7 @@ class QATCompressor(Compressor):
 
     def plan(self, model: nn.Module, example: Example, schedule: Schedule) -> Plan:
         """Which layers become int8, and why the others stay float."""
-        clone = copy.deepcopy(model)
+        clone = deep_copy(model)
         placement = place(clone, example, self.config.skip)
         plan = Plan(targets=list(placement.quantized), private=placement)
         read = {name: each for each in placement.activations for name in each.readers}
@@ -241,7 +241,7 @@ class QATCompressor(Compressor):
 
     def handover(self, model: nn.Module, batches: Iterable[Example]) -> nn.Module:
         """The float network with the trained weights, every batch norm kept."""
-        plain = copy.deepcopy(model)
+        plain = deep_copy(model)
         remove_switches(plain)
         remove(plain)
         return plain
@@ -253,7 +253,7 @@ class QATCompressor(Compressor):
         was trained, bit for bit.
         """
         self._require_calibrated(model)
-        exportable = copy.deepcopy(model).eval()
+        exportable = deep_copy(model).eval()
         set_phase(exportable, Phase.EXPORT)
         fold(exportable, self.norms)
         return exportable

@@ -6,7 +6,6 @@ one product in float64, rounded once (arXiv:2007.03260, section 3.3).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -21,6 +20,7 @@ from slimcli.algorithms.resrep.cutting import (
 )
 from slimcli.algorithms.resrep.targets import Place, Target, Transposed
 from slimcli.network import attributes, fuse, handover, surgery
+from slimcli.network.copying import deep_copy
 from slimcli.network.cuts import Cut, SlotCut
 from slimcli.network.example import Example
 
@@ -39,7 +39,7 @@ def deployed(
         pairs: (conv, norm) of every norm that can be folded.
         example: Run once where a removed channel is a constant further on.
     """
-    plain = copy.deepcopy(model)
+    plain = deep_copy(model)
     zero = _zero_channels(plain, kept)
     places = _places(kept)
     _fold_compactors(plain, places, removed_entries(kept))
@@ -59,7 +59,7 @@ def handed_over(
 
     A norm whose conv took in a compactor comes back with statistics measured on ``batches``.
     """
-    plain = copy.deepcopy(model)
+    plain = deep_copy(model)
     zero = _zero_channels(plain, kept)
     places = _places(kept)
     _fold_compactors(plain, places, removed_entries(kept))
@@ -120,7 +120,7 @@ def _folded(
     model: nn.Module, place: Place, conv: nn.Module, rows: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Float64 weight and bias with as many outputs as before; those that are gone are zero."""
-    wide = copy.deepcopy(conv).double()
+    wide = deep_copy(conv).double()
     if place.norm is not None:
         weight, bias = fuse.fuse_conv_norm(wide, model.get_submodule(place.norm))
     else:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-
 from torch import nn
 
+from slimcli.network.copying import deep_copy
 from slimcli.network.example import Example
 from slimcli.network.quantize.fake_quant import quantizers
 from slimcli.network.quantize.insert import QuantizedWeight
@@ -19,7 +18,7 @@ def float_readers(model: nn.Module, example: Example) -> list[str]:
 
     The quantizers must have ranges. ``model`` stays as it is.
     """
-    clone = copy.deepcopy(model)
+    clone = deep_copy(model)
     names = set(quantizers(clone))
     layers = {name for name, each in clone.named_modules() if isinstance(each, QuantizedWeight)}
     record = record_forward(clone, example)

@@ -9,7 +9,6 @@ reads are constants from then on.
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
+from slimcli.network.copying import deep_copy
 from slimcli.network.example import Example
 from slimcli.network.quantize.record import Call, Op, Record, Recorder, tensors_in
 
@@ -129,7 +129,7 @@ class Rewriter:
         graphs: Mapping[bool, fx.Graph],
     ) -> dict[Key, str] | str:
         expected = [op.name for op in self.record.ops if op.call == call.number]
-        clone = copy.deepcopy(module).eval()
+        clone = deep_copy(module).eval()
         plain = clone(*(each.clone() for each in args))
         with Recorder(clone) as recorder:
             recorder.stack.append(Call(call.module, -1, {}, 0))
@@ -159,7 +159,7 @@ def trace_both(module: nn.Module) -> dict[bool, fx.Graph]:
     """The graphs of forward for ``training`` True and False; the module is left as it is."""
     graphs = {}
     for training in (True, False):
-        clone = copy.deepcopy(module).train(training)
+        clone = deep_copy(module).train(training)
         graphs[training] = _ChildrenStay().trace(clone)
     return graphs
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
 import random
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -15,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from slimcli.network.copying import deep_copy
+
 _NUMBERS = frozenset(map(np.dtype, ("?", "b", "B", "h", "i", "q", "e", "f", "d", "F", "D")))
 """What arrays hold that torch can hold as well."""
 
@@ -22,20 +22,7 @@ _NUMBERS = frozenset(map(np.dtype, ("?", "b", "B", "h", "i", "q", "e", "f", "d",
 def share_copy(model: nn.Module) -> nn.Module:
     """A copy with its own modules and buffers and the same parameters."""
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
-    return copy.deepcopy(model, {**copies_of_nothing(model), **memo})
-
-
-def copies_of_nothing(model: nn.Module) -> dict[int, Any]:
-    """For ``deepcopy``: a copy of each empty dictionary that a module has, a dozen of its hooks.
-
-    Left to itself it spends half of its time on them.
-    """
-    return {
-        id(each): OrderedDict()
-        for module in model.modules()
-        for each in vars(module).values()
-        if type(each) is OrderedDict and not each and not vars(each)
-    }
+    return deep_copy(model, memo)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ rounding would then look like a difference, or hide one.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from slimcli.network.copying import deep_copy
 from slimcli.network.example import Example
-from slimcli.network.structure.modes import copies_of_nothing
 
 WIDE = {
     torch.float16: torch.float64,
@@ -99,7 +98,7 @@ def copy_as(
         dtype: Of its real tensors; complex ones get the like.
         stand_in: What takes the place of a parameter, already in this dtype; None: a copy.
     """
-    memo: dict[int, Any] = copies_of_nothing(model)
+    memo: dict[int, Any] = {}
     for parameter in model.parameters():
         if type(parameter) is nn.Parameter and _is_real_or_complex(parameter):
             values = stand_in(parameter)
@@ -109,7 +108,7 @@ def copy_as(
     for buffer in model.buffers():
         if type(buffer) is Tensor and _is_real_or_complex(buffer):
             memo[id(buffer)] = buffer.detach().to(_like(buffer, dtype), copy=True)
-    twin = copy.deepcopy(model, memo)
+    twin = deep_copy(model, memo)
     if not any(each.is_complex() for each in [*twin.parameters(), *twin.buffers()]):
         twin.to(dtype)  # modules may keep more that follows; complex numbers would lose a half
     for parameter in twin.parameters():
