@@ -451,3 +451,10 @@ def test_different_offsets_cut_from_the_halves_of_a_shuffle_are_noticed_by_the_l
         after = Record(Sources(other))
         run_traced(other.eval(), example, after)
         assert first_disorder(traced.record, consumers, after, [cut]) == path
+
+
+def test_clusters_may_be_given_in_any_order() -> None:
+    _, _, structure = network("Chain")
+    group = structure.group("stem.1")
+    assert group.size == 8
+    assert group.merge([[6, 5], [7, 0, 3], [], [4]]) == group.merge([[0, 3, 7], [4], [5, 6]])

@@ -163,3 +163,11 @@ def test_an_analysis_runs_the_network_three_times_traced_whole_and_cut(name: str
     assert prunable(structure)
     # constants are read in the run of the whole network
     assert any(group.constants for group in structure.groups) == (name == "Depthwise")
+
+
+def test_a_trial_copies_all_weights_where_the_code_reads_numbers_without_operators() -> None:
+    for kind, is_hollow in ((Wide, True), (Looks, False)):
+        model, example = prepared(kind(), structures.image())
+        trial = Trial(model, example, trace(model, example))
+        sizes = [each.untyped_storage().nbytes() for each in trial._fresh().parameters()]
+        assert (sum(sizes) < 8 * LARGE) == is_hollow

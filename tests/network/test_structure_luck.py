@@ -146,6 +146,28 @@ def test_sizes_that_are_divided_keep_constants_from_convs_that_may_pad_and_nothi
     assert zeroed_and_cut(model, odd, prunable(structure), 0)[0] <= EXACT
 
 
+class Inverted(structures.Net):
+    """A depthwise conv that may pad reads zeros, and makes constants of them for the next layer."""
+
+    def __init__(self) -> None:
+        super().__init__(12)
+        self.a, self.depthwise = structures.conv_bn(8, 16), PadsOddImages(16, 16, 2, 2, groups=16)
+        self.norm, self.b = nn.BatchNorm2d(16), structures.conv(16, 12, 1)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.norm(self.depthwise(torch.relu(self.a(x))))))
+
+
+def test_zeros_at_a_conv_that_may_pad_keep_no_constant_behind_it() -> None:
+    torch.manual_seed(0)
+    model, example = prepared(Inverted(), structures.image())
+    group = analyze(model, example).group("a.1")
+    assert group.exact_zero
+    assert [path for path, _ in group.constants] == ["b"]
+    odd = Example(torch.randn(2, 3, 17, 13, dtype=torch.float64), example.predict)
+    assert zeroed_and_cut(model, odd, [group], 0)[0] <= EXACT
+
+
 class Fused(structures.Net):
     """Levels weighed by a few numbers, as BiFPN does."""
 
