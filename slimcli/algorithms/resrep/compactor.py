@@ -78,7 +78,8 @@ def attach(module: nn.Module, compactor: Compactor, *, is_before: bool = False) 
     if is_before:
         compactor.handle = module.register_forward_pre_hook(before)
     else:
-        compactor.handle = module.register_forward_hook(behind)
+        # In front of hooks of the user's, which then read what the folded layer will give.
+        compactor.handle = module.register_forward_hook(behind, prepend=True)
 
 
 def detach(module: nn.Module) -> None:
