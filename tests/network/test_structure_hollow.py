@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 from typing import Any
 
 import pytest
@@ -115,6 +116,17 @@ class Looks(Wide):
         return self.second(self.first(x)) / scale
 
 
+class Peeks(Wide):
+    """Looks at its weights' memory as compiled code would, which no mode of torch hears."""
+
+    def body(self, x: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            address = self.second[0].weight.data_ptr()
+        number = ctypes.c_double.from_address(address).value
+        x = self.first(x)
+        return self.second(x / x.shape[1]) + 0 * number
+
+
 class Clamps(Wide):
     """Changes its own weights whenever it runs."""
 
@@ -171,3 +183,11 @@ def test_a_trial_copies_all_weights_where_the_code_reads_numbers_without_operato
         trial = Trial(model, example, trace(model, example))
         sizes = [each.untyped_storage().nbytes() for each in trial._fresh().parameters()]
         assert (sum(sizes) < 8 * LARGE) == is_hollow
+
+
+def test_a_shell_that_compiled_code_looks_at_hides_nothing() -> None:
+    torch.manual_seed(0)
+    model, example = prepared(Peeks(), structures.image())
+    structure = analyze(model, example)
+    assert [group.name for group in prunable(structure)] == ["stem.1", "second.1"]
+    assert "zeroed and cut differ" in structure.group("first.1").frozen_reason

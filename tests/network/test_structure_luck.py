@@ -198,3 +198,16 @@ def test_outputs_that_differ_in_their_imaginary_part_alone_differ() -> None:
     same, other = Ran([left], [], []), Ran([left.conj()], [], [])
     assert compare(same, Ran([left.clone()], [], []), torch.float64, may_jump=False) is None
     assert "differ by 2.0e+00" in str(compare(same, other, torch.float64, may_jump=False))
+
+
+def test_outputs_without_a_finite_number_prove_nothing() -> None:
+    lost, empty = torch.full((3,), torch.nan), torch.zeros(0)
+    some = torch.tensor([torch.inf, 1.0])
+    for outputs, told in (
+        ([lost], "no output is a finite number"),
+        ([lost, some], ""),
+        ([empty], ""),
+    ):
+        ran = Ran(outputs, [], [])
+        assert told in str(compare(ran, ran, torch.float64, may_jump=False) or "")
+        assert bool(told) == (compare(ran, ran, torch.float64, may_jump=False) is not None)

@@ -172,7 +172,6 @@ class Trial:
             if not self._log.limit and not any(each.is_floating_point() for each in ran.final):
                 self._log.limit = sys.maxsize  # class numbers tell little: layers tell more
                 ran = self.run(model)
-            return ran
         except Exception as error:
             if self._dtype == torch.float32:
                 raise error
@@ -183,6 +182,10 @@ class Trial:
             self.note = f"trial cuts ran in float32, float64 fails: {str(error).splitlines()[0]}"
             self._use(torch.float32)
             return None
+        if not self._copies and any(bool(each.isnan().any()) for each in ran.final):
+            self._copies = True  # a shell that was looked at shows that it holds no number
+            return None
+        return ran
 
     def attempt(
         self, groups: Sequence[Group], *, thorough: bool = False, merging: bool = False
