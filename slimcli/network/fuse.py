@@ -262,6 +262,11 @@ def why_not_foldable(conv: nn.Module, norm: nn.Module) -> str:
     return ""
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Does code of the user's read what comes in or out? torch has no public list of hooks."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def remainder(norm: nn.Module) -> nn.Module:
     """What takes the place of a folded norm: nothing, or the activation it contains."""
     rule = ACTIVATED_NORMS.get(type(norm).__name__)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from slimcli.algorithms.resrep.compactor import NAME
+from slimcli.network.fuse import has_hooks
 from slimcli.network.structure import Group, Structure, select_groups
 from slimcli.network.widths import LEFT_ALONE, skipped
 
@@ -112,7 +113,9 @@ def why_not(model: nn.Module, structure: Structure, group: Group) -> str:
         if "weight" not in dict(conv.named_parameters(recurse=False)):
             return f"the weight of {site.conv} is computed from other parameters"
         if site.norm is not None and (site.conv, site.norm) not in pairs:
-            return f"{site.norm} can't be folded into {site.conv}"
+            layers = map(model.get_submodule, (site.conv, site.norm))
+            why = ": forward hooks read one of them" if any(map(has_hooks, layers)) else ""
+            return f"{site.norm} can't be folded into {site.conv}{why}"
     return ""
 
 

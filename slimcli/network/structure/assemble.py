@@ -268,13 +268,8 @@ def _pairs(model: nn.Module, norm_after: dict[str, str]) -> tuple[ConvBatchNorm,
             continue
         if any(uses[id(each)] > 1 for each in model.get_submodule(conv).parameters(recurse=False)):
             continue  # a tied weight: the norm behind one of its convs is not that of the other
-        if any(_has_hooks(model.get_submodule(path)) for path in (conv, norm)):
+        if any(fuse.has_hooks(model.get_submodule(path)) for path in (conv, norm)):
             continue  # they would read other numbers, or be gone with the norm
         if not fuse.why_not_foldable(model.get_submodule(conv), model.get_submodule(norm)):
             found.append(ConvBatchNorm(conv, norm))
     return tuple(found)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Does code of the user's read what comes in or out? torch has no public list of hooks."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -67,6 +67,8 @@ def flows(record: Record, grouping: Grouping, norm_after: dict[str, str]) -> lis
     for plane, line in record.remainders:
         for number, nodes in _by_group(grouping, entries(plane)).items():
             flow = found[number]
+            if not flow.constant_readers or flow.reason:
+                continue
             states = ZeroStates(record.table, flow.zeroed, norm_after)
             if any(states.of(node) == State.CONSTANT for node in nodes):
                 _refuse_constants(flow, line)
@@ -75,13 +77,12 @@ def flows(record: Record, grouping: Grouping, norm_after: dict[str, str]) -> lis
 
 def _refuse_constants(flow: Flow, line: str) -> None:
     """A border of zeros, once there is one, is not the constant that a bias took up."""
-    if flow.constant_readers and not flow.reason:
-        path = flow.constant_readers[0].path
-        flow.reason = (
-            f"a removed channel would arrive at {path} as a constant, and images of other sizes "
-            f"may be padded at {line}"
-        )
-        flow.constant_readers = []
+    path = flow.constant_readers[0].path
+    flow.reason = (
+        f"a removed channel would arrive at {path} as a constant, and images of other sizes "
+        f"may be padded at {line}"
+    )
+    flow.constant_readers = []
 
 
 def _add_readings(record: Record, grouping: Grouping, found: list[Flow]) -> None:
