@@ -64,6 +64,14 @@ def flows(record: Record, grouping: Grouping, norm_after: dict[str, str]) -> lis
     _add_readings(record, grouping, found)
     for raw, flow in zip(grouping.groups, found, strict=True):
         _choose_sites(record, flow, norm_after, is_frozen=bool(raw.reason))
+    _look_at_borders(record, grouping, norm_after, found)
+    return found
+
+
+def _look_at_borders(
+    record: Record, grouping: Grouping, norm_after: dict[str, str], found: list[Flow]
+) -> None:
+    """Where images of some sizes may be padded, no constant may be in them."""
     for plane, line in record.remainders:
         for number, nodes in _by_group(grouping, entries(plane)).items():
             flow = found[number]
@@ -72,7 +80,6 @@ def flows(record: Record, grouping: Grouping, norm_after: dict[str, str]) -> lis
             states = ZeroStates(record.table, flow.zeroed, norm_after)
             if any(states.of(node) == State.CONSTANT for node in nodes):
                 _refuse_constants(flow, line)
-    return found
 
 
 def _refuse_constants(flow: Flow, line: str) -> None:
