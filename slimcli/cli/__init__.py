@@ -157,7 +157,7 @@ class SlimGroup(click.Group):
         # Before torch is loaded: threads that spin while they wait slow a busy machine tenfold.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         try:
-            with stopping.sigterm_as_ctrl_c():
+            with stopping.signals_unwind():
                 outcome = super().main(args, prog_name or "slim", complete_var, False, **extra)
         except Exception as error:
             if isinstance(error, Interrupted | click.Abort):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from slimcli import console
+from slimcli.cli import stopping
 from slimcli.cli.arguments import RecipeCommand, overrides_argument, recipe_argument
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def start(recipe: Recipe, **changes: Any) -> None:
         outcome = run(job_of(recipe, listeners=(display,), on_signal=_on_signal, **changes))
     finally:
         display.close()
+    stopping.go_on()
     if recipe.export.trt and console.is_main_process():
         build_engine(outcome.folder)
     if console.settings().json or not console.is_main_process():
@@ -115,6 +117,7 @@ def build_engine(folder: Path) -> None:
 
 
 def _on_signal(name: str) -> None:
+    stopping.obey()
     console.urgent(f"{name}: stopping after this step (again to stop now)")
 
 

@@ -20,21 +20,48 @@ class TerminateNow(KeyboardInterrupt):
     """SIGTERM, on the way that Ctrl-C takes: half-written files are taken away."""
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise TerminateNow
+_OBEYED = threading.Event()
+"""A run stops for a signal and has given its own handlers back, or is about to."""
+
+
+def obey() -> None:
+    """A run stops for a signal: to the end of the command others change nothing."""
+    _OBEYED.set()
+
+
+def go_on() -> None:
+    """It ended before it could stop: the next signal counts."""
+    _OBEYED.clear()
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    if _OBEYED.is_set():
+        return
+    if number == signal.SIGTERM:
+        raise TerminateNow
+    signal.default_int_handler(number, frame)
 
 
 @contextmanager
-def sigterm_as_ctrl_c() -> Iterator[None]:
-    """Inside, SIGTERM unwinds the stack as Ctrl-C does; a run has its own way with both."""
+def signals_unwind() -> Iterator[None]:
+    """Inside, SIGTERM unwinds the stack as Ctrl-C does; a run has its own way with both.
+
+    SIGINT stays ignored where it is, as in a shell's background jobs.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, _terminate)
+    go_on()
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        numbers.append(signal.SIGINT)
+    before = {number: signal.signal(number, _stop) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if not _OBEYED.is_set():
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def open_closed_streams() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from slimcli.cli import stopping
 from tests.solver import project
 
 SLOW = """
@@ -83,3 +84,22 @@ def test_a_signal_outside_of_training_has_its_exit_code(
     _, err = process.communicate(timeout=30)
     assert process.returncode == code, err
     assert err.splitlines()[-1].endswith(f"[exit {code}]")
+
+
+def test_a_signal_changes_nothing_from_when_a_run_obeys_one_until_it_goes_on() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with stopping.signals_unwind():
+            stopping.obey()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.raise_signal(number)
+            stopping.go_on()
+            for number, kind in (
+                (signal.SIGINT, KeyboardInterrupt),
+                (signal.SIGTERM, stopping.TerminateNow),
+            ):
+                with pytest.raises(kind):
+                    signal.raise_signal(number)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
