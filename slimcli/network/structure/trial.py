@@ -345,7 +345,7 @@ def unequal(model: nn.Module, random: torch.Generator, hollow: Hollow | None = N
 
 def _disturb(mean: Tensor, variance: Tensor, random: torch.Generator) -> None:
     """Moves statistics a little: far ones would silence every channel behind an activation."""
-    variance.mul_(_spread(variance, True, random))
+    variance.mul_(_spread(variance, True, random).to(variance.device))
     shift = 2 * torch.rand(mean.shape, generator=random, dtype=torch.float64) - 1
     mean.add_(0.1 * shift.to(mean.device) * variance.clamp_min(0).sqrt())
 
