@@ -55,6 +55,10 @@ class Node:
     name: str = ""
 
 
+MADE_TO_MEASURE = Node(Kind.JOIN, name="made to measure")
+"""Of a tensor of equal entries that the code makes as wide as another one is."""
+
+
 class NodeTable:
     """All nodes of a trace; equal nodes are one."""
 
@@ -62,6 +66,7 @@ class NodeTable:
         self.nodes: list[Node] = [Node(Kind.FIXED)]
         self._index: dict[Node, int] = {self.nodes[0]: 0}
         self._weight_like: dict[int, bool] = {}
+        self._made = [False]
 
     def add(self, node: Node) -> int:
         """The number of a node equal to this one."""
@@ -69,7 +74,13 @@ class NodeTable:
         if number is None:
             number = self._index[node] = len(self.nodes)
             self.nodes.append(node)
+            made = [self._made[parent] for parent in node.parents if parent]
+            self._made.append(node == MADE_TO_MEASURE or (bool(made) and all(made)))
         return number
+
+    def is_made(self, number: int) -> bool:
+        """Is the value computed from nothing but tensors made to measure?"""
+        return self._made[number]
 
     def is_weight(self, number: int) -> bool:
         """Is the value computed from parameters and buffers alone?"""

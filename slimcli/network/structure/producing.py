@@ -42,11 +42,19 @@ def caller(op: Op, weight: Tensor, plane: Tensor | None) -> str:
     return f"tensor:{owner}"
 
 
+def is_made(op: Op, plane: Tensor) -> bool:
+    """Is it of a tensor that was made as wide as another one?"""
+    return op.record.table.is_made(int(plane.reshape(-1)[0]) >> SHIFT)
+
+
 def only_plane(op: Op, tensor: Tensor, axis: int) -> Tensor | None:
     """The plane of a weight along an axis; more than one there, or a tilted one, is frozen."""
     found = [plane for plane in op.planes(tensor) if plane.shape[axis] > 1]
     if len(found) == 1 and found[0].numel() != found[0].shape[axis]:
         found = [squeeze_equal(found[0])]
+    if any(is_made(op, plane) for plane in found):
+        op.freeze_planes(found, "a weight is made in the forward, as wide as its input")
+        return None
     if len(found) == 1 and found[0].numel() == found[0].shape[axis]:
         return found[0]
     op.freeze_planes(found, "the weight is computed in a way that mixes its axes")

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from slimcli.network.structure import user_line
-from slimcli.network.structure.planes import Labels, labels_of
+from slimcli.network.structure.nodes import MADE_TO_MEASURE
+from slimcli.network.structure.planes import Labels, labels_of, pack
 from slimcli.network.structure.record import Record
 from slimcli.network.structure.trace import Planes, Tracer
 
@@ -39,6 +40,16 @@ NONE: Labels = np.zeros(0, np.int64)
 
 RESHAPES = frozenset({torch.Tensor.view, torch.Tensor.reshape, torch.reshape, torch.Tensor.expand})
 """They are told all sizes of their result."""
+
+_MAKING = {
+    torch.Tensor.repeat: 1,
+    torch.Tensor.expand: 1,
+    torch.Tensor.new_ones: 1,
+    torch.Tensor.new_full: 1,
+    torch.ones: 0,
+    torch.full: 0,
+}
+"""What makes tensors of equal entries, and where its sizes begin."""
 
 
 def _heard(compare: Callable[[int, Any], bool]) -> Any:
@@ -124,6 +135,11 @@ def _same(left: Length, right: Length) -> bool:
     return np.array_equal(np.unique(left.labels), np.unique(right.labels))
 
 
+def _is_full(size: Length) -> bool:
+    """Is it the number of some channels, all of them known?"""
+    return len(size.labels) > 1 and size.is_plain and bool(size.labels.all())
+
+
 class Shapes(TorchFunctionMode):
     """Inside its ``with`` block sizes of tensors are :class:`Length`.
 
@@ -144,6 +160,8 @@ class Shapes(TorchFunctionMode):
         if func is F.affine_grid:  # torch looks for the smallest of these sizes
             args, kwargs = _plain(args), {k: _plain(v) for k, v in (kwargs or {}).items()}
         result = func(*args, **(kwargs or {}))
+        if func in _MAKING:
+            self._measure(result, list(args[_MAKING[func] :]))
         if func in RESHAPES:
             self._tie(result, [*args[1:], *(kwargs or {}).values()])
         if func is torch.Tensor.size and type(result) is int:
@@ -173,6 +191,27 @@ class Shapes(TorchFunctionMode):
                 found = self._length(result, dim, int(size))
                 if len(size.labels) and len(found.labels) and not _same(size, found):
                     size._met(found)
+
+    def _measure(self, result: Tensor, sizes: list[Any]) -> None:
+        """What is made of equal entries, as many as there are channels, has these channels.
+
+        ``blur.repeat(x.shape[1], 1, 1, 1)`` is cut with ``x``.
+        """
+        if sizes and isinstance(sizes[0], (tuple, list)):
+            sizes = list(sizes[0])
+        if result.dim() != len(sizes):
+            return
+        planes = self._tracer.planes_of(result)
+        for dim, size in enumerate(sizes):
+            if not isinstance(size, Length) or size.record is not self._tracer.record:
+                continue
+            if any(plane.shape[dim] > 1 for plane in planes) or not _is_full(size):
+                continue
+            labels = torch.from_numpy(np.repeat(size.labels, result.shape[dim] // int(size)))
+            shape = [-1 if axis == dim else 1 for axis in range(result.dim())]
+            node = self._tracer.record.table.add(MADE_TO_MEASURE)
+            planes += (pack(labels, node).view(shape),)
+        self._tracer.relabel(result, planes)
 
     def _length(self, tensor: Tensor, dim: int, size: int) -> Length:
         length = Length(size)

@@ -15,6 +15,7 @@ from slimcli.network.structure.producing import (
     add_consumer,
     add_producer,
     caller,
+    is_made,
     note_unfollowed,
     only_plane,
 )
@@ -160,7 +161,8 @@ def _outputs(op: Op, leaving: Tensor | None, groups: int, transposed: bool) -> P
 
 def _depthwise(op: Op, plane: Tensor | None, weight: Tensor, groups: int) -> Sequence[Planes]:
     """Every channel by itself; with a multiplier all outputs of a channel go with it."""
-    leaving = only_plane(op, weight, 0)
+    fitted = [each for each in op.planes(weight) if is_made(op, each)]
+    leaving = fitted[0] if len(fitted) == 1 else only_plane(op, weight, 0)
     if plane is None:
         op.freeze([weight, op.args[2]], FIXED_INPUT)
         return []
@@ -175,12 +177,14 @@ def _depthwise(op: Op, plane: Tensor | None, weight: Tensor, groups: int) -> Seq
             spread, bias[0].reshape(-1) if bias else torch.zeros_like(spread), FIXED_WEIGHT
         )
     flags = (op.args[2] is not None, any(op.args[4]) or bool(op.args[6]))
-    key = caller(op, weight, leaving)
+    key = "" if fitted else caller(op, weight, leaving)
     add = op.record.table.add
     shape = [1] * op.output.dim()
     shape[1] = spread.numel()
     out = map_nodes(op.record, spread, lambda n: add(Node(Kind.DEPTHWISE, (n,), flags, name=key)))
     out = pack(torch.where(labels == 0, labels_of(spread), labels), nodes_of(out))
+    if fitted:
+        return [(out.view(shape),)]
     numbers = labels_of(out).numpy()
     op.record.layers.setdefault(key, numbers)
     if not key.startswith("tensor:"):

@@ -17,6 +17,7 @@ from slimcli.network.structure.producing import (
     add_producer,
     bias_behind,
     caller,
+    is_made,
     note_unfollowed,
     weights_only,
 )
@@ -116,6 +117,9 @@ def multiply(op: Op, left: Any, right: Any, output: Tensor, bias: Any = None) ->
     dims = output.dim()
     a = [_lead(plane, dims) for plane in left_planes]
     b = [_lead(plane, dims) for plane in right_planes]
+    if any(is_made(op, plane) for plane in [*a, *b]):
+        op.freeze_planes([*a, *b], "a product with a tensor made as wide as another one")
+        return NO_PLANES
     is_weight = weights_only(op)
     a_weight = bool(a) and all(is_weight(plane) for plane in a)
     b_weight = bool(b) and all(is_weight(plane) for plane in b)

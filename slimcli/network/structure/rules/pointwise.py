@@ -91,6 +91,8 @@ def _lead(plane: Tensor, dims: int) -> Tensor:
 def _merge_group(
     op: Op, tensors: Sequence[Tensor], group: list[tuple[int, Tensor]], axes: set[int]
 ) -> Tensor | None:
+    made = op.record.table.is_made
+    group = sorted(group, key=lambda each: made(int(each[1].reshape(-1)[0]) >> SHIFT))
     planes = [plane for _, plane in group]
     dims = planes[0].dim()
     have = {index for index, _ in group}
