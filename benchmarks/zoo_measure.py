@@ -149,7 +149,7 @@ def zero_half(model: nn.Module, groups: Sequence[Group], seed: int = 0) -> list[
     pick = random.Random(seed)
     kept = []
     for group in groups:
-        keep = sorted(pick.sample(range(group.size), max(1, group.size // 2)))
+        keep = sorted(pick.sample(range(group.size), max(group.least, group.size // 2)))
         zero_channels(model, group, sorted(set(range(group.size)) - set(keep)))
         kept.append(keep)
     return kept

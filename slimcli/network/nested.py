@@ -1,8 +1,8 @@
-"""Tensors inside lists, tuples and dicts."""
+"""Tensors, and all else, inside lists, tuples and dicts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -23,3 +23,18 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, dict):
         for each in value.values():
             yield from tensors_in(each)
+
+
+def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    """The same nest with a function done to everything that is no container.
+
+    >>> mapped({"a": [1, (2, 3)]}, lambda each: each + 1)
+    {'a': [2, (3, 4)]}
+    """
+    if isinstance(value, dict):
+        return type(value)({key: mapped(each, function) for key, each in value.items()})
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(mapped(each, function) for each in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(mapped(each, function) for each in value)
+    return function(value)

@@ -14,7 +14,7 @@ from slimcli.network.structure import Group, Structure, analyze, zero_channels
 from slimcli.network.structure.edits import equalize_channels
 from slimcli.network.structure.modes import output_tensors
 from slimcli.network.structure.precision import to_dtype
-from slimcli.network.structure.trial import unequal
+from slimcli.network.structure.unequal import unequal
 
 from . import structures
 
@@ -56,7 +56,7 @@ def zeroed_and_cut(
     random = torch.Generator().manual_seed(seed)
     other, cuts = deep_copy(model), []
     for group in groups:
-        count = int(torch.randint(1, group.size, (), generator=random))
+        count = int(torch.randint(group.least, group.size, (), generator=random))
         order = torch.randperm(group.size, generator=random).tolist()
         zero_channels(other, group, order[count:])
         cuts.append(group.cut(order[:count]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,8 +12,8 @@ from torch import Tensor, nn
 from slimcli.network.example import Example
 from slimcli.network.structure import analyze
 from slimcli.network.structure.comparison import Ran, compare
-from slimcli.network.structure.rehearse import kept_count
-from slimcli.network.structure.trial import unequal
+from slimcli.network.structure.draws import kept_count
+from slimcli.network.structure.unequal import unequal
 
 from . import structures
 from .proving import EXACT, call, prepared, prunable, zeroed_and_cut
@@ -211,3 +213,38 @@ def test_outputs_without_a_finite_number_prove_nothing() -> None:
         ran = Ran(outputs, [], [])
         assert told in str(compare(ran, ran, torch.float64, may_jump=False) or "")
         assert bool(told) == (compare(ran, ran, torch.float64, may_jump=False) is not None)
+
+
+class FirstEight(structures.Net):
+    """Treats the first eight channels in a way of their own, beside layers that draw numbers.
+
+    Args:
+        width: Of the layer whose channels these are.
+        others: Layers beside it, each of which moves the dice on.
+        treat: What is done to the first eight.
+    """
+
+    def __init__(self, width: int, others: int, treat: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(10)
+        self.sides = nn.ModuleList(nn.Conv2d(8, 5 + each, 1) for each in range(others))
+        self.ends = nn.ModuleList(nn.Conv2d(5 + each, 10, 1) for each in range(others))
+        self.a, self.b = structures.conv(8, width), nn.Conv2d(width, 10, 1)
+        self.treat = treat
+
+    def body(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.a(x))
+        y = self.b(torch.cat([self.treat(y[:, :8]), y[:, 8:]], 1))
+        return y + sum(end(side(x)) for side, end in zip(self.sides, self.ends, strict=True))
+
+
+@pytest.mark.parametrize("width", [16, 24])
+@pytest.mark.parametrize("treat", [lambda x: F.avg_pool2d(x, 3, 1, 1), F.instance_norm, torch.tanh])
+def test_a_fixed_slice_is_not_cut_because_its_block_happened_to_stay(
+    width: int, treat: Callable[[Tensor], Tensor]
+) -> None:
+    cut = 0
+    for others in range(6):
+        torch.manual_seed(others)
+        model, example = prepared(FirstEight(width, others, treat), structures.image())
+        cut += analyze(model, example).group("a").is_prunable
+    assert cut == 0

@@ -189,7 +189,7 @@ CASES = {
     "zeros in a block": Case(changed(write_block(0.0)), ONE),
     "ones in a block": Case(changed(write_block(1.0)), merge=("a",)),
     "pasted": Case(pasted(0), ONE),
-    "pasted among ones": Case(pasted(1)),
+    "pasted among ones": Case(pasted(1), merge=("a",)),
     "pasted one by one": Case(pasted_one_by_one, ONE),
     "pasted over each other": Case(pasted_over, ONE),
     "channels pasted side by side": Case(beside, {"a": 16, "side": 16}, width=32),

@@ -17,7 +17,7 @@ from slimcli.network import surgery
 from slimcli.network.example import Example
 from slimcli.network.structure import analyze, zero_channels
 from slimcli.network.structure.edits import equalize_channels
-from slimcli.network.structure.trial import unequal
+from slimcli.network.structure.unequal import unequal
 
 EXACT = 1e-10
 """Relative to the largest output, float64: rounding was seen up to 1e-13."""

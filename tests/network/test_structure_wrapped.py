@@ -17,7 +17,7 @@ from slimcli.network import surgery
 from slimcli.network.example import Example
 from slimcli.network.structure import Group, Structure, analyze, zero_channels
 from slimcli.network.structure.edits import equalize_channels
-from slimcli.network.structure.trial import unequal
+from slimcli.network.structure.unequal import unequal
 
 from . import structures
 from .proving import EXACT, call, difference, network, outputs, prepared, prunable, zeroed_and_cut

@@ -43,10 +43,11 @@ Width = Callable[[str, int, float], int]
 def width_function(config: CSGDConfig, structure: Structure) -> Width:
     """What stays of a group, ``min_channels`` and ``round_to`` being about channels of layers."""
     per_unit = channels_per_unit(structure)
+    in_any_case = {group.name: group.least for group in structure.groups}
 
     def width(name: str, size: int, fraction: float) -> int:
         counts = per_unit.get(name, ONE)
-        least = units_in(config.min_channels, counts)
+        least = max(units_in(config.min_channels, counts), in_any_case.get(name, 1))
         return channels_kept(size, fraction, least, unit_multiple(config.round_to or 1, counts))
 
     return width

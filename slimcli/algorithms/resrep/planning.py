@@ -59,7 +59,10 @@ def limits_of(
     groups = {target.name: target.group for target in targets}
     rest = [group for group in structure.groups if group.name not in groups]
     ratios = ratios_of(config.prune_ratios, list(groups.values()), reasons_by_name(rest, reasons))
-    least = {name: kept(groups[name].size, fraction) for name, fraction in ratios.items()}
+    least = {
+        name: max(group.least, kept(group.size, ratios[name]) if name in ratios else 1)
+        for name, group in groups.items()
+    }
     per_unit = channels_per_unit(structure)
     return Limits(config.groups_size, config.min_channels, config.round_to or 1, least, per_unit)
 

@@ -18,6 +18,7 @@ from slimcli.network.structure.modes import (
 from slimcli.network.structure.record import Record
 from slimcli.network.structure.run import run_traced
 from slimcli.network.structure.search import try_cuts
+from slimcli.network.structure.shapes import told_widths
 from slimcli.network.structure.sources import Sources
 from slimcli.network.structure.structure import Structure
 from slimcli.network.structure.traced import Traced
@@ -28,6 +29,7 @@ from slimcli.network.structure.train_mode import (
     remembers,
     set_train_mode,
 )
+from slimcli.network.structure.untraced import nothing_followed
 
 
 def analyze(model: nn.Module, example: Example, *, trial: bool = True) -> Structure:
@@ -51,7 +53,10 @@ def analyze(model: nn.Module, example: Example, *, trial: bool = True) -> Struct
     except ValueError:
         samples = 1
     with without_collector():
-        traced = trace(model, example)
+        try:
+            traced = trace(model, example)
+        except Exception as error:  # of the model, or of an operator that no mode can look into
+            return nothing_followed(model, example, samples, error)
         if not trial:
             groups = build(traced.record, first_choices(traced.record), ())
             return assemble(model, traced.record, groups, traced.norm_after, samples, traced.notes)
@@ -65,7 +70,7 @@ def trace(model: nn.Module, example: Example) -> Traced:
     freeze_uncuttable(twin, record)
     notes: list[str] = []
     trained, train_path_differs = None, False
-    with preserved_randomness(), without_fast_path():
+    with preserved_randomness(), without_fast_path(), told_widths(twin, record):
         twin.eval()
         before = remembered(twin)
         with noted_readers() as readers:

@@ -54,6 +54,7 @@ def assemble(
         if names[group.name] > 1:
             group = replace(group, name=f"{group.name}#{names[group.name]}")
         groups.append(_with_duplicates(group, duplicates.get(number, "")))
+    groups = _with_least(record, grouping, groups)
     makers: dict[str, list[Group]] = {}
     for group in groups:
         for slot in group.producers:
@@ -184,6 +185,28 @@ def _duplicate_reasons(record: Record, grouping: Grouping) -> dict[int, str]:
         for number in distinct(grouping.group_of[labels]).tolist():
             found.setdefault(number, reason)
     return found
+
+
+def _with_least(record: Record, grouping: Grouping, groups: list[Group]) -> list[Group]:
+    """Groups that say how many channels must stay; frozen ones where that is all of them.
+
+    Where several groups share a width, each keeps its share of what must stay.
+    """
+    groups = list(groups)
+    for each in record.least:
+        numbers, counts = np.unique(grouping.group_of[each.labels], return_counts=True)
+        for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+            if number < 0:
+                continue
+            group = groups[number]
+            share = -(-each.width * count // len(each.labels))
+            least = max(group.least, -(-share * group.size // count))
+            if least >= group.size and not group.frozen_reason:
+                reason = f"its width must not fall below {each.width} at {each.line}"
+                group = replace(group, frozen_reason=reason, zero_reason=reason, exact_zero=False)
+                group = replace(group, exact_duplicate=False, duplicate_reason=reason)
+            groups[number] = replace(group, least=min(least, group.size))
+    return groups
 
 
 def _with_duplicates(group: Group, reason: str) -> Group:

@@ -65,6 +65,10 @@ def flows(record: Record, grouping: Grouping, norm_after: dict[str, str]) -> lis
     for raw, flow in zip(grouping.groups, found, strict=True):
         _choose_sites(record, flow, norm_after, is_frozen=bool(raw.reason))
     _look_at_borders(record, grouping, norm_after, found)
+    for labels, why in record.fickle:
+        for number in _numbers(grouping, labels):
+            if found[number].constant_readers and not found[number].reason:
+                _refuse_constants(found[number], why)
     return found
 
 
@@ -79,16 +83,13 @@ def _look_at_borders(
                 continue
             states = ZeroStates(record.table, flow.zeroed, norm_after)
             if any(states.of(node) == State.CONSTANT for node in nodes):
-                _refuse_constants(flow, line)
+                # a border of zeros, once there is one, is not the constant that a bias took up
+                _refuse_constants(flow, f"images of other sizes may be padded at {line}")
 
 
-def _refuse_constants(flow: Flow, line: str) -> None:
-    """A border of zeros, once there is one, is not the constant that a bias took up."""
+def _refuse_constants(flow: Flow, why: str) -> None:
     path = flow.constant_readers[0].path
-    flow.reason = (
-        f"a removed channel would arrive at {path} as a constant, and images of other sizes "
-        f"may be padded at {line}"
-    )
+    flow.reason = f"a removed channel would arrive at {path} as a constant, and {why}"
     flow.constant_readers = []
 
 

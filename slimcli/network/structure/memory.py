@@ -1,4 +1,4 @@
-"""Planes of tensors that share memory, one of which was written in place."""
+"""Where tensors lie in memory, and planes of those that share it, one of which was written."""
 
 from __future__ import annotations
 
@@ -9,6 +9,21 @@ from torch import Tensor
 
 from slimcli.network.structure.nodes import Kind, Node, NodeTable
 from slimcli.network.structure.planes import active_axes, labels_of, nodes_of, pack
+
+
+def memory_of(tensor: Tensor) -> int | None:
+    """Where its numbers lie; None for sparse and nested tensors and for what ``vmap`` wraps.
+
+    >>> x = torch.zeros(3)
+    >>> memory_of(x) == memory_of(x[1:]), memory_of(x.to_sparse())
+    (True, None)
+    """
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return None
+    try:
+        return tensor.untyped_storage().data_ptr() or None
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
 def seen_from(plane: Tensor, tensor: Tensor, other: Tensor) -> Tensor | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 Labels = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
+NONE: Labels = np.zeros(0, np.int64)
 SHIFT = 32
 LABEL_MASK = (1 << SHIFT) - 1
 

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimcli.network.copying import deep_copy
 from slimcli.network.example import Example
+from slimcli.network.nested import mapped
 
 WIDE = {
     torch.float16: torch.float64,
@@ -118,9 +119,12 @@ def copy_as(
 
 def to_dtype(value: Any, dtype: torch.dtype) -> Any:
     """A nested batch with its floating tensors in another dtype, complex ones in the like."""
-    if isinstance(value, Tensor):
-        return value.to(_like(value, dtype)) if _is_real_or_complex(value) else value
-    return _mapped(value, lambda each: to_dtype(each, dtype))
+
+    def converted(each: Any) -> Any:
+        is_number = isinstance(each, Tensor) and _is_real_or_complex(each)
+        return each.to(_like(each, dtype)) if is_number else each
+
+    return mapped(value, converted)
 
 
 def _like(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -129,13 +133,3 @@ def _like(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 def _is_real_or_complex(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
-    if isinstance(value, dict):
-        return type(value)({key: function(each) for key, each in value.items()})
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(function(each) for each in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(function(each) for each in value)
-    return value

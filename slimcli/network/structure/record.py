@@ -87,6 +87,21 @@ class MacTerm:
     divisor: int = 1
 
 
+@dataclass(frozen=True)
+class Least:
+    """A width that must not fall below a number: the code would do something else.
+
+    Attributes:
+        labels: Of all that is counted.
+        width: The fewest entries.
+        line: Where the code asks.
+    """
+
+    labels: Labels
+    width: int
+    line: str
+
+
 @dataclass
 class Hands:
     """What the forward of a module has in its hands.
@@ -114,6 +129,10 @@ class Record:
         reads: (path of the module that ran, the user's line) where Python got a tensor's value.
         remainders: (plane of a tensor, the user's line) where the size of an image is divided:
             images that leave a remainder may be padded.
+        least: Widths below which the code does something else.
+        escaped: Labels of widths that the code turned into plain numbers.
+        counts_sizes: Numbers are made of sizes, or of how many entries a tensor has.
+        fickle: Labels of groups whose constants are others for another batch, and how that showed.
         unseen: Paths of layers that did not run.
         turns: Channels are flipped, or told from pixels that lay beside them.
         leaves: The numbers of a tensor are read by other means than operators.
@@ -140,6 +159,10 @@ class Record:
     hands: dict[str, Hands] = field(default_factory=dict)
     reads: list[tuple[str, str]] = field(default_factory=list)
     remainders: list[tuple[Tensor, str]] = field(default_factory=list)
+    least: list[Least] = field(default_factory=list)
+    escaped: list[Labels] = field(default_factory=list)
+    counts_sizes: bool = False
+    fickle: list[tuple[Labels, str]] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
     turns: bool = False
     leaves: bool = False

@@ -1,29 +1,14 @@
-"""Which channels of a group a trial cut removes, and what makes them removable."""
+"""What a trial does to a group before its channels are removed, and the cut itself."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 from slimcli.network.cuts import Cut
 from slimcli.network.structure.edits import Edit, equals, zeros
 from slimcli.network.structure.structure import Group
-
-
-def kept_count(size: int, random: torch.Generator) -> int:
-    """How many of so many channels a trial keeps: a quarter to three quarters, an odd number.
-
-    Exactly half would fit too much code: two widths that must be equal are halved alike, and half
-    of a number of heads is a number of heads.
-
-    >>> kept_count(64, torch.Generator().manual_seed(0)) % 2
-    1
-    """
-    low, high = max(1, size // 4), 3 * size // 4
-    drawn = int(torch.randint(low, high + 1, (), generator=random)) | 1
-    return min(drawn, size - 1)
 
 
 def rehearse(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from slimcli.network import attributes, fuse
 from slimcli.network.example import Example
 from slimcli.network.nested import tensors_in
+from slimcli.network.structure.memory import memory_of
 from slimcli.network.structure.modes import output_tensors
 from slimcli.network.structure.producing import MIXING
 from slimcli.network.structure.record import Hands, Record
@@ -50,6 +51,7 @@ def run_traced(
     calls = Calls()
     tracer = Tracer(record, calls, RULES, execute)
     handles = _watch_modules(model, tracer)
+    held = [(each, each.data) for each in model.parameters() if not _is_lazy(each)]
     try:
         with torch.no_grad(), tracer, Shapes(tracer):
             output = example.run(model)
@@ -59,10 +61,18 @@ def run_traced(
     finally:
         for handle in handles:
             handle.remove()
+        for parameter, data in held:  # the code may have put other numbers in their place
+            if memory_of(parameter) != memory_of(data):
+                parameter.data = data
         for source, backup in tracer.backups.values():
             with torch.no_grad():
                 source.copy_(backup)
     return TracedRun(calls.norm_after(), output, tuple(tracer.ops))
+
+
+def _is_lazy(parameter: nn.Parameter) -> bool:
+    """Has it no numbers yet?"""
+    return isinstance(parameter, nn.UninitializedParameter)
 
 
 def _watch_modules(model: nn.Module, tracer: Tracer) -> list[Any]:

@@ -119,9 +119,12 @@ def try_cuts(model: nn.Module, example: Example, traced: Traced, samples: int) -
         return structure
     trial = Trial(model, example, traced)
     failure = trial.attempt(prunable(structure), thorough=True, merging=True)
+    if failure is None and Choice.BLOCKS in search.choices:
+        failure = trial.opposite(prunable(structure))
     if failure is not None:
         structure, grouping = _without_bad_cuts(search, structure, grouping, trial, failure)
         structure = _without_bad_merges(search, structure, grouping, trial)
+    structure = _without_equal_widths(search, structure, grouping, trial)
     return replace(structure, notes=(*structure.notes, trial.note)) if trial.note else structure
 
 
@@ -135,23 +138,31 @@ def _without_bad_cuts(
 ) -> tuple[Structure, Grouping]:
     """Learns from failures until all that is left can be cut; ``failure`` is the first one."""
     if failure is not None and not failure.module:  # it did not raise: it may be the merging
-        failure = _fails(trial, prunable(structure))
+        failure = _fails(search, trial, prunable(structure))
     for number in range(MAX_ROUNDS):
         if failure is None:
             return structure, grouping
         _learn(search, structure, grouping, trial, failure, thoroughly=number >= PATIENCE)
         structure, grouping = search.structure()
         groups = prunable(structure)
-        failure = _fails(trial, groups) if groups else None
+        failure = _fails(search, trial, groups) if groups else None
     if failure is not None:
         everything = np.arange(1, search.record.sources.count)
         search.bans.append((everything, f"no set of cuts worked in {MAX_ROUNDS} trials"))
     return search.structure()
 
 
-def _fails(trial: Trial, groups: Sequence[Group]) -> Failure | None:
-    """Tries two choices of channels: after one that failed, one that fits may be luck."""
-    return trial.attempt(groups, thorough=True) or trial.attempt(groups, thorough=True)
+def _fails(search: Search, trial: Trial, groups: Sequence[Group]) -> Failure | None:
+    """Tries more than one choice of channels: one that fits may be luck.
+
+    Code that says ``x[:, :8]`` works as long as the first of two blocks stays.
+    """
+    failure = trial.attempt(groups, thorough=True)
+    if failure is not None:
+        return failure
+    if Choice.BLOCKS in search.choices:
+        return trial.opposite(groups)
+    return trial.attempt(groups, thorough=True)
 
 
 def _without_bad_merges(
@@ -173,6 +184,35 @@ def _without_bad_merges(
     return structure
 
 
+def _without_equal_widths(
+    search: Search, structure: Structure, grouping: Grouping, trial: Trial
+) -> Structure:
+    """Freezes widths that the code turned into numbers, if it matters that two are equal.
+
+    ``if int(x.shape[1]) == int(y.shape[1])`` can't be heard, and random widths hardly ever meet.
+    """
+    sources = search.record.sources
+    read = {sources.dim_of(int(labels.max())) for labels in search.record.escaped}
+    places = {(dim.tensor, dim.dim) for dim in read}
+    groups = prunable(structure)
+    names = {
+        group.name
+        for group in groups
+        if any((slot.tensor, slot.dim) in places for slot in group.slots)
+    }
+    if len(names) < 2:
+        return structure
+    failure = trial.level(groups, names)
+    if failure is None:
+        return structure
+    pool = Pool(search.record, structure, grouping)
+    for group in groups:
+        if group.name in names:
+            reason = f"its width is read as a number and must not meet another one: {failure.what}"
+            search.ban(pool.labels(group), reason)
+    return search.structure()[0]
+
+
 def _learn(
     search: Search,
     structure: Structure,
@@ -183,6 +223,13 @@ def _learn(
 ) -> None:
     """Draws the consequence from a failed trial of all groups."""
     pool = Pool(search.record, structure, grouping)
+    if failure.is_other_batch:
+        taken_up = [group for group in pool.groups if group.constants]
+        why = "on another batch, of other sizes and values, it is another one"
+        bad = trial.find_bad(taken_up, failure) or [(group, failure) for group in taken_up]
+        for group, reason in bad:
+            search.record.fickle.append((pool.labels(group), f"{why}: {reason.what}"))
+        return
     at_line = pool.at_lines({failure.line}) if failure.line and not thoroughly else []
     if 1 < len(at_line) <= FEW:  # one line may do several things
         at_line = [g for g in at_line if trial.attempt([g]) is not None] or at_line

@@ -1,32 +1,30 @@
-"""Sizes that know whose channels they count, for code that compares shapes.
+"""Where code asks for sizes, inside a trace: it gets numbers that tell what it does with them.
 
-``if x.shape == y.shape: y = y + x`` takes another branch as soon as a cut makes two widths equal,
-and no single trial shows all widths. ``y.view(b, c, -1)`` with the ``c`` of another tensor fits
-only as long as both are cut alike, as they are when a trial cuts half of everything.
-``if x.shape[2] % 2: x = F.pad(x, (0, 0, 0, 1))`` pads images of other sizes than the example's.
-Inside a trace, ``tensor.shape`` and ``tensor.size()`` therefore hold numbers that tell when two of
-them are compared or one is given as a size, and when one is divided. Tensors that
-become arrays are heard as well: no operator follows.
+``tensor.shape``, ``tensor.size()`` and the widths that layers keep as attributes are
+:class:`Length` then; what is made or viewed with them is looked at, too. Tensors that become arrays
+are heard as well: no operator follows.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from slimcli.network.structure import user_line
+from slimcli.network.structure.lengths import Length, plain, same
 from slimcli.network.structure.nodes import MADE_TO_MEASURE
-from slimcli.network.structure.planes import Labels, labels_of, pack
+from slimcli.network.structure.planes import labels_of, pack
 from slimcli.network.structure.record import Record
-from slimcli.network.structure.trace import Planes, Tracer
+from slimcli.network.structure.trace import Tracer
 
 _LEAVING = frozenset(
     (torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__, torch.Tensor.tolist)
@@ -36,7 +34,11 @@ _LEAVING = frozenset(
 _BARE = frozenset((torch.Tensor.data_ptr, torch.Tensor.untyped_storage, torch.Tensor.storage))
 """What looks at memory itself."""
 
-NONE: Labels = np.zeros(0, np.int64)
+_COUNTS = frozenset((torch.Tensor.numel, torch.Tensor.nelement, torch.numel, torch.Tensor.__len__))
+
+_WIDTHS = {"out_channels": 0, "in_channels": 1, "out_features": 0, "in_features": 1}
+"""Attributes of layers, and which dimension of the weight has this size."""
+_NORM_WIDTHS = {"num_features": 0, "num_channels": 0}
 
 RESHAPES = frozenset({torch.Tensor.view, torch.Tensor.reshape, torch.reshape, torch.Tensor.expand})
 """They are told all sizes of their result."""
@@ -50,94 +52,6 @@ _MAKING = {
     torch.full: 0,
 }
 """What makes tensors of equal entries, and where its sizes begin."""
-
-
-def _heard(compare: Callable[[int, Any], bool]) -> Any:
-    def method(self: Length, other: object) -> bool:
-        self._met(other)
-        return compare(self, other)
-
-    return method
-
-
-def _divided(divide: Callable[[int, Any], Any]) -> Any:
-    def method(self: Length, other: object) -> Any:
-        if not len(self.labels):
-            self.record.remainders += [(each, user_line.current()) for each in self.tensor]
-        return divide(self, other)
-
-    return method
-
-
-class Length(int):
-    """One size of a tensor.
-
-    Attributes:
-        record: Where comparisons go.
-        tensor: Planes of the whole tensor.
-        labels: Of the channels along this dimension; none where it has none.
-        is_plain: One label an entry, in order.
-    """
-
-    record: Record
-    tensor: Planes = ()
-    labels: Labels = NONE
-    is_plain: bool = True
-
-    def _met(self, other: object) -> None:
-        """Equal widths must stay equal; of unequal ones the larger stays, so they never meet."""
-        if not isinstance(other, Length) or other.record is not self.record:
-            return  # a number, or kept by the user's code since another trace
-        pair: tuple[Length, ...] = (self, other)
-        if int(self) != int(other):
-            pair = (max(pair, key=int),)
-        elif all(each.is_plain and len(each.labels) and each.labels.all() for each in pair):
-            self.record.join_labels(self.labels, other.labels)
-            return
-        for each in pair:
-            if len(each.labels):
-                reason = f"its width is compared with another at {user_line.current()}"
-                each.record.freeze_labels(each.labels, reason)
-
-    __eq__ = _heard(int.__eq__)
-    __ne__ = _heard(int.__ne__)
-    __lt__ = _heard(int.__lt__)
-    __le__ = _heard(int.__le__)
-    __gt__ = _heard(int.__gt__)
-    __ge__ = _heard(int.__ge__)
-    __hash__ = int.__hash__
-
-    __mod__ = _divided(int.__mod__)
-    __divmod__ = _divided(int.__divmod__)
-    __floordiv__ = _divided(int.__floordiv__)
-    __truediv__ = _divided(int.__truediv__)
-
-    def __neg__(self) -> int:
-        """``-height % 2`` is a remainder of the height."""
-        negative = Length(int.__neg__(self))
-        negative.record, negative.tensor, negative.labels = self.record, self.tensor, self.labels
-        return negative
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copies are plain numbers."""
-        return int, (int(self),)
-
-
-def _plain(value: Any) -> Any:
-    """The same with sizes that don't tell."""
-    if isinstance(value, Length):
-        return int.__int__(value)
-    return tuple(map(_plain, value)) if isinstance(value, (tuple, list)) else value
-
-
-def _same(left: Length, right: Length) -> bool:
-    """Do they count the same channels, perhaps in another order (a shuffle)?"""
-    return np.array_equal(np.unique(left.labels), np.unique(right.labels))
-
-
-def _is_full(size: Length) -> bool:
-    """Is it the number of some channels, all of them known?"""
-    return len(size.labels) > 1 and size.is_plain and bool(size.labels.all())
 
 
 class Shapes(TorchFunctionMode):
@@ -158,8 +72,12 @@ class Shapes(TorchFunctionMode):
         if func in _LEAVING or func in _BARE:
             self._leave(func, args[0], sys._getframe(1))
         if func is F.affine_grid:  # torch looks for the smallest of these sizes
-            args, kwargs = _plain(args), {k: _plain(v) for k, v in (kwargs or {}).items()}
+            args, kwargs = plain(args), {k: plain(v) for k, v in (kwargs or {}).items()}
+        if func is torch.Tensor.is_same_size:  # asked of the sizes, which tell
+            return self._sizes(args[0]) == self._sizes(args[1])
         result = func(*args, **(kwargs or {}))
+        if func in _COUNTS:
+            return self._count(func, args[0], result, sys._getframe(1))
         if func in _MAKING:
             self._measure(result, list(args[_MAKING[func] :]))
         if func in RESHAPES:
@@ -167,9 +85,13 @@ class Shapes(TorchFunctionMode):
         if func is torch.Tensor.size and type(result) is int:
             dim = args[1] if len(args) > 1 else (kwargs or {})["dim"]
             return self._length(args[0], dim, result) if isinstance(dim, int) else result
-        if isinstance(result, torch.Size) and args and isinstance(args[0], Tensor):
-            return torch.Size([self._length(args[0], dim, size) for dim, size in enumerate(result)])
+        is_shape = isinstance(result, torch.Size) and args and isinstance(args[0], Tensor)
+        if is_shape and not user_line.is_of_slim(sys._getframe(1)):  # hooks of a trace ask, too
+            return self._sizes(args[0])
         return result
+
+    def _sizes(self, tensor: Tensor) -> torch.Size:
+        return torch.Size([self._length(tensor, dim, n) for dim, n in enumerate(tensor.shape)])
 
     def _leave(self, func: Any, tensor: Tensor, caller: FrameType) -> None:
         """What becomes of the channels from here on is not seen."""
@@ -188,9 +110,9 @@ class Shapes(TorchFunctionMode):
             return
         for dim, size in enumerate(sizes):
             if isinstance(size, Length) and size.record is self._tracer.record:
-                found = self._length(result, dim, int(size))
-                if len(size.labels) and len(found.labels) and not _same(size, found):
-                    size._met(found)
+                found = self._length(result, dim, plain(size))
+                if len(size.labels) and len(found.labels) and not same(size, found):
+                    size.met(found)
 
     def _measure(self, result: Tensor, sizes: list[Any]) -> None:
         """What is made of equal entries, as many as there are channels, has these channels.
@@ -205,13 +127,28 @@ class Shapes(TorchFunctionMode):
         for dim, size in enumerate(sizes):
             if not isinstance(size, Length) or size.record is not self._tracer.record:
                 continue
-            if any(plane.shape[dim] > 1 for plane in planes) or not _is_full(size):
+            if any(plane.shape[dim] > 1 for plane in planes) or not size.is_full:
                 continue
-            labels = torch.from_numpy(np.repeat(size.labels, result.shape[dim] // int(size)))
+            labels = torch.from_numpy(np.repeat(size.labels, result.shape[dim] // plain(size)))
             shape = [-1 if axis == dim else 1 for axis in range(result.dim())]
             node = self._tracer.record.table.add(MADE_TO_MEASURE)
             planes += (pack(labels, node).view(shape),)
         self._tracer.relabel(result, planes)
+
+    def _count(self, func: Any, tensor: Tensor, count: int, caller: FrameType) -> int:
+        """How many entries, or rows, a tensor has."""
+        if user_line.is_of_slim(caller):
+            return count
+        self._tracer.record.counts_sizes = True
+        if func is torch.Tensor.__len__:
+            int(self._length(tensor, 0, count))  # python makes a plain number of it
+            return count
+        length = Length(count)
+        length.record, length.tensor = self._tracer.record, self._tracer.planes_of(tensor)
+        if length.tensor:
+            every = [labels_of(each).reshape(-1).numpy() for each in length.tensor]
+            length.labels, length.is_plain = np.concatenate(every), False
+        return length
 
     def _length(self, tensor: Tensor, dim: int, size: int) -> Length:
         length = Length(size)
@@ -220,4 +157,31 @@ class Shapes(TorchFunctionMode):
         if found:
             length.labels = np.concatenate([labels_of(each).reshape(-1).numpy() for each in found])
             length.is_plain = len(length.labels) == size
+        length.is_batch = dim == 0
         return length
+
+
+@contextlib.contextmanager
+def told_widths(model: nn.Module, record: Record) -> Iterator[None]:
+    """Meanwhile the widths that layers keep as numbers are sizes of their weights."""
+    changed: list[tuple[nn.Module, str, int]] = []
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
+        if weight is None:
+            continue
+        names = _NORM_WIDTHS if weight.dim() == 1 else _WIDTHS
+        for name, dim in names.items():
+            width = vars(module).get(name)
+            labels = record.sources.labels_of(weight, dim)
+            if type(width) is int and len(labels) == width:
+                length = Length(width)
+                length.record, length.labels = record, labels
+                vars(module)[name] = length
+                changed.append((module, name, width))
+    try:
+        yield
+    finally:
+        for module, name, width in changed:
+            vars(module)[name] = width

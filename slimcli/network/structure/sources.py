@@ -5,12 +5,14 @@ from __future__ import annotations
 import bisect
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from slimcli.network import attributes
+from slimcli.network.structure.memory import memory_of
 from slimcli.network.structure.nodes import Kind, Node, NodeTable
-from slimcli.network.structure.planes import SHIFT
+from slimcli.network.structure.planes import NONE, SHIFT, Labels
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,9 @@ class Sources:
             self._by_memory[key] = source
         self._names.setdefault(source.name, set()).add(name)
         self._by_identity[id(tensor)] = source
-        self._storages.add(tensor.untyped_storage().data_ptr())
+        memory = memory_of(tensor)
+        if memory is not None:
+            self._storages.add(memory)
 
     def _labelled(self, name: str, dim: int, size: int) -> int:
         """The first of the labels that a dimension gets."""
@@ -101,13 +105,17 @@ class Sources:
     def find(self, tensor: Tensor) -> Source | None:
         """The source a tensor is, also through ``.data``."""
         source = self._by_identity.get(id(tensor))
-        if source is None and tensor.layout == torch.strided:
-            if tensor.untyped_storage().data_ptr() not in self._storages:
-                return None
+        if source is None and memory_of(tensor) in self._storages:
             source = self._by_memory.get(_memory_key(tensor))
         if source is not None:
             self.seen.add(source.name)
         return source
+
+    def labels_of(self, tensor: Tensor, dim: int) -> Labels:
+        """Labels of one dimension of a parameter or buffer, without taking it for used."""
+        source = self._by_identity.get(id(tensor))
+        first = source.first_labels[dim] if source and dim < tensor.dim() else 0
+        return np.arange(first, first + tensor.shape[dim]) if first else NONE
 
     def names_of(self, name: str) -> set[str]:
         """All names of the tensor that is known by this one."""
@@ -115,13 +123,10 @@ class Sources:
 
     def shares_memory(self, tensor: Tensor) -> Source | None:
         """A source whose memory the tensor is part of."""
-        storage = tensor.untyped_storage().data_ptr()
-        if storage not in self._storages:
+        memory = memory_of(tensor)
+        if memory not in self._storages:
             return None
-        for source in self._by_memory.values():
-            if source.tensor.untyped_storage().data_ptr() == storage:
-                return source
-        return None
+        return next(each for each in self._by_memory.values() if memory_of(each.tensor) == memory)
 
     def dim_of(self, label: int) -> SourceDim:
         """The tensor dimension a label belongs to."""
@@ -155,5 +160,7 @@ def _kernels(model: nn.Module) -> set[int]:
 
 
 def _memory_key(tensor: Tensor) -> tuple[int, int, tuple[int, ...]]:
-    pointer = tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
-    return pointer, int(tensor.storage_offset()), tuple(tensor.shape)
+    memory = memory_of(tensor)
+    if memory is None:
+        return id(tensor), 0, ()
+    return memory, int(tensor.storage_offset()), tuple(tensor.shape)

@@ -79,6 +79,7 @@ class Group:
             takes it up.
         is_linear: One producer and one consumer, both dense.
         is_placeable: Every site is a module, so that something can be put behind it.
+        least: So many channels must stay: with fewer, the code does something else.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Group:
     is_linear: bool = False
     is_placeable: bool = True
     counters: tuple[Slot, ...] = ()
+    least: int = 1
 
     @property
     def is_prunable(self) -> bool:
@@ -111,7 +113,7 @@ class Group:
         """Drops every channel that is not in ``keep``.
 
         Raises:
-            ValueError: ``keep`` is empty, has an unknown channel or one twice.
+            ValueError: ``keep`` has fewer than ``least`` channels, an unknown one or one twice.
 
         >>> slot = Slot("conv.weight", 0, ((0,), (1,), (2,)))
         >>> Group("conv", 3, (slot,), (), (), ()).cut([2, 0]).slots[0].sources
@@ -125,7 +127,7 @@ class Group:
         Channels in no cluster are dropped; those that stay keep their order.
 
         Raises:
-            ValueError: No cluster, an unknown channel, or one that is named twice.
+            ValueError: Fewer than ``least`` clusters, an unknown channel, or one named twice.
 
         >>> out = Slot("a.weight", 0, ((0,), (1,), (2,)))
         >>> read = Slot("b.weight", 1, ((0, 1), (2, 3), (4, 5)))
@@ -136,6 +138,8 @@ class Group:
         channels = [channel for cluster in clusters for channel in cluster]
         _check_channels(channels, self.size)
         clusters = sorted(sorted(cluster) for cluster in clusters if cluster)
+        if len(clusters) < self.least:
+            raise ValueError(f"{self.name} must keep {self.least} channels at least")
         firsts = [cluster[0] for cluster in clusters]
         singles = [[first] for first in firsts]
         sums = clusters if any(len(cluster) > 1 for cluster in clusters) else singles

@@ -8,6 +8,7 @@ An operation without a rule freezes the channels it touches.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from slimcli.network.nested import tensors_in
 from slimcli.network.structure import user_line
-from slimcli.network.structure.memory import bordered, has_gaps, joined, seen_from
+from slimcli.network.structure.memory import bordered, has_gaps, joined, memory_of, seen_from
 from slimcli.network.structure.nodes import Kind, Node
 from slimcli.network.structure.planes import is_useful, squeeze_equal
 from slimcli.network.structure.record import Record
@@ -147,6 +148,9 @@ _BLANK = frozenset(("zeros", "zeros_like", "new_zeros"))
 _LITERAL = frozenset(("scalar_tensor", "lift_fresh"))
 """They make a tensor of a number in the user's code."""
 
+_AVERAGES = frozenset(("running_mean", "running_var"))
+"""Norms write them in train mode, and their schemas don't say so."""
+
 _READS = frozenset(("_local_scalar_dense", "is_nonzero", "equal"))
 
 
@@ -209,8 +213,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in inputs:
             self.calls.used(tensor)
         labelled = [tensor for tensor in inputs if self.planes_of(tensor)]
-        if in_place and inputs:
-            self._back_up(inputs[0])
+        for tensor in written(func, args, kwargs):
+            self._back_up(tensor)
         self._note_reading(name)
         size = inputs[0].shape if inputs else torch.Size()
         output = self._execute(func, args, kwargs)
@@ -261,22 +265,20 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _note_views(self, inputs: Sequence[Tensor], output: Any) -> None:
         """Remembers tensors that share memory, for writes into one of them."""
         for result in tensors_in(output):
-            if result.layout != torch.strided:
+            memory = memory_of(result)
+            if memory is None:
                 continue
-            storage = result.untyped_storage().data_ptr()
             for tensor in inputs:
-                if tensor is result or tensor.layout != torch.strided or not storage:
-                    continue
-                if tensor.untyped_storage().data_ptr() == storage:
-                    known = self._aliases.setdefault(storage, [])
+                if tensor is not result and memory_of(tensor) == memory:
+                    known = self._aliases.setdefault(memory, [])
                     known += [weakref.ref(tensor), weakref.ref(result)]
 
     def _living_aliases(self, tensor: Tensor) -> list[Tensor]:
-        storage = tensor.untyped_storage().data_ptr()
+        memory = memory_of(tensor)
         living: dict[int, Tensor] = {}
-        for reference in self._aliases.get(storage, ()):
+        for reference in self._aliases.get(memory, ()) if memory is not None else ():
             other = reference()
-            if other is not None and other.untyped_storage().data_ptr() == storage:
+            if other is not None and memory_of(other) == memory:
                 living[id(other)] = other
         living.pop(id(tensor), None)
         return list(living.values())
@@ -284,10 +286,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _spoil(self, tensor: Tensor) -> bool:
         """What shares memory with a tensor that was written is not blank any more; was it?"""
         before = len(self._blank)
-        if len(self._blank) and tensor.layout == torch.strided:
-            storage = tensor.untyped_storage().data_ptr()
+        memory = memory_of(tensor) if before else None
+        if memory is not None:
             for other in list(self._blank):
-                if other.untyped_storage().data_ptr() == storage:
+                if memory_of(other) == memory:
                     del self._blank[other]
         return len(self._blank) < before
 
@@ -348,6 +350,26 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             view = memory.as_strided(other.shape, other.stride(), other.storage_offset())
             plane = joined(self.record.table, squeeze_equal(view.clone()))
             self._planes[other] = (plane,) if plane.numel() > 1 and bool(plane.any()) else NO_PLANES
+
+
+def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Arguments into which an operator writes."""
+    told, averages = _writes(func)
+    if averages and any(each is True for each in args):
+        told = averages
+    found = [args[place] if place < len(args) else kwargs.get(name) for place, name in told]
+    return list(tensors_in(found))
+
+
+Places = tuple[tuple[int, str], ...]
+
+
+@functools.cache
+def _writes(func: Any) -> tuple[Places, Places]:
+    """Arguments that an operator's schema says it writes, and averages that norms write untold."""
+    arguments = list(enumerate(func._schema.arguments))
+    told = [(n, a.name) for n, a in arguments if a.alias_info and a.alias_info.is_write]
+    return tuple(told), tuple((n, a.name) for n, a in arguments if a.name in _AVERAGES)
 
 
 def base_name(func: Any) -> tuple[str, bool]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,9 @@ from slimcli.network import constants, surgery
 from slimcli.network.cuts import Cut
 from slimcli.network.example import Example
 from slimcli.network.structure import user_line
+from slimcli.network.structure.another_batch import holds_numbers, other_batches
 from slimcli.network.structure.comparison import Failure, Picks, Ran, compare
+from slimcli.network.structure.draws import Draws
 from slimcli.network.structure.edits import Edit, carry_out
 from slimcli.network.structure.hollow import Hollow, is_large
 from slimcli.network.structure.modes import (
@@ -39,12 +41,13 @@ from slimcli.network.structure.precision import copy_as, in_double, run_inside, 
 from slimcli.network.structure.producing import MIXING
 from slimcli.network.structure.recheck import first_disorder
 from slimcli.network.structure.record import Record
-from slimcli.network.structure.rehearse import kept_count, rehearse
+from slimcli.network.structure.rehearse import rehearse
 from slimcli.network.structure.run import run_traced
 from slimcli.network.structure.sources import Sources
 from slimcli.network.structure.structure import Group
 from slimcli.network.structure.traced import Traced
 from slimcli.network.structure.train_mode import set_train_mode
+from slimcli.network.structure.unequal import is_uniform, unequal
 
 
 @dataclass
@@ -112,6 +115,7 @@ class Trial:
         self._copies = traced.record.leaves
         self._names = {id(each): name for name, each in model.named_parameters()}
         self._is_sure = False
+        self._draws = Draws(self._random)
         self.note = ""
         self._log = _Log(limit=traced.record.static_calls or 0)
         self._origin = model, example
@@ -135,7 +139,7 @@ class Trial:
         if self._copies or self._hollow is None:
             return None
         is_read = self._names[id(parameter)] in self._traced.record.sources.seen
-        is_taken = is_read and is_large(parameter) and not _is_uniform(parameter)
+        is_taken = is_read and is_large(parameter) and not is_uniform(parameter)
         return self._hollow.shell(parameter) if is_taken else None
 
     def run(self, model: nn.Module, record: Record | None = None) -> Ran:
@@ -201,10 +205,25 @@ class Trial:
         if failure is None or self._copies or self._is_sure:
             return failure
         self._copies = True  # is it the code, or that its weights are hollow? once is enough
-        failure = self._attempt_once(groups, thorough, merging)
+        with self._draws.repeated():
+            failure = self._attempt_once(groups, thorough, merging)
         self._is_sure = failure is not None
         self._copies = failure is None or self._dtype == torch.float32
         return failure
+
+    def opposite(self, groups: Sequence[Group]) -> Failure | None:
+        """The last attempt twice more, each group once the other way round: what stayed goes."""
+        for turn in (0, 1):
+            with self._draws.turned(turn):
+                failure = self.attempt(groups, thorough=True)
+            if failure is not None:
+                return failure
+        return None
+
+    def level(self, groups: Sequence[Group], names: Collection[str]) -> Failure | None:
+        """One attempt in which the groups of these names keep equally many channels."""
+        with self._draws.level([group for group in groups if group.name in names]):
+            return self.attempt(groups)
 
     def _attempt_once(
         self, groups: Sequence[Group], thorough: bool, merging: bool
@@ -219,9 +238,7 @@ class Trial:
     ) -> Failure | None:
         self._log.whole = self._uncut_layers(groups)
         cuts = []
-        for group in groups:
-            order = torch.randperm(group.size, generator=self._random).tolist()
-            keep = kept_count(group.size, self._random)
+        for group, (order, keep) in zip(groups, self._draws.of(groups), strict=True):
             cut, edits = rehearse(model, group, order, keep, merging)
             cuts.append(cut)
             self._edit(edits)
@@ -232,10 +249,14 @@ class Trial:
                 zeroed = self._run_zeroed(model)
             if zeroed is None:
                 return self._attempt_once(groups, thorough, merging)
+            others = self._other_batches(model) if any(cut.constants for cut in cuts) else None
             self._cut(model, cuts, capture)
             if (thorough and self._traced.record.may_reorder) or self._rechecks:
                 after = Record(Sources(model))
             cut_ran = self.run(model, after)
+            failure = self._compare_others(model, others) if others else None
+            if failure is not None:
+                return failure
             if thorough and self._traced.train_path_differs:
                 set_train_mode(model)
                 self.run(model)
@@ -248,6 +269,37 @@ class Trial:
             return self._raised(error)
         failure = compare(zeroed, cut_ran, self._dtype, may_jump=bool(self._log.limit))
         return self._recheck(after, cuts) if failure is None and after is not None else failure
+
+    def _other_batches(self, model: nn.Module) -> tuple[Example, Ran] | None:
+        """A batch unlike the example and what the zeroed model gives, if constants may hang on it.
+
+        They may where the code makes numbers of tensors or sizes, or the batch has some.
+        """
+        record, batch = self._traced.record, self._example.batch
+        is_counted = record.reads or record.leaves or record.counts_sizes
+        if not is_counted and not holds_numbers(batch):
+            return None
+        for other in other_batches(batch):
+            example = Example(other, self._example.predict)
+            try:
+                return example, self._run_on(example, model)
+            except Exception:  # the model refuses this batch, as it may
+                continue
+        return None
+
+    def _run_on(self, example: Example, model: nn.Module) -> Ran:
+        whole, self._example = self._example, example
+        try:
+            return self.run(model)
+        finally:
+            self._example = whole
+
+    def _compare_others(self, model: nn.Module, others: tuple[Example, Ran]) -> Failure | None:
+        """Does the cut model give the same on the other batch, too?"""
+        example, zeroed = others
+        ran = self._run_on(example, model)
+        failure = compare(zeroed, ran, self._dtype, may_jump=bool(self._log.limit))
+        return replace(failure, is_other_batch=True) if failure else None
 
     def _edit(self, edits: Sequence[Edit]) -> None:
         """Makes channels removable."""
@@ -319,47 +371,3 @@ class Trial:
             else:
                 found.append((group, problem))
         return found
-
-
-def unequal(model: nn.Module, random: torch.Generator, hollow: Hollow | None = None) -> None:
-    """Gives norms, and parameters whose entries are all equal, different entries, in place.
-
-    Args:
-        model: Changed.
-        random: What they are drawn from.
-        hollow: Its tensors stay as they are.
-    """
-    with torch.no_grad():
-        for module in model.modules():
-            for tensor in module.parameters(recurse=False):
-                if (hollow is None or not hollow.stands_for(tensor)) and _is_uniform(tensor):
-                    positive = float(tensor.flatten()[0]) > 0
-                    tensor.copy_(_spread(tensor, positive, random))
-            mean, variance = (
-                getattr(module, "running_mean", None),
-                getattr(module, "running_var", None),
-            )
-            if isinstance(mean, Tensor) and isinstance(variance, Tensor):
-                _disturb(mean, variance, random)
-
-
-def _disturb(mean: Tensor, variance: Tensor, random: torch.Generator) -> None:
-    """Moves statistics a little: far ones would silence every channel behind an activation."""
-    variance.mul_(_spread(variance, True, random).to(variance.device))
-    shift = 2 * torch.rand(mean.shape, generator=random, dtype=torch.float64) - 1
-    mean.add_(0.1 * shift.to(mean.device) * variance.clamp_min(0).sqrt())
-
-
-def _is_uniform(tensor: Tensor) -> bool:
-    if not tensor.numel() or not tensor.is_floating_point():
-        return False
-    if tensor.numel() == 1:  # a gate that starts at zero would hide what lies behind it
-        return not bool(tensor.any())
-    flat = tensor.flatten()
-    return bool(flat[0] == flat[-1]) and bool((flat == flat[0]).all())
-
-
-def _spread(tensor: Tensor, positive: bool, random: torch.Generator) -> Tensor:
-    if positive:
-        return 0.75 + 0.5 * torch.rand(tensor.shape, generator=random, dtype=torch.float64)
-    return 0.1 * torch.randn(tensor.shape, generator=random, dtype=torch.float64)

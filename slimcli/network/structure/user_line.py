@@ -24,6 +24,11 @@ def is_of_slim(frame: FrameType) -> bool:
     return frame.f_code.co_filename.startswith(_SLIM)
 
 
+def is_of_torch(frame: FrameType) -> bool:
+    """Is this code of torch?"""
+    return frame.f_code.co_filename.startswith(_OURS[0])
+
+
 def describe(filename: str, line: int) -> str:
     """``blocks.py:12: x = x.view(-1, 9216)``."""
     text = linecache.getline(filename, line).strip()

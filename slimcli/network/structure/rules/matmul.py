@@ -42,6 +42,13 @@ def added_product(op: Op) -> Sequence[Planes]:
     return [_with_bias(op, bias, planes)]
 
 
+def sparse_product(op: Op) -> Sequence[Planes]:
+    """``torch.sparse.mm``: a sparse matrix from the left, whose sum with zeros counts nothing."""
+    added, left, right = op.args[:3]
+    planes = multiply(op, left, right, op.output)
+    return [planes if op.arg(3, "beta", 1) == 0 else _with_bias(op, added, planes)]
+
+
 def _with_bias(op: Op, bias: Tensor, planes: Planes) -> Planes:
     add = op.record.table.add
     anything = add(Node(Kind.SOURCE, flags=(False,)))
@@ -340,6 +347,7 @@ RULES: dict[str, Rule] = {
     "bmm": product,
     "matmul": product,
     "addmm": added_product,
+    "_sparse_addmm": sparse_product,
     "baddbmm": added_product,
     "linear": linear,
     "add": added,

@@ -14,13 +14,14 @@ from torch import Tensor
 from slimcli.network.nested import tensors_in
 from slimcli.network.structure import user_line
 from slimcli.network.structure.planes import (
+    active_axes,
     entries,
     labels_of,
     split_blocks,
     squeeze_equal,
     view,
 )
-from slimcli.network.structure.record import Split
+from slimcli.network.structure.record import Least, Split
 from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule
 
 
@@ -44,6 +45,18 @@ def restrided(op: Op) -> Sequence[Planes]:
         op.freeze([tensor], f"{op.name} reads memory in an order of its own")
         return []
     return [planes]
+
+
+def squeezed(op: Op) -> Sequence[Planes]:
+    """``squeeze``; without an axis, or with that of the channels, two of them must stay."""
+    dims = len(op.size)
+    told = op.arg(1, "dim", range(dims))
+    axes = {axis % dims for axis in ([told] if isinstance(told, int) else told)}
+    for plane in op.planes(op.args[0]):
+        for axis in axes & set(active_axes(plane)):
+            labels = op.record.axis_labels([plane], axis, plane.shape[axis])
+            op.record.least.append(Least(labels, 2, user_line.current()))
+    return executed(op)
 
 
 def executed(op: Op) -> Sequence[Planes]:
@@ -246,7 +259,8 @@ RULES: dict[str, Rule] = {
     **_table(same, "_conj _neg_view resolve_conj resolve_neg view_as _autocast_to_full_precision"),
     **_table(same, "_autocast_to_reduced_precision positive"),
     "as_strided": restrided,
-    **_table(executed, "permute transpose t expand squeeze unsqueeze movedim moveaxis"),
+    "squeeze": squeezed,
+    **_table(executed, "permute transpose t expand unsqueeze movedim moveaxis"),
     **_table(executed, "pixel_shuffle pixel_unshuffle"),
     **_table(viewed, "view _unsafe_view reshape _reshape_alias unflatten flatten"),
     **_table(

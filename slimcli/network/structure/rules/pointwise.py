@@ -162,6 +162,8 @@ def _combined(op: Op, tensors: Sequence[Tensor], places: list[int], planes: list
             parents, flags = (*parents, _anything(op.record)), (*absorbs, False)
             return table.add(Node(Kind.COMBINE, parents, flags, keeps_zero))
         combined = table.add(Node(Kind.COMBINE, parents, absorbs, keeps_zero))
+        if op.name in _COMPARISONS:  # of a constant with its own mean, rounding decides
+            return table.add(Node(Kind.BORDER, (combined,)))
         # An operand without channels: any value, so that all but a zero varies with it.
         return table.add(Node(Kind.BORDER, (combined,))) if others else combined
 
@@ -312,6 +314,8 @@ def halves(op: Op) -> Sequence[Planes]:
         result += (pack(labels_of(value), nodes),)
     return [result]
 
+
+_COMPARISONS = frozenset(("eq", "ne", "lt", "le", "gt", "ge"))
 
 _POINTWISE = """
 hardswish _prelu_kernel prelu gelu silu mish selu celu elu where masked_fill lerp addcmul addcdiv

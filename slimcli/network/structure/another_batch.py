@@ -1,0 +1,69 @@
+"""Batches like the example, but of other sizes and values, for what must hold for any batch.
+
+A constant that a bias takes up was measured on one batch. Where the code makes numbers of a batch
+(``x.mean().item()``, ``height * width``, a number that came with it), the next batch may give
+another constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimcli.network.count import samples_in
+from slimcli.network.nested import mapped
+
+SCALE = 1.3
+CROPPED = (1, 3)
+"""Rows and columns that are left out: an odd number each, so that even sizes become odd ones."""
+
+
+def other_batches(batch: Any) -> Iterator[Any]:
+    """The most different batch first; a model may refuse other image sizes, or other sample counts.
+
+    >>> [tuple(each.shape) for each in other_batches(torch.ones(2, 3, 16, 16))]
+    [(3, 3, 15, 13), (3, 3, 16, 16), (2, 3, 16, 16)]
+    """
+    scaled = mapped(batch, _scaled)
+    try:
+        samples = samples_in(batch)
+    except ValueError:
+        samples = 0
+    more = mapped(scaled, lambda each: _with_one_more(each, samples))
+    yield mapped(more, _cropped)
+    yield more
+    yield scaled
+
+
+def holds_numbers(batch: Any) -> bool:
+    """Are there Python numbers in a batch?
+
+    >>> holds_numbers([torch.ones(2), {"time": 0.5}]), holds_numbers([torch.ones(2), True])
+    (True, False)
+    """
+    kinds: set[type] = set()
+
+    def note(value: Any) -> None:
+        kinds.add(type(value))
+
+    mapped(batch, note)
+    return not kinds.isdisjoint((int, float))
+
+
+def _scaled(value: Any) -> Any:
+    is_real = isinstance(value, float) or (isinstance(value, Tensor) and value.is_floating_point())
+    return value * SCALE if is_real else value
+
+
+def _with_one_more(value: Any, samples: int) -> Any:
+    if isinstance(value, Tensor) and value.dim() and 0 < value.shape[0] == samples:
+        return torch.cat([value, value[:1]])
+    return value
+
+
+def _cropped(value: Any) -> Any:
+    is_image = isinstance(value, Tensor) and value.dim() > 3
+    return value[..., : -CROPPED[0], : -CROPPED[1]] if is_image else value

@@ -1,0 +1,115 @@
+"""Which channels a trial cut keeps: drawn so that nothing fits by luck."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from slimcli.network.structure.structure import Group
+
+REDRAWN = 20
+"""So often a choice of channels is drawn anew, to be another one than that of the group before."""
+
+Selection = tuple[list[int], int]
+"""All channels of a group in some order, and how many of the first ones stay."""
+
+
+def kept_count(size: int, random: torch.Generator, least: int = 1) -> int:
+    """How many of so many channels a trial keeps: a quarter to three quarters, an odd number.
+
+    At least ``least``, which is less than ``size``.
+
+    Exactly half would fit too much code: two widths that must be equal are halved alike, and half
+    of a number of heads is a number of heads.
+
+    >>> kept_count(64, torch.Generator().manual_seed(0)) % 2
+    1
+    """
+    low, high = max(1, size // 4), 3 * size // 4
+    drawn = int(torch.randint(low, high + 1, (), generator=random)) | 1
+    return max(least, min(drawn, size - 1))
+
+
+class Draws:
+    """Choices of channels, and the last one of each group.
+
+    Args:
+        random: What they are drawn from.
+    """
+
+    def __init__(self, random: torch.Generator) -> None:
+        self._random = random
+        self._last: dict[str, Selection] = {}
+        self._turn: int | None = None
+        self._repeats = False
+        self._level: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def turned(self, turn: int) -> Iterator[None]:
+        """Meanwhile the last choices come again, those of some groups the other way round.
+
+        Args:
+            turn: 0 or 1; every group is turned round in one of them.
+        """
+        self._turn = turn
+        try:
+            yield
+        finally:
+            self._turn = None
+
+    @contextlib.contextmanager
+    def repeated(self) -> Iterator[None]:
+        """Meanwhile the last choices come again."""
+        self._repeats = True
+        try:
+            yield
+        finally:
+            self._repeats = False
+
+    @contextlib.contextmanager
+    def level(self, groups: Sequence[Group]) -> Iterator[None]:
+        """Meanwhile these groups keep equally many channels."""
+        fewest = min(kept_count(group.size, self._random) for group in groups)
+        self._level = {group.name: max(group.least, fewest) for group in groups}
+        try:
+            yield
+        finally:
+            self._level = {}
+
+    def of(self, groups: Sequence[Group]) -> Iterator[Selection]:
+        """A choice for each group.
+
+        Of groups of one size no two in a row keep the same channels, nor, where the last attempt
+        is turned round, two others nearby: heads of queries and of values must not fit by luck.
+        """
+        alike: dict[int, int] = {}
+        kept: dict[int, set[int]] = {}
+        for group in groups:
+            place = alike[group.size] = alike.get(group.size, -1) + 1
+            choice = self._again(group, place) or self._drawn(group, kept.get(group.size, set()))
+            kept[group.size] = set(choice[0][: choice[1]])
+            yield choice
+
+    def _again(self, group: Group, place: int) -> Selection | None:
+        """The last choice, or its opposite, if that is what is wanted now."""
+        last = self._last.get(group.name)
+        if last is None or len(last[0]) != group.size:
+            return None
+        if self._turn is None:
+            return last if self._repeats else None
+        if (place >> 1) % 2 != self._turn:
+            return last
+        return last[0][::-1], max(group.least, group.size - last[1])
+
+    def _drawn(self, group: Group, unlike: set[int]) -> Selection:
+        """A random choice, if possible of other channels than these."""
+        keep = self._level.get(group.name) or kept_count(group.size, self._random, group.least)
+        order: list[int] = []
+        for _ in range(REDRAWN):
+            order = torch.randperm(group.size, generator=self._random).tolist()
+            if set(order[:keep]) != unlike:
+                break
+        self._last[group.name] = order, keep
+        return order, keep

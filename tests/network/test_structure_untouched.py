@@ -1,0 +1,97 @@
+"""An analysis leaves the user's parameters as they were, whatever the forward does to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slimcli.network.example import Example
+from slimcli.network.structure import analyze
+
+from .proving import call
+
+
+class Teacher(nn.Module):
+    """A student and its moving average, which the forward moves on.
+
+    Args:
+        move: Moves the second of two lists of parameters towards the first.
+    """
+
+    def __init__(self, move: Callable[[list[nn.Parameter], list[nn.Parameter]], None]) -> None:
+        super().__init__()
+        self.student, self.teacher = (
+            nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(392, 5))
+            for _ in range(2)
+        )
+        self.move = move
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.move([*self.student.parameters()], [*self.teacher.parameters()])
+        return self.student(x) + self.teacher(x)
+
+
+def replaced(new: list[nn.Parameter], old: list[nn.Parameter]) -> None:
+    for q, k in zip(new, old, strict=True):
+        k.data = k.data * 0.9 + q.data * 0.1
+
+
+def written(new: list[nn.Parameter], old: list[nn.Parameter]) -> None:
+    for q, k in zip(new, old, strict=True):
+        k.data.mul_(0.9).add_(q.data, alpha=0.1)
+
+
+def all_at_once(new: list[nn.Parameter], old: list[nn.Parameter]) -> None:
+    torch._foreach_lerp_(old, new, 0.1)
+
+
+def given_as_result(new: list[nn.Parameter], old: list[nn.Parameter]) -> None:
+    for q, k in zip(new, old, strict=True):
+        torch.lerp(k.data, q.data, 0.1, out=k.data)
+
+
+def as_one_vector(new: list[nn.Parameter], old: list[nn.Parameter]) -> None:
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(new) * 0.5, old)
+
+
+WAYS = [replaced, written, all_at_once, given_as_result, as_one_vector]
+
+
+class OwnAverages(nn.Module):
+    """Statistics of a norm that are parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.head = nn.Parameter(torch.randn(8, 3, 3, 3)), nn.Linear(8, 5)
+        self.mean = nn.Parameter(torch.zeros(8), requires_grad=False)
+        self.var = nn.Parameter(torch.ones(8), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.batch_norm(F.conv2d(x, self.weight), self.mean, self.var, training=True)
+        return self.head(torch.relu(x).mean((2, 3)))
+
+
+def check_untouched(model: nn.Module) -> None:
+    model.eval()
+    places = {name: each.data_ptr() for name, each in model.named_parameters()}
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    analyze(model, Example(torch.randn(2, 3, 9, 9), call))
+    after = model.state_dict()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert {name: each.data_ptr() for name, each in model.named_parameters()} == places
+
+
+@pytest.mark.parametrize("move", WAYS, ids=lambda way: way.__name__)
+def test_a_teacher_is_where_it_was_after_being(move: Callable[..., None]) -> None:
+    torch.manual_seed(0)
+    check_untouched(Teacher(move))
+
+
+def test_averages_that_are_parameters_are_as_they_were() -> None:
+    torch.manual_seed(0)
+    check_untouched(OwnAverages())

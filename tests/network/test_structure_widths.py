@@ -1,0 +1,137 @@
+"""Code that asks how wide something is: other widths must not lead it another way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from slimcli.network import surgery
+from slimcli.network.structure import Structure, analyze
+
+from . import structures
+from .proving import EXACT, difference, outputs, prepared, zero_channels
+
+Question = Callable[["Residual", Tensor, Tensor], Any]
+
+
+class Residual(structures.Net):
+    """Adds the input of ``b`` to its output where a question is answered by yes."""
+
+    def __init__(self, asks: Question) -> None:
+        super().__init__(8)
+        self.a, self.b, self.c = (
+            structures.conv(8, 16),
+            structures.conv(16, 12),
+            structures.conv(12, 8),
+        )
+        self.asks = asks
+
+    def body(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(x))
+        y = torch.relu(self.b(x))
+        return self.c(y + x if self.asks(self, x, y) else y)
+
+
+HEARD: dict[str, Question] = {
+    "attributes of layers": lambda net, x, y: net.b.in_channels == net.b.out_channels,
+    "entries": lambda net, x, y: x.numel() == y.numel(),
+    "a difference": lambda net, x, y: x.size(1) - y.size(1) == 0,
+    "one size": lambda net, x, y: x.is_same_size(y),
+}
+NUMBERS: dict[str, Question] = {
+    "plain numbers": lambda net, x, y: int(x.shape[1]) == int(y.shape[1]),
+    "mapped numbers": lambda net, x, y: list(map(int, x.size())) == list(map(int, y.size())),
+    "rows of weights": lambda net, x, y: len(net.a.weight) == len(net.b.weight),
+}
+
+
+def analysed(asks: Question) -> tuple[nn.Module, Any, Structure]:
+    torch.manual_seed(0)
+    model, example = prepared(Residual(asks), structures.image())
+    return model, example, analyze(model, example)
+
+
+@pytest.mark.parametrize("name", HEARD)
+def test_the_wider_of_two_widths_stays_where_the_code_compares(name: str) -> None:
+    model, example, structure = analysed(HEARD[name])
+    assert "its width is compared with another at " in structure.group("a").frozen_reason
+    group = structure.group("b")
+    zero_channels(model, group, range(4, 12))
+    before = outputs(model, example)
+    surgery.apply(model, [group.cut(range(4))], example=example)
+    assert difference(before, outputs(model, example)) <= EXACT
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_widths_stay_that_are_compared_as(name: str) -> None:
+    structure = analysed(NUMBERS[name])[2]
+    for group in ("a", "b"):
+        assert "its width is read as a number" in structure.group(group).frozen_reason
+    assert structure.group("stem.1").exact_zero
+
+
+def test_widths_that_are_numbers_without_consequence_can_be_cut() -> None:
+    structure = analysed(lambda net, x, y: int(x.shape[1]) + int(y.shape[1]) < 0)[2]
+    assert {group.name for group in structure.groups if group.exact_zero} >= {"a", "b"}
+
+
+def test_layers_keep_their_numbers_when_their_widths_were_listened_to() -> None:
+    model = analysed(HEARD["attributes of layers"])[0]
+    for layer in (model.a, model.b, model.c):
+        assert {type(layer.in_channels), type(layer.out_channels)} == {int}
+
+
+LEAST = {
+    "more than three": (lambda net, x, y: x.shape[1] > 3, {"a": 4}),
+    "no fewer than nine": (lambda net, x, y: y.size(1) >= 9, {"b": 10}),
+    "one": (lambda net, x, y: net.c.in_channels == 1, {"b": 2}),
+    "in front of a squeeze": (lambda net, x, y: y.mean((2, 3)).squeeze().dim() == 1, {"b": 2}),
+    "squeezed along channels": (lambda net, x, y: y.squeeze(1).dim() == 3, {"b": 2}),
+    "squeezed along pixels": (lambda net, x, y: y.squeeze(2).dim() == 3, {}),
+    "more than it has": (lambda net, x, y: x.shape[1] > 64, {}),
+}
+
+
+@pytest.mark.parametrize("name", LEAST)
+def test_the_fewest_channels_that_must_stay_for(name: str) -> None:
+    asks, least = LEAST[name]
+    structure = analysed(lambda net, x, y: asks(net, x, y) and False)[2]
+    assert {each.name: each.least for each in structure.groups if each.least > 1} == least
+    for group, count in least.items():
+        with pytest.raises(ValueError, match=f"{group} must keep {count} channels at least"):
+            structure.group(group).cut(range(count - 1))
+        structure.group(group).cut(range(count))
+
+
+class Together(structures.Net):
+    """The width of two maps laid side by side is compared with a number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(16)
+        self.a, self.c, self.b = (
+            structures.conv(8, 12),
+            structures.conv(8, 6),
+            structures.conv(18, 16),
+        )
+        self.number = number
+
+    def body(self, x: Tensor) -> Tensor:
+        y = torch.cat([self.a(x), self.c(x)], 1)
+        return self.b(y * 2 if y.shape[1] > self.number else y)
+
+
+@pytest.mark.parametrize(("number", "least"), [(5, {"a": 4, "c": 2}), (16, {})])
+def test_groups_that_share_a_width_keep_their_shares(number: int, least: dict[str, int]) -> None:
+    model, example = prepared(Together(number), structures.image())
+    structure = analyze(model, example)
+    found = {each.name: each.least for each in structure.groups if each.name in ("a", "c")}
+    if least:
+        assert found == least
+    else:
+        for name in ("a", "c"):
+            reason = structure.group(name).frozen_reason
+            assert f"its width must not fall below {number + 1} at " in reason
