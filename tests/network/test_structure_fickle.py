@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from slimcli.network.example import Example
 from slimcli.network.structure import analyze
-from slimcli.network.structure.another_batch import SCALE, other_batches
+from slimcli.network.structure.situations import SCALE, other_batches
 
 from .proving import call, prepared, prunable
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, cat, nn
 from torchvision.ops import StochasticDepth
 
@@ -13,7 +14,7 @@ from slimcli.network.example import Example
 from slimcli.network.structure import analyze
 
 from . import structures
-from .proving import call
+from .proving import call, prepared
 
 
 class Auxiliary(structures.Net):
@@ -157,3 +158,36 @@ class Again(structures.Net):
 def test_a_layer_that_reads_channels_twice_makes_no_linear_group_of_them() -> None:
     group = analyze(Again(), Example(structures.image(), call)).group("features.1")
     assert [group.is_prunable, group.is_linear] == [True, False]
+
+
+class ScaledInTraining(structures.Net):
+    """Divides by a width, but only in train mode; draws numbers where it is told to."""
+
+    def __init__(self, draws: bool = False) -> None:
+        super().__init__(12)
+        self.a, self.b = structures.conv(8, 16), structures.conv(16, 12)
+        self.draws = draws
+        self.register_buffer("seen", torch.zeros(()))
+
+    def body(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(x))
+        if self.training:
+            self.seen += 1
+            x = x / x.shape[1]
+            x = x * (1 + 0 * torch.rand(x.shape[1]).sum()) if self.draws else x
+        return self.b(x)
+
+
+def test_a_width_that_matters_in_train_mode_alone_is_not_cut() -> None:
+    torch.manual_seed(0)
+    model, example = prepared(ScaledInTraining(), structures.image())
+    reason = analyze(model, example).group("a").frozen_reason
+    assert "zeroed and cut differ by" in reason
+    assert "in train mode" in reason
+    assert model.seen == 0
+
+
+def test_train_mode_is_not_compared_where_random_numbers_are_drawn() -> None:
+    torch.manual_seed(0)
+    model, example = prepared(ScaledInTraining(draws=True), structures.image())
+    assert analyze(model, example).group("a").exact_zero

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from slimcli.network.example import Example
 from slimcli.network.structure import analyze
 
-from .proving import call
+from . import structures
+from .proving import EXACT, call, prepared, prunable, zeroed_and_cut
 
 
 class Teacher(nn.Module):
@@ -60,6 +61,35 @@ def as_one_vector(new: list[nn.Parameter], old: list[nn.Parameter]) -> None:
 
 
 WAYS = [replaced, written, all_at_once, given_as_result, as_one_vector]
+
+
+class Masked(structures.Net):
+    """A conv whose forward puts zeros into its weight, as autoregressive models do."""
+
+    def __init__(self) -> None:
+        super().__init__(12)
+        self.a, self.k, self.b = (
+            structures.conv(8, 16),
+            structures.conv(16, 10),
+            structures.conv(10, 12),
+        )
+        self.register_buffer("mask", torch.ones(10, 16, 3, 3).tril())
+
+    def body(self, x: Tensor) -> Tensor:
+        self.k.weight.data *= self.mask
+        return self.b(torch.relu(self.k(torch.relu(self.a(x)))))
+
+
+def test_channels_of_a_weight_that_is_masked_in_place_are_cut_with_the_mask() -> None:
+    torch.manual_seed(0)
+    model, example = prepared(Masked(), structures.image())
+    before = model.k.weight.clone()
+    structure = analyze(model, example)
+    assert torch.equal(model.k.weight, before)
+    assert {"a", "k"} <= {group.name for group in prunable(structure)}
+    for seed in range(3):
+        error, effect = zeroed_and_cut(model, example, prunable(structure), seed)
+        assert error <= EXACT < effect
 
 
 class OwnAverages(nn.Module):

@@ -76,7 +76,8 @@ def trace(model: nn.Module, example: Example) -> Traced:
         with noted_readers() as readers:
             evaluated = run_traced(twin, example, record)
         consumers_in_eval = len(record.consumers)
-        if readers or keeps_its_own_mode(twin) or remembers(twin, before):
+        keeps_state = remembers(twin, before)
+        if readers or keeps_its_own_mode(twin) or keeps_state:
             set_train_mode(twin)
             macs = list(record.macs)
             try:
@@ -92,4 +93,6 @@ def trace(model: nn.Module, example: Example) -> Traced:
     notes += freeze_unseen(twin, record)
     freeze_rewired(record)
     norm_after = {key: norm for key, norm in merged.items() if norm}
-    return Traced(record, norm_after, tuple(notes), train_path_differs, consumers_in_eval)
+    return Traced(
+        record, norm_after, tuple(notes), train_path_differs, consumers_in_eval, keeps_state
+    )

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from slimcli.network.selection import Sources, select, shape_after
 from slimcli.network.structure.edits import Edit
+from slimcli.network.structure.operators import base_name
 from slimcli.network.structure.precision import Widened
-from slimcli.network.structure.trace import base_name
 
 LARGE = 2**14
 """Parameters of fewer entries are worth no trouble: copies of them are made at once."""

@@ -26,6 +26,12 @@ def memory_of(tensor: Tensor) -> int | None:
         return None
 
 
+def lies_like(left: Tensor, right: Tensor) -> bool:
+    """Are they the same entries of the same memory, in the same order?"""
+    places = [(each.shape, each.stride(), each.storage_offset()) for each in (left, right)]
+    return places[0] == places[1] and memory_of(left) == memory_of(right)
+
+
 def seen_from(plane: Tensor, tensor: Tensor, other: Tensor) -> Tensor | None:
     """The plane of a tensor as one of another tensor that shares its memory.
 

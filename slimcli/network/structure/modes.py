@@ -37,6 +37,12 @@ def preserved_randomness() -> Iterator[None]:
             np.random.set_state(states[1])
 
 
+def random_states() -> list[Tensor]:
+    """Of all of torch's generators."""
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return [torch.get_rng_state(), *on_gpus]
+
+
 @contextlib.contextmanager
 def without_collector() -> Iterator[None]:
     """No pass of the garbage collector over all of torch's objects meanwhile.

@@ -8,7 +8,6 @@ An operation without a rule freezes the channels it touches.
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +20,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from slimcli.network.nested import tensors_in
 from slimcli.network.structure import user_line
-from slimcli.network.structure.memory import bordered, has_gaps, joined, memory_of, seen_from
+from slimcli.network.structure.memory import (
+    bordered,
+    has_gaps,
+    joined,
+    lies_like,
+    memory_of,
+    seen_from,
+)
 from slimcli.network.structure.nodes import Kind, Node
+from slimcli.network.structure.operators import base_name, makes_zeros, written
 from slimcli.network.structure.planes import is_useful, squeeze_equal
 from slimcli.network.structure.record import Record
 from slimcli.network.structure.sources import source_planes
@@ -143,14 +150,6 @@ ORDER_DEPENDENT = frozenset(
     ("nonzero", "masked_select", "topk", "sort", "argsort", "unique2", "torchvision::nms")
 )
 
-_BLANK = frozenset(("zeros", "zeros_like", "new_zeros"))
-
-_LITERAL = frozenset(("scalar_tensor", "lift_fresh"))
-"""They make a tensor of a number in the user's code."""
-
-_AVERAGES = frozenset(("running_mean", "running_var"))
-"""Norms write them in train mode, and their schemas don't say so."""
-
 _READS = frozenset(("_local_scalar_dense", "is_nonzero", "equal"))
 
 
@@ -219,7 +218,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         size = inputs[0].shape if inputs else torch.Size()
         output = self._execute(func, args, kwargs)
         self.ops.append((func.name(), tuple(each.shape for each in tensors_in(output))))
-        if _makes_zeros(name, output):
+        if makes_zeros(name, output):
             self._blank[output] = True
         planes = self._apply(Op(self, func, name, args, kwargs, output, size)) if labelled else ()
         spoiled = self._spoil(inputs[0]) if in_place and inputs else False
@@ -306,6 +305,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._planes[tensor] = planes
         if not aliases or (was_blank and self._paint(tensor, planes, aliases)):
             return
+        if all(lies_like(tensor, other) for other in aliases):  # ``weight.data *= mask``
+            for other in aliases:
+                self._overwrite(other, planes)
+            return
         several = len(planes) > 1 or any(len(self.planes_of(other)) > 1 for other in aliases)
         if several or has_gaps(planes, tensor, aliases):
             everything = [*planes, *(p for other in aliases for p in self.planes_of(other))]
@@ -314,6 +317,14 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
             return
         self._write_through(tensor, aliases)
+
+    def _overwrite(self, tensor: Tensor, planes: Planes) -> None:
+        """All of a tensor is written; a parameter keeps its shape, whatever it is written with."""
+        if self.record.sources.find(tensor) is not None:
+            for old in self.planes_of(tensor):
+                for new in (plane for plane in planes if plane.shape == old.shape):
+                    self.record.join(old, new)
+        self._planes[tensor] = planes
 
     def _paint(self, tensor: Tensor, planes: Planes, aliases: Sequence[Tensor]) -> bool:
         """Channels were written into a part of zeros: the other zeros are of these channels, too.
@@ -350,43 +361,6 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             view = memory.as_strided(other.shape, other.stride(), other.storage_offset())
             plane = joined(self.record.table, squeeze_equal(view.clone()))
             self._planes[other] = (plane,) if plane.numel() > 1 and bool(plane.any()) else NO_PLANES
-
-
-def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Arguments into which an operator writes."""
-    told, averages = _writes(func)
-    if averages and any(each is True for each in args):
-        told = averages
-    found = [args[place] if place < len(args) else kwargs.get(name) for place, name in told]
-    return list(tensors_in(found))
-
-
-Places = tuple[tuple[int, str], ...]
-
-
-@functools.cache
-def _writes(func: Any) -> tuple[Places, Places]:
-    """Arguments that an operator's schema says it writes, and averages that norms write untold."""
-    arguments = list(enumerate(func._schema.arguments))
-    told = [(n, a.name) for n, a in arguments if a.alias_info and a.alias_info.is_write]
-    return tuple(told), tuple((n, a.name) for n, a in arguments if a.name in _AVERAGES)
-
-
-def base_name(func: Any) -> tuple[str, bool]:
-    """``("add", True)`` for ``aten::add_.Tensor``; other namespaces keep theirs."""
-    full = func.name()
-    space, _, rest = full.partition("::")
-    base = rest.partition(".")[0]
-    in_place = base.endswith("_") and not base.startswith("__")
-    base = base[:-1] if in_place else base
-    return (base if space == "aten" else f"{space}::{base}"), in_place
-
-
-def _makes_zeros(name: str, output: Any) -> bool:
-    """Are these zeros, whatever the model reads?"""
-    if name in _LITERAL:
-        return output.dim() == 0 and not bool(output)
-    return name in _BLANK and output.layout == torch.strided
 
 
 def affine_node(record: Record, path: str) -> Callable[[int], int]:

@@ -13,6 +13,7 @@ class Traced:
 
     Attributes:
         train_path_differs: In train mode (norms aside) it ran other operators.
+        keeps_state: It keeps something between runs.
         consumers_in_eval: How many of the record's consumers the run in eval mode found.
     """
 
@@ -21,3 +22,4 @@ class Traced:
     notes: tuple[str, ...]
     train_path_differs: bool
     consumers_in_eval: int
+    keeps_state: bool

@@ -26,7 +26,6 @@ from slimcli.network import constants, surgery
 from slimcli.network.cuts import Cut
 from slimcli.network.example import Example
 from slimcli.network.structure import user_line
-from slimcli.network.structure.another_batch import holds_numbers, other_batches
 from slimcli.network.structure.comparison import Failure, Picks, Ran, compare
 from slimcli.network.structure.draws import Draws
 from slimcli.network.structure.edits import Edit, carry_out
@@ -34,6 +33,7 @@ from slimcli.network.structure.hollow import Hollow, is_large
 from slimcli.network.structure.modes import (
     output_tensors,
     preserved_randomness,
+    random_states,
     without_collector,
     without_fast_path,
 )
@@ -43,10 +43,10 @@ from slimcli.network.structure.recheck import first_disorder
 from slimcli.network.structure.record import Record
 from slimcli.network.structure.rehearse import rehearse
 from slimcli.network.structure.run import run_traced
+from slimcli.network.structure.situations import Situation, holds_numbers, other_batches
 from slimcli.network.structure.sources import Sources
 from slimcli.network.structure.structure import Group
 from slimcli.network.structure.traced import Traced
-from slimcli.network.structure.train_mode import set_train_mode
 from slimcli.network.structure.unequal import is_uniform, unequal
 
 
@@ -59,6 +59,7 @@ class _Log:
         calls: Mixing modules that have run.
         limit: Outputs are kept of this many of them at most.
         whole: Paths of layers that aren't cut: their outputs are kept.
+        drew: Random numbers were drawn.
     """
 
     entered: str = ""
@@ -66,6 +67,7 @@ class _Log:
     limit: int = 0
     whole: frozenset[str] = frozenset()
     outputs: list[Tensor] = field(default_factory=list)
+    drew: bool = False
 
 
 @contextlib.contextmanager
@@ -111,7 +113,7 @@ class Trial:
     def __init__(self, model: nn.Module, example: Example, traced: Traced, seed: int = 0) -> None:
         self._random = torch.Generator().manual_seed(seed)
         self._traced = traced
-        self._rechecks = False
+        self._rechecks = self._trains = False
         self._copies = traced.record.leaves
         self._names = {id(each): name for name, each in model.named_parameters()}
         self._is_sure = False
@@ -158,6 +160,7 @@ class Trial:
             example = run_inside(picks, example)
         with torch.no_grad(), preserved_randomness(), without_fast_path():
             torch.manual_seed(0)
+            dice = random_states()
             if record is None:
                 prediction = example.run(model)
             elif hollow is None:
@@ -165,6 +168,7 @@ class Trial:
             else:
                 with in_double():
                     prediction = run_traced(model, example, record, hollow.execute).output
+            self._log.drew = not all(map(torch.equal, dice, random_states()))
         if hollow is not None:
             hollow.forget()
         return Ran(list(output_tensors(prediction)), self._log.outputs, picks.found)
@@ -249,17 +253,14 @@ class Trial:
                 zeroed = self._run_zeroed(model)
             if zeroed is None:
                 return self._attempt_once(groups, thorough, merging)
-            others = self._other_batches(model) if any(cut.constants for cut in cuts) else None
+            elsewhere = self._zeroed_elsewhere(model, cuts, thorough)
             self._cut(model, cuts, capture)
             if (thorough and self._traced.record.may_reorder) or self._rechecks:
                 after = Record(Sources(model))
             cut_ran = self.run(model, after)
-            failure = self._compare_others(model, others) if others else None
+            failure = self._compared_elsewhere(model, elsewhere)
             if failure is not None:
                 return failure
-            if thorough and self._traced.train_path_differs:
-                set_train_mode(model)
-                self.run(model)
         except SlimError as error:
             cause = error.__cause__  # where a hook raised, slim tells it in its own words
             if cause is not None and user_line.of_error(cause):
@@ -270,36 +271,58 @@ class Trial:
         failure = compare(zeroed, cut_ran, self._dtype, may_jump=bool(self._log.limit))
         return self._recheck(after, cuts) if failure is None and after is not None else failure
 
-    def _other_batches(self, model: nn.Module) -> tuple[Example, Ran] | None:
-        """A batch unlike the example and what the zeroed model gives, if constants may hang on it.
+    def _zeroed_elsewhere(
+        self, model: nn.Module, cuts: Sequence[Cut], thorough: bool
+    ) -> list[tuple[Situation, Ran | None]]:
+        """What the zeroed model gives where the cut one must give the same, too.
 
-        They may where the code makes numbers of tensors or sizes, or the batch has some.
+        On a batch unlike the example, if constants that a bias takes up may hang on the batch:
+        the code makes numbers of tensors or sizes, or the batch has some. In train mode, if the
+        code is another one there.
         """
-        record, batch = self._traced.record, self._example.batch
+        record, found = self._traced.record, []
         is_counted = record.reads or record.leaves or record.counts_sizes
-        if not is_counted and not holds_numbers(batch):
-            return None
-        for other in other_batches(batch):
-            example = Example(other, self._example.predict)
-            try:
-                return example, self._run_on(example, model)
-            except Exception:  # the model refuses this batch, as it may
-                continue
-        return None
+        has_numbers = is_counted or holds_numbers(self._example.batch)
+        if has_numbers and any(cut.constants for cut in cuts):
+            for batch in other_batches(self._example.batch):
+                situation = Situation(Example(batch, self._example.predict))
+                try:
+                    found.append((situation, self._run_in(situation, model)))
+                    break
+                except Exception:  # the model refuses this batch, as it may
+                    continue
+        if (thorough or self._trains) and self._traced.train_path_differs:
+            training = Situation(self._example, trains=True)
+            is_same = not self._traced.keeps_state
+            found.append((training, self._run_in(training, model) if is_same else None))
+        return found
 
-    def _run_on(self, example: Example, model: nn.Module) -> Ran:
-        whole, self._example = self._example, example
+    def _run_in(self, situation: Situation, model: nn.Module) -> Ran | None:
+        """What the model gives; None if it drew numbers, whose count is another one after a cut."""
+        whole, self._example = self._example, situation.example
         try:
-            return self.run(model)
+            with situation.entered(model):
+                ran = self.run(model)
         finally:
             self._example = whole
+        return ran if not (situation.trains and self._log.drew) else None
 
-    def _compare_others(self, model: nn.Module, others: tuple[Example, Ran]) -> Failure | None:
-        """Does the cut model give the same on the other batch, too?"""
-        example, zeroed = others
-        ran = self._run_on(example, model)
-        failure = compare(zeroed, ran, self._dtype, may_jump=bool(self._log.limit))
-        return replace(failure, is_other_batch=True) if failure else None
+    def _compared_elsewhere(
+        self, model: nn.Module, zeroed: Sequence[tuple[Situation, Ran | None]]
+    ) -> Failure | None:
+        """Does the cut model give the same in these situations? Where nothing is known, it runs."""
+        for situation, before in zeroed:
+            known, self._trains = self._trains, self._trains or situation.trains
+            after = self._run_in(situation, model)  # if it raises, every attempt must train
+            failure = None
+            if before is not None and after is not None:
+                failure = compare(before, after, self._dtype, may_jump=bool(self._log.limit))
+            self._trains = self._trains if failure else known
+            if failure is not None:
+                where = " in train mode" if situation.trains else ""
+                is_other = not situation.trains
+                return replace(failure, what=failure.what + where, is_other_batch=is_other)
+        return None
 
     def _edit(self, edits: Sequence[Edit]) -> None:
         """Makes channels removable."""

@@ -1,4 +1,4 @@
-"""Batches like the example, but of other sizes and values, for what must hold for any batch.
+"""Where else than on the example a cut must hold: on other batches, and in train mode.
 
 A constant that a bias takes up was measured on one batch. Where the code makes numbers of a batch
 (``x.mean().item()``, ``height * width``, a number that came with it), the next batch may give
@@ -7,18 +7,46 @@ another constant.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from slimcli.network.count import samples_in
+from slimcli.network.example import Example
 from slimcli.network.nested import mapped
+from slimcli.network.structure.train_mode import set_train_mode
 
 SCALE = 1.3
 CROPPED = (1, 3)
 """Rows and columns that are left out: an odd number each, so that even sizes become odd ones."""
+
+
+@dataclass(frozen=True)
+class Situation:
+    """A batch, and whether the model is in train mode."""
+
+    example: Example
+    trains: bool = False
+
+    @contextlib.contextmanager
+    def entered(self, model: nn.Module) -> Iterator[None]:
+        """Meanwhile the model is in this mode; what it writes into its buffers is undone."""
+        if not self.trains:
+            yield
+            return
+        buffers = [(each, each.clone()) for each in model.buffers()]
+        set_train_mode(model)
+        try:
+            yield
+        finally:
+            model.eval()
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
 
 
 def other_batches(batch: Any) -> Iterator[Any]:
