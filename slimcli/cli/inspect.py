@@ -125,6 +125,8 @@ def _remarks(group: GroupFacts) -> list[str]:
         found.append(f"merging equal channels is not exact{reason}")
     if group.constants:
         found.append(f"a zero channel becomes a constant, taken up by {_listed(group.constants)}")
+    if group.channels_least > 1:
+        found.append(f"{group.channels_least} channels must stay: your code asks for the width")
     if not group.strategies:
         found.append("no strategy selects it: nothing can be put behind its producers")
     return found

@@ -31,6 +31,7 @@ class GroupFacts:
         is_duplicate_merging_exact: Merging channels that are equal changes no output.
         duplicate_reason: Why not.
         constants: Consumers whose bias takes up the constant that a zero channel becomes.
+        channels_least: So many must stay, because the user's code does something else with fewer.
     """
 
     name: str
@@ -47,6 +48,7 @@ class GroupFacts:
     is_duplicate_merging_exact: bool
     duplicate_reason: str
     constants: tuple[str, ...]
+    channels_least: int
 
 
 def facts_of(structure: Structure) -> list[GroupFacts]:
@@ -79,6 +81,7 @@ def _facts(structure: Structure, group: Group, strategies: tuple[str, ...]) -> G
         is_duplicate_merging_exact=is_prunable and group.exact_duplicate,
         duplicate_reason="" if group.exact_duplicate else group.duplicate_reason,
         constants=tuple(dict.fromkeys(path for path, _ in group.constants)),
+        channels_least=group.least,
     )
 
 

@@ -45,6 +45,9 @@ class Net(nn.Module):
         x = torch.relu(self.conv(x))
         return self.fc(x.view(len(x), 64))
 """
+ASKS_FOR_ITS_WIDTH = NETWORK.replace(
+    "torch.sigmoid(self.tail(x))", "torch.sigmoid(-y if (y := self.tail(x)).shape[1] > 4 else y)"
+)
 RECIPE = project.RECIPE.replace("algorithm: finetune", "algorithm: resrep").replace(
     "lr: 0.1,",
     "lr: 0.1, auto_find_module_strategy: all_bn, min_channels: 2, warmup_epoch: 0, "
@@ -144,6 +147,34 @@ def test_a_model_without_anything_to_prune_is_no_error(
     assert "it is an output of the model" in out
 
 
+def test_channels_that_must_stay_because_the_code_asks_for_the_width_are_told_and_kept(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_network(here, ASKS_FOR_ITS_WIDTH, RECIPE)
+    groups = {each["name"]: each for each in inspected(capsys=capsys)["groups"]}
+    assert {name: each["channels_least"] for name, each in groups.items()} == {
+        **{"stem": 1, "inner": 1, "tail": 5, "fc": 1}
+    }
+    assert slim("inspect", "recipe.yaml") == 0
+    assert "tail: 5 channels must stay: your code asks for the width" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("algorithm", ["resrep", "csgd"])
+def test_no_plan_goes_below_what_must_stay(
+    here: Path, capsys: pytest.CaptureFixture[str], algorithm: str
+) -> None:
+    recipe = RECIPE.replace("algorithm: resrep", f"algorithm: {algorithm}")
+    recipe = recipe.replace("all_bn", "all_conv").replace("min_channels: 2, ", "min_channels: 1, ")
+    if algorithm == "csgd":
+        recipe = recipe.replace(" warmup_epoch: 0,", "")
+        recipe = recipe.replace("prune_rate: 0.2", "cluster_percent: 0.9")
+    with_network(here, ASKS_FOR_ITS_WIDTH, recipe)
+    layers = inspected("--picture", "layers.svg", capsys=capsys)["layers"]
+    fewest = {each["name"]: each["channels_minimum"] for each in layers}
+    assert fewest["tail"] == 5
+    assert fewest["inner"] < 5
+
+
 def test_the_fields_of_the_document_are_fixed(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,6 +186,7 @@ def test_the_fields_of_the_document_are_fixed(
         *("name", "channels", "producers", "followers", "consumers", "macs_per_channel"),
         *("is_prunable", "frozen_reason", "strategies", "is_zero_removal_exact"),
         *("zero_reason", "is_duplicate_merging_exact", "duplicate_reason", "constants"),
+        "channels_least",
     ]
     assert list(document["layers"][0]) == [
         *("name", "type", "channels", "macs", "group", "frozen_reason"),
