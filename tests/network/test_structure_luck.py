@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimcli.network.example import Example
-from slimcli.network.structure import analyze
+from slimcli.network.structure import Group, analyze
 from slimcli.network.structure.comparison import Ran, compare
-from slimcli.network.structure.draws import kept_count
+from slimcli.network.structure.draws import Draws, kept_count
 from slimcli.network.structure.unequal import unequal
 
 from . import structures
@@ -86,6 +86,39 @@ def test_a_trial_keeps_an_odd_number_of_channels_and_removes_at_least_one(size: 
     assert all(1 <= count < size for count in counts)
     assert size < 4 or all(count % 2 for count in counts - {size - 1})
     assert size < 16 or len(counts) > 2
+
+
+def groups_of(*sizes: int) -> list[Group]:
+    return [Group(str(number), size, (), (), (), ()) for number, size in enumerate(sizes)]
+
+
+def test_every_group_is_turned_round_once_and_neighbours_apart() -> None:
+    groups = groups_of(2, 2, 2, 8)
+    draws = Draws(torch.Generator().manual_seed(1))
+    first = list(draws.of(groups))
+    with draws.repeated():
+        assert list(draws.of(groups)) == first
+    turned = []
+    for turn in (0, 1):
+        with draws.turned(turn):
+            turned.append(list(draws.of(groups)))
+    opposite = [(order[::-1], len(order) - keep) for order, keep in first]
+    for number in range(4):
+        pair = {str(each[number]) for each in turned}
+        assert pair == {str(first[number]), str(opposite[number])}
+    kept = [set(order[:keep]) for order, keep in first]
+    assert kept[0] != kept[1] != kept[2]
+    assert [each[2] == first[2] for each in turned] != [each[0] == first[0] for each in turned]
+    assert list(draws.of(groups)) != first
+
+
+def test_level_groups_keep_equally_many_channels() -> None:
+    groups = groups_of(16, 12, 30)
+    draws = Draws(torch.Generator().manual_seed(1))
+    with draws.level(groups[:2]):
+        counts = [keep for _, keep in draws.of(groups)]
+    assert counts[0] == counts[1]
+    assert counts[0] < 12
 
 
 class Interleaved(structures.Net):

@@ -191,3 +191,23 @@ def test_train_mode_is_not_compared_where_random_numbers_are_drawn() -> None:
     torch.manual_seed(0)
     model, example = prepared(ScaledInTraining(draws=True), structures.image())
     assert analyze(model, example).group("a").exact_zero
+
+
+class Fading(structures.Net):
+    """In train mode it halves what it multiplies with, in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__(12)
+        self.a, self.b = structures.conv(8, 16), structures.conv(16, 12)
+        self.register_buffer("strength", torch.ones(()))
+
+    def body(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.strength.mul_(0.5)
+        return self.b(torch.relu(self.a(x)) * self.strength)
+
+
+def test_what_train_mode_writes_into_a_buffer_is_undone_before_the_cut_is_compared() -> None:
+    torch.manual_seed(0)
+    model, example = prepared(Fading(), structures.image())
+    assert analyze(model, example).group("a").exact_zero

@@ -92,6 +92,35 @@ def test_channels_of_a_weight_that_is_masked_in_place_are_cut_with_the_mask() ->
         assert error <= EXACT < effect
 
 
+class Copying(structures.Net):
+    """A conv whose weight is written with that of another one."""
+
+    def __init__(self) -> None:
+        super().__init__(12)
+        self.a, self.k, self.m = (
+            structures.conv(8, 16),
+            structures.conv(16, 10),
+            structures.conv(16, 10),
+        )
+        self.b = structures.conv(10, 12)
+
+    def body(self, x: Tensor) -> Tensor:
+        self.k.weight.data.copy_(self.m.weight.data)
+        x = torch.relu(self.a(x))
+        return self.b(torch.relu(self.k(x)) + torch.relu(self.m(x)))
+
+
+def test_a_weight_written_with_another_one_is_cut_with_it() -> None:
+    torch.manual_seed(0)
+    model, example = prepared(Copying(), structures.image())
+    structure = analyze(model, example)
+    for group in prunable(structure):
+        error, effect = zeroed_and_cut(model, example, [group], seed=2)
+        assert error <= EXACT < effect
+    written = [g for g in structure.groups for s in g.slots if (s.tensor, s.dim) == ("k.weight", 0)]
+    assert [{"k.weight", "m.weight"} <= {s.tensor for s in g.slots} for g in written] == [True]
+
+
 class OwnAverages(nn.Module):
     """Statistics of a norm that are parameters."""
 

@@ -18,8 +18,6 @@ def memory_of(tensor: Tensor) -> int | None:
     >>> memory_of(x) == memory_of(x[1:]), memory_of(x.to_sparse())
     (True, None)
     """
-    if tensor.layout != torch.strided or tensor.is_nested:
-        return None
     try:
         return tensor.untyped_storage().data_ptr() or None
     except (NotImplementedError, RuntimeError):
