@@ -111,6 +111,7 @@ class SlimGroup(click.Group):
         taken = {spelling for each in command.params for spelling in each.opts}
         command.params = [*command.params, *_global_options(taken)]
         assert command.callback is not None
+        command.callback = stopping.exits_are_errors()(command.callback)
         command.callback = console.results_only()(command.callback)
         if console.settings().json:
             own = [each.name for each in command.params if "--json" in each.opts]

@@ -1,4 +1,4 @@
-"""A command and what is around it: signals outside of training (130, 143), closed streams."""
+"""What is around a command: signals outside of training (130, 143), exits, closed streams."""
 
 from __future__ import annotations
 
@@ -62,6 +62,24 @@ def signals_unwind() -> Iterator[None]:
         if not _OBEYED.is_set():
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+@contextmanager
+def exits_are_errors() -> Iterator[None]:
+    """Inside, ``exit()`` in the user's code is an error like any other, wherever it is called.
+
+    Raises:
+        RunError: It was; the command does not end as if all were done.
+    """
+    from slimcli.recipe.binding import code_failed
+    from slimcli.recipe.frames import is_ours
+
+    try:
+        yield
+    except SystemExit as error:
+        if is_ours(error):
+            raise
+        raise code_failed("your code", error) from error
 
 
 def open_closed_streams() -> None:

@@ -43,6 +43,9 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "optimizer": ("optimizer", "optim", "opt", "optmizer", "optimzer"),
     "samples": ("samples", "batch", "data"),
 }
+RAISED = (Exception, SystemExit)
+"""What the user's code may raise; ``exit()`` in it must not end the command with its own code."""
+
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -92,7 +95,7 @@ class BoundHook:
         named = {name: arguments[number] for name, number in order.named.items()}
         try:
             return self.__wrapped__(*positional, **named, **self.keywords)
-        except Exception as error:
+        except RAISED as error:
             if is_ours(error):
                 raise
             raise hook_failed(self.name, error) from error
@@ -106,9 +109,21 @@ class BoundHook:
 
 def hook_failed(name: str, error: BaseException) -> RunError:
     """The error of a hook as ours, with the user's frames only."""
+    return code_failed(f"hook `{name}`", error)
+
+
+def code_failed(whose: str, error: BaseException) -> RunError:
+    """The error of the user's code as ours, with the user's frames only.
+
+    Args:
+        whose: What failed, in words.
+        error: What it raised.
+    """
     frames = user_frames(error)
-    what = f"hook `{name}` failed: {describe(error)}"
-    problem = Problem("E-HOOK-FAILED", what, where=place_of(frames), fix="full trace: --traceback")
+    what, fix = f"{whose} failed: {describe(error)}", "full trace: --traceback"
+    if isinstance(error, SystemExit):
+        fix = "raise an error in place of exit(): a command ends with a code of its own"
+    problem = Problem("E-HOOK-FAILED", what, where=place_of(frames), fix=fix)
     return RunError(problem, user_frames=frame_lines(frames))
 
 
@@ -167,7 +182,7 @@ def is_accumulating(value: object) -> bool:
 def _construct(name: str, cls: type, keywords: Mapping[str, Any]) -> Any:
     try:
         return cls(**keywords)
-    except Exception as error:
+    except RAISED as error:
         raise HookError(*hook_failed(name, error).problems) from error
 
 

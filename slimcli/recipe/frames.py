@@ -57,6 +57,11 @@ def place_of(frames: list[traceback.FrameSummary]) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """Type and message: ``RuntimeError: expected 3 channels, got 1``."""
-    text = str(error).strip()
+    """Type and message: ``RuntimeError: expected 3 channels, got 1``.
+
+    >>> describe(SystemExit(0)), describe(SystemExit())
+    ('SystemExit: 0', 'SystemExit')
+    """
+    is_bare = isinstance(error, SystemExit) and error.code is None  # its text would be "None"
+    text = "" if is_bare else str(error).strip()
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from slimcli.errors import HookError, Problem, SlimError
-from slimcli.recipe.binding import BoundHook, bind, location
+from slimcli.recipe.binding import RAISED, BoundHook, bind, location
 from slimcli.recipe.find import find_file, shadowing, shown, split_target
 from slimcli.recipe.frames import describe, frame_lines, is_users, place_of, user_frames
 from slimcli.recipe.model import Recipe, is_file_target
@@ -178,7 +178,7 @@ def _guarded(load: Callable[[], ModuleType], name: str, where: str) -> ModuleTyp
     """Imports; whatever the user's module raises is told as such, with the user's frames."""
     try:
         return load()
-    except (Exception, SystemExit) as error:
+    except RAISED as error:
         frames = user_frames(error)
         what = f"{name} cannot be imported: {describe(error)}"
         fix = "full trace: --traceback"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ from torch.utils.data import default_collate as torch_collate
 
 from slimcli.errors import SlimError
 from slimcli.network.count import samples_in
-from slimcli.recipe.binding import hook_failed
+from slimcli.recipe.binding import RAISED, hook_failed
 from slimcli.solver.interrupts import StopRequested
 from slimcli.solver.randomness import derive, epoch_order, seed_all
 
@@ -135,7 +135,7 @@ class DatasetSource:
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(derive(settings.seed, "workers", epoch)),
         )
-        for chunk, data in zip(chunks, guarded(iter(loader)), strict=True):
+        for chunk, data in zip(chunks, guarded(loader), strict=True):
             yield Batch(data, len(chunk))
 
     def _share(self, chunk: tuple[int, ...]) -> tuple[int, ...]:
@@ -165,7 +165,7 @@ class LoaderSource:
         sampler: Any = getattr(self.loader, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
-        iterator = guarded(iter(self.loader))
+        iterator = guarded(self.loader)
         for number in itertools.count():
             seed_all(self.seed, "data", epoch, number)
             data = next(iterator, _END)
@@ -196,22 +196,28 @@ def _ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def guarded(iterator: Iterator[Any]) -> Iterator[Any]:
+def guarded(items: Iterable[Any]) -> Iterator[Any]:
     """The same items; what the user's data set raises is told as an error of the user's hook.
 
     Raises:
         RunError: A sample could not be read, or samples could not be put into one batch.
     """
-    while True:
-        try:
-            item = next(iterator, _END)
-        except (SlimError, StopRequested):
-            raise
-        except Exception as error:
-            raise hook_failed("dataset_generator", error) from error
-        if item is _END:
-            return
+    # At once, and not with the first item: a loader draws its seed here.
+    return _each(_of_users(iter, items))
+
+
+def _each(iterator: Iterator[Any]) -> Iterator[Any]:
+    while (item := _of_users(next, iterator, _END)) is not _END:
         yield item
+
+
+def _of_users(function: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except (SlimError, StopRequested):
+        raise
+    except RAISED as error:
+        raise hook_failed("dataset_generator", error) from error
 
 
 def batch_size_of(data: Any) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from slimcli.errors import HookError, Problem, SlimError
-from slimcli.recipe.binding import hook_failed
+from slimcli.recipe.binding import RAISED, hook_failed
 from slimcli.solver.data import Batch, Source
 from slimcli.solver.job import JobHooks
 
@@ -163,7 +163,7 @@ def call_metric(method: Callable[..., Any], *arguments: Any) -> Any:
         return method(*arguments)
     except SlimError:
         raise
-    except Exception as error:
+    except RAISED as error:
         raise hook_failed("evaluate_function", error) from error
 
 

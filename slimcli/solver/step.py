@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from slimcli.compressor import Progress
 from slimcli.errors import HookError, Problem, RunError
-from slimcli.recipe.binding import hook_failed
+from slimcli.recipe.binding import RAISED, hook_failed
 from slimcli.recipe.frames import is_ours
 from slimcli.solver.data import Batch
 from slimcli.solver.distill import pull
@@ -181,7 +181,7 @@ class Stepper:
             self.around.fabric.backward(loss)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:
+        except (RuntimeError, SystemExit) as error:
             # An in-place change or a graph used twice is in the user's forward, not in ours.
             raise hook_failed("calculate_loss_function", error) from error
 
@@ -206,7 +206,7 @@ class Stepper:
         before = scaler.get_scale() if scaler is not None else 0.0
         try:
             self.fabric_optimizer.step()
-        except Exception as error:
+        except RAISED as error:
             if is_ours(error) or self.around.hooks.optimizer_generator is None:
                 raise
             raise hook_failed("optimizer_generator", error) from error
