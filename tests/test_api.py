@@ -128,6 +128,38 @@ def test_an_attached_algorithm_compresses_in_a_loop_of_ones_own() -> None:
     assert torch.allclose(trained, deployed, atol=DEPLOYED)
 
 
+class KeepsItsLoss(toys.Net):
+    """Keeps a loss for the side, as layers of experts do, in train mode."""
+
+    aux: Any = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.bn1(self.conv1(x)))
+        if self.training:
+            self.aux = {"balance": [x.square().mean()]}
+        x = torch.relu(self.bn2(self.conv2(x)))
+        return self.fc(self.drop(x.mean((2, 3))))
+
+
+@pytest.mark.parametrize("algorithm", ["acnet", "resrep", "csgd", "finetune"])
+def test_a_model_that_keeps_a_loss_of_its_last_step_is_deployed(algorithm: str) -> None:
+    batch = next(iter(torch.utils.data.DataLoader(toys.datasets()[0], batch_size=8)))
+    own: dict[str, dict[str, Any]] = {
+        "resrep": {"prune_rate": 0.01, "lasso_decay": "auto", "min_channels": 1, "warmup_epoch": 0},
+        "csgd": {"cluster_percent": 0.2},
+    }
+    keys = {"epoch": 1, **own.get(algorithm, {})}
+    example = Example(batch, toys.predict)
+    slim = slimcli.attach(KeepsItsLoss(), algorithm, keys, example, steps_per_epoch=500)
+    loss = toys.loss(toys.predict(slim.model, batch), batch)
+    (loss + slim.model.aux["balance"][0]).backward()
+    plain = slim.deploy()
+    assert plain.aux["balance"][0].is_leaf
+    assert slim.model.aux["balance"][0].grad_fn is not None
+    trained, deployed = evaluated(slim.model.eval())[0], evaluated(plain.eval())[0]
+    assert torch.allclose(trained, deployed, atol=DEPLOYED)
+
+
 def test_attaching_refuses_what_cannot_work() -> None:
     example = Example((torch.randn(4, 1, 6, 6),), toys.predict)
     with pytest.raises(GoalError):

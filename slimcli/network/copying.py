@@ -1,7 +1,8 @@
 """Deep copies of models whose functions belong to the copy.
 
 ``copy.deepcopy`` takes a function for an atom: a hook that closes over its model would still write
-into the original, and read from there.
+into the original, and read from there. And it refuses tensors that have a history, which models
+keep of their last run: features that were tapped, losses for the side.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from slimcli.network.rebinding import FIXED, Rebound, may_lead_on
 
@@ -23,11 +25,29 @@ Place = tuple[Any, Any, Any]
 _CONTAINERS = frozenset({OrderedDict, dict, set})
 
 
-def deep_copy(value: Value, memo: dict[int, Any] | None = None) -> Value:
+class _Detaching(TorchFunctionMode):
+    """Inside, ``copy.deepcopy`` gives a tensor with a history a copy without one."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            tensor, memo = args
+            detached = tensor.detach()
+            # Alive as long as the memo: the id of a tensor that is gone would be another's.
+            memo.setdefault(id(memo), []).append(detached)
+            return detached.__deepcopy__(memo)  # of its memory: what shares it goes on to do so
+        return func(*args, **(kwargs or {}))
+
+
+def deep_copy(
+    value: Value, memo: dict[int, Any] | None = None, *, takes_history: bool = True
+) -> Value:
     """Like ``copy.deepcopy``; functions that close over what is copied close over the copies.
 
     They are looked for in the attributes, dictionaries and lists of all that is copied. Functions
-    that lead to nothing that is copied stay the same objects.
+    that lead to nothing that is copied stay the same objects. A tensor that was computed from
+    parameters has a detached one for a copy.
 
     >>> net = nn.Identity()
     >>> net.me = lambda it=net: it
@@ -38,11 +58,27 @@ def deep_copy(value: Value, memo: dict[int, Any] | None = None) -> Value:
     Args:
         value: A model, or a container of models. It stays as it is.
         memo: As of ``copy.deepcopy``: what stands in for what, by the id of the latter.
+        takes_history: False: tensors that were computed from parameters are refused.
+
+    Raises:
+        Exception: ``copy.deepcopy`` can't copy something.
     """
     memo = {} if memo is None else memo
     if isinstance(value, nn.Module):
         memo.update({**copies_of_nothing(value), **memo})
-    twin = copy.deepcopy(value, memo)
+    before = dict(memo)
+    has_history = False
+    try:
+        twin = copy.deepcopy(value, memo)
+    except RuntimeError:
+        if not takes_history:
+            raise
+        has_history = True
+    if has_history:  # out of the handler, whose traceback holds what was copied until then
+        memo.clear()
+        memo.update(before)
+        with _Detaching():  # not before: every tensor of an ordinary model would pass the mode
+            twin = copy.deepcopy(value, memo)
     places = _places(memo)
     if places:
         rebound = Rebound(memo, [held for _, _, held in places])

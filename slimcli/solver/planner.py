@@ -240,7 +240,8 @@ def copied(model: nn.Module, hooks: JobHooks) -> nn.Module:
         HookError: The model can't be copied.
     """
     try:
-        return deep_copy(model)
+        # Of a new model, what was computed from parameters is no trace of a run but a weight.
+        return deep_copy(model, takes_history=False)
     except Exception as error:
         raise HookError(
             Problem(
@@ -252,7 +253,8 @@ def copied(model: nn.Module, hooks: JobHooks) -> nn.Module:
                 fix="torch.nn.utils.parametrizations.weight_norm (or spectral_norm) in place of "
                 "torch.nn.utils.weight_norm; torch.nn.utils.prune.remove(...) after "
                 "torch.nn.utils.prune; "
-                "no tensors with a history as attributes",
+                "no tensors with a history as attributes: run a model that keeps what it computes "
+                "under torch.no_grad() before you return it",
             )
         ) from error
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -375,3 +377,64 @@ def test_empty_containers_of_a_copy_are_its_own_and_shared_as_before() -> None:
     twin.names.add("b")
     assert (twin.seen, twin.again is twin.seen, twin.names) == ({"a": 1}, True, {"b"})
     assert (model.seen, model.names) == ({}, set())
+
+
+@dataclasses.dataclass
+class Losses:
+    balance: Tensor
+    parts: tuple[Tensor, ...]
+
+
+def with_history() -> tuple[Holder, Tensor]:
+    model = Holder()
+    return model, model.scale * torch.arange(3.0)
+
+
+def test_a_tensor_with_a_history_is_copied_without_it_wherever_it_lies() -> None:
+    model, feature = with_history()
+    model.feature, model.seen, model.parts = feature, {"a": [feature]}, (feature, [feature])
+    model.losses = Losses(feature, (feature.sum(), feature))
+    twin = deep_copy(model)
+    assert twin.feature.tolist() == [0.0, 2.0, 4.0]
+    assert (twin.feature.is_leaf, twin.feature.requires_grad) == (True, False)
+    assert twin.losses.parts[0].item() == 6.0
+    held = [twin.seen["a"][0], twin.parts[0], twin.parts[1][0], twin.losses.balance]
+    assert all(each is twin.feature for each in [*held, twin.losses.parts[1]])
+    assert model.feature is feature
+    assert feature.grad_fn is not None
+
+
+def test_tensors_with_a_history_that_share_memory_share_it_in_the_copy() -> None:
+    model, feature = with_history()
+    model.feature, model.first = feature, feature[:2]
+    twin = deep_copy(model)
+    twin.feature.fill_(9.0)
+    assert twin.first.tolist() == [9.0, 9.0]
+    assert feature.tolist() == [0.0, 2.0, 4.0]
+
+
+def test_functions_of_a_model_with_a_history_lead_to_the_copy() -> None:
+    model, feature = with_history()
+    model.feature, model.call = feature, lambda: (model.scale, model.feature)
+    twin = copied(model)
+    assert twin.call() == (twin.scale, twin.feature)
+    assert twin.call()[0].item() == 7.0
+
+
+def test_what_has_no_copy_at_all_is_refused_as_before() -> None:
+    model, feature = with_history()
+    model.feature, model.lock = feature, threading.Lock()
+    with pytest.raises(TypeError, match="pickle"):
+        deep_copy(model)
+
+
+@pytest.mark.parametrize("make", [deep_copy, share_copy, lambda each: copy_as(each, torch.float64)])
+def test_a_tapped_model_that_ran_with_gradients_is_analyzed_and_copied(make: Any) -> None:
+    model, example = proving.prepared(Tapped(), BATCH)
+    before = analyze(model, example)
+    example.run(model.train())
+    assert model.seen[1].grad_fn is not None
+    assert not make(model).seen[1].requires_grad
+    assert [each.name for each in analyze(model, example).groups] == [
+        each.name for each in before.groups
+    ]

@@ -77,3 +77,24 @@ def test_a_name_that_the_model_at_hand_must_have_is_refused_before_any_training(
     with pytest.raises(RecipeError, match="no layer is called layer9"):
         run(replace(job, stages=(plain, job.stages[1])))
     assert list(tmp_path.rglob("handover")) == []
+
+
+def test_a_model_that_keeps_features_of_its_last_step_is_tried_and_deployed(
+    tmp_path: Path,
+) -> None:
+    class Tapped(toys.Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[Any] = []
+            self.bn2.register_forward_hook(lambda layer, inputs, output: self.tap(output))
+
+        def tap(self, output: Any) -> None:
+            self.seen[:] = [output]
+
+        def forward(self, x: Any) -> Any:
+            x = super().forward(x)
+            return x + self.seen[0].mean()
+
+    job = toys.with_hooks(toys.job(tmp_path), build_model=Tapped)
+    (stage,) = forecast(job, trial=True)
+    assert stage.trial["deploy"].startswith("ok  max difference ")
