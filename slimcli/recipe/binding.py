@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from slimcli.errors import HookError, Problem, RunError
 from slimcli.recipe.find import shown
-from slimcli.recipe.frames import describe, frame_lines, is_ours, place_of, user_frames
+from slimcli.recipe.frames import describe, frame_lines, is_ours, is_users, place_of, user_frames
 from slimcli.recipe.validate import received, suggest
 
 ROLES: dict[str, tuple[str, ...]] = {
@@ -107,9 +107,18 @@ class BoundHook:
         return f"({', '.join(roles)})" + (f" {self.order.how}" if len(roles) > 1 else "")
 
 
-def hook_failed(name: str, error: BaseException) -> RunError:
-    """The error of a hook as ours, with the user's frames only."""
-    return code_failed(f"hook `{name}`", error)
+def hook_failed(name: str, error: BaseException, where: str = "") -> RunError:
+    """The error of a hook as ours, with the user's frames only.
+
+    Args:
+        name: Name of the hook.
+        error: What it raised.
+        where: The place to tell where no line of the user's is on the way to the error.
+    """
+    failed = code_failed(f"hook `{name}`", error)
+    if where and not any(is_users(each.filename) for each in user_frames(error)):
+        return RunError(replace(failed.problems[0], where=where))
+    return failed
 
 
 def code_failed(whose: str, error: BaseException) -> RunError:

@@ -6,6 +6,7 @@ contract states. What watches (log, terminal, files) hears events.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
@@ -26,6 +27,7 @@ from slimcli.solver.schedule import (
     make_optimizer,
     make_scheduler,
     scheduler_steps,
+    scheduler_told,
 )
 from slimcli.solver.state import Best, Position
 from slimcli.solver.step import Stepper
@@ -55,9 +57,11 @@ class Trainer:
         config = around.stage.hook_config()
         self.optimizer: Optimizer = make_optimizer(around.hooks, config, groups)
         check_groups(self.optimizer, model, around.hooks)
-        steps = scheduler_steps(self.training, around.schedule.steps_per_epoch)
+        per_epoch = around.schedule.steps_per_epoch
+        steps = scheduler_steps(self.training, per_epoch)
         scheduler = make_scheduler(around.hooks, config, self.optimizer, steps)
-        self.rates = LearningRates(self.optimizer, scheduler, self.training)
+        told = functools.partial(scheduler_told, around.hooks, self.training, per_epoch)
+        self.rates = LearningRates(self.optimizer, scheduler, self.training, told)
         self.stepper = Stepper(self.subject, around, self.optimizer)
 
     # Where training is

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 
 from slimcli.compressor import GroupDefaults, Schedule
-from slimcli.errors import HookError, Problem, RunError
+from slimcli.errors import HookError, Problem, RunError, SlimError
 from slimcli.network.optimizer_state import cut_state
-from slimcli.recipe.binding import hook_failed
+from slimcli.recipe.binding import RAISED, hook_failed
 from slimcli.recipe.frames import is_ours
 from slimcli.solver.config import TrainingConfig
 from slimcli.solver.job import JobHooks
@@ -127,22 +128,14 @@ def plan_schedule(
     steps = scheduler_steps(training, steps_per_epoch)
     scheduler = make_scheduler(hooks, config, optimizer, steps)
     is_plateau = isinstance(scheduler, ReduceLROnPlateau)
-    rates: list[float] = []
     try:
         optimizer.step()  # torch warns when a scheduler steps before its optimizer ever did
-    except Exception as error:
+    except RAISED as error:
         if is_ours(error) or hooks.optimizer_generator is None:
             raise
         raise hook_failed("optimizer_generator", error) from error
-    for _ in range(training.epoch):
-        if training.scheduler_interval == "epoch" or is_plateau or scheduler is None:
-            rates += [_rate(optimizer)] * steps_per_epoch
-            if not is_plateau and scheduler is not None:
-                scheduler.step()
-        else:
-            for _ in range(steps_per_epoch):
-                rates.append(_rate(optimizer))
-                scheduler.step()
+    with scheduler_told(hooks, training, steps_per_epoch):
+        rates = _rates(optimizer, None if is_plateau else scheduler, training, steps_per_epoch)
     for step in range(min(training.warmup_steps, len(rates))):
         rates[step] *= warmup_factor(step, training.warmup_steps)
     chosen = optimizer.param_groups[0]
@@ -158,6 +151,52 @@ def plan_schedule(
         warnings=(PLATEAU_WARNING,) if is_plateau else (),
         state_misfit=_state_misfit(hooks, config, group),
     )
+
+
+def _rates(
+    optimizer: Optimizer, scheduler: Any, training: TrainingConfig, steps_per_epoch: int
+) -> list[float]:
+    """The rate of each step of the whole run, found by stepping the scheduler through it."""
+    rates: list[float] = []
+    for _ in range(training.epoch):
+        if training.scheduler_interval == "epoch" or scheduler is None:
+            rates += [_rate(optimizer)] * steps_per_epoch
+            if scheduler is not None:
+                scheduler.step()
+        else:
+            for _ in range(steps_per_epoch):
+                rates.append(_rate(optimizer))
+                scheduler.step()
+    return rates
+
+
+@contextmanager
+def scheduler_told(
+    hooks: JobHooks, training: TrainingConfig, steps_per_epoch: int
+) -> Iterator[None]:
+    """Inside, an error of the user's scheduler is told as one, with the steps it has to last for.
+
+    Raises:
+        RunError: The scheduler raised; most often it was made for a shorter run.
+    """
+    try:
+        yield
+    except SlimError:
+        raise
+    except RAISED as error:
+        if hooks.scheduler_generator is None:
+            raise
+        failed = hook_failed("scheduler_generator", error, hooks.where("scheduler_generator"))
+        epochs, interval = training.epoch, training.scheduler_interval
+        needed = scheduler_steps(training, steps_per_epoch)
+        counts = {"step": f"{epochs} epochs x {steps_per_epoch} steps", "epoch": "one an epoch"}
+        problem = replace(
+            failed.problems[0],
+            expected=f"a scheduler of {needed} steps, {counts[interval]}",
+            fix=f"make it for {needed} steps (the function of a LambdaLR is asked for 0 to "
+            f"{needed}), or change config.scheduler_interval, which is {interval}",
+        )
+        raise RunError(problem, user_frames=failed.user_frames) from error
 
 
 def _state_misfit(hooks: JobHooks, config: dict[str, Any], group: dict[str, Any]) -> str:
@@ -211,12 +250,20 @@ class LearningRates:
         optimizer: The raw optimizer.
         scheduler: The scheduler, or None.
         training: Interval, warm-up, metric.
+        told: Around each of the scheduler's steps, tells what it raises.
     """
 
-    def __init__(self, optimizer: Optimizer, scheduler: Any, training: TrainingConfig) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        scheduler: Any,
+        training: TrainingConfig,
+        told: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.training = training
+        self.told = told
         self.is_plateau = isinstance(scheduler, ReduceLROnPlateau)
 
     @contextmanager
@@ -243,12 +290,13 @@ class LearningRates:
     def after_epoch(self, metric: float) -> None:
         """The scheduler's step, where it steps with the epoch; a plateau gets the metric."""
         if self.is_plateau:
-            self.scheduler.step(metric)
+            with self.told():
+                self.scheduler.step(metric)
         elif self.training.scheduler_interval == "epoch" and self.scheduler:
             self._step()
 
     def _step(self) -> None:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), self.told():
             # Under a gradient scaler the first optimizer step may have been skipped.
             warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*optimizer.step.*")
             self.scheduler.step()

@@ -18,6 +18,7 @@ from slimcli.algorithms.resrep.method import ResRepCompressor
 from slimcli.compressor import Compressor, Schedule
 from slimcli.errors import RunError
 from slimcli.network.example import Example
+from slimcli.recipe.binding import location
 from slimcli.solver.config import TrainingConfig
 from slimcli.solver.schedule import PLATEAU_WARNING, plan_schedule
 from slimcli.solver.stages import run
@@ -156,3 +157,78 @@ def test_what_the_users_optimizer_raises_is_told_as_its_own(tmp_path: Path) -> N
 
     with pytest.raises(RunError, match="hook `optimizer_generator` failed: ValueError"):
         run(toys.with_hooks(toys.job(tmp_path), optimizer_generator=broken))
+
+
+def one_cycle(config: Any, optimizer: Any) -> Any:
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=4)
+
+
+def three_rates(config: Any, optimizer: Any) -> Any:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: [1, 0.5, 0.1][epoch])
+
+
+class Giving(torch.optim.lr_scheduler.LRScheduler):
+    """Steps as often as the planner asks, and once more it exits."""
+
+    made = 0
+
+    def __init__(self, optimizer: Any) -> None:
+        type(self).made += 1
+        self.is_planners = self.made == 1
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[Any]:
+        if not self.is_planners and self.last_epoch == 2:
+            raise SystemExit(0)
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "interval", "needed"),
+    [
+        (one_cycle, "step", "a scheduler of 15 steps, 3 epochs x 5 steps"),
+        (three_rates, "step", "a scheduler of 15 steps, 3 epochs x 5 steps"),
+        (three_rates, "epoch", "a scheduler of 3 steps, one an epoch"),
+    ],
+)
+def test_a_scheduler_that_ends_too_early_is_told_by_the_plan_with_the_steps_it_needs(
+    tmp_path: Path, scheduler: Any, interval: str, needed: str
+) -> None:
+    where = {"scheduler_generator": location(scheduler)}
+    job = toys.with_hooks(toys.job(tmp_path), scheduler_generator=scheduler, locations=where)
+    training = TrainingConfig(epoch=3, lr=0.1, scheduler_interval=interval)
+    with pytest.raises(RunError) as caught:
+        plan_schedule(job.hooks, training.model_dump(), training, 5)
+    (problem,) = caught.value.problems
+    assert problem.code == "E-HOOK-FAILED"
+    assert problem.what.startswith("hook `scheduler_generator` failed: ")
+    assert problem.expected == needed
+    assert f"config.scheduler_interval, which is {interval}" in problem.fix
+    file, line = problem.where.rsplit(":", 1)
+    assert file.endswith("test_schedule.py")
+    first = scheduler.__code__.co_firstlineno
+    assert int(line) == (first if scheduler is one_cycle else first + 1)
+
+
+def test_a_scheduler_that_fails_in_training_is_told_as_well(tmp_path: Path) -> None:
+    Giving.made = 0
+    job = toys.with_hooks(
+        toys.job(tmp_path), scheduler_generator=lambda config, optimizer: Giving(optimizer)
+    )
+    with pytest.raises(RunError) as caught:
+        run(job)
+    (problem,) = caught.value.problems
+    assert problem.what == "hook `scheduler_generator` failed: SystemExit: 0"
+    assert "get_lr" in caught.value.user_frames[-1]
+
+
+def test_a_plateau_that_fails_on_the_metric_is_told_as_well(tmp_path: Path) -> None:
+    class Strict(torch.optim.lr_scheduler.ReduceLROnPlateau):
+        def step(self, metrics: Any, epoch: Any = None) -> None:
+            raise ValueError(f"no use for {type(metrics).__name__}")
+
+    job = toys.with_hooks(
+        toys.job(tmp_path), scheduler_generator=lambda config, optimizer: Strict(optimizer)
+    )
+    with pytest.raises(RunError, match="`scheduler_generator` failed: ValueError: no use for fl"):
+        run(job)
