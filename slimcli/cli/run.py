@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 @click.command(name="run", cls=RecipeCommand)
 @recipe_argument
 @overrides_argument
-@click.option("--dry-run", is_flag=True, help="Build everything, try one batch; writes nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Build everything, try a few steps, deploy, export; writes nothing.",
+)
 @click.option(
     "--resume",
     type=click.Choice(["auto"]),

@@ -1,9 +1,11 @@
-"""The plan of every stage before anything starts, and a trial step on copies; writes nothing."""
+"""The plan of every stage before anything starts, and a trial on copies; leaves nothing behind."""
 
 from __future__ import annotations
 
+import tempfile
 import time
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import nn
 from slimcli.artifacts import verify
 from slimcli.artifacts.events import EventLog
 from slimcli.compressor import Compressor, Plan, Refusal, Schedule
-from slimcli.errors import Problem, RecipeError, VerificationError
+from slimcli.errors import Problem, RecipeError, RunError, VerificationError
 from slimcli.network.copying import deep_copy
 from slimcli.network.example import Example
 from slimcli.solver import planner
@@ -62,10 +64,10 @@ def forecast(job: Job, *, trial: bool = False) -> list[StageForecast]:
 
     Args:
         job: What would be run.
-        trial: Also take a few steps on a copy and deploy it.
+        trial: Also take a few steps on a copy, deploy it and make the ONNX file that is asked for.
 
     Raises:
-        SlimError: Data, model or hooks are wrong.
+        SlimError: Data, model or hooks are wrong, or no ONNX file can be made.
         VerificationError: The trial's deployed model differs from the trained one.
     """
     first = job.stages[0].training
@@ -107,7 +109,8 @@ def look(
     )
     example = planner.example_of(stage, data, job.hooks, fabric)
     schedule = planner.schedule_of(stage, data, job.hooks, job.max_steps)
-    metrics = planner.check_one_batch(model, stage, data, job.hooks, evaluator)
+    exported = planner.exported_from(job, stage, example)
+    metrics = planner.check_one_batch(model, stage, data, job.hooks, evaluator, exported)
     compressor = stage.compressor(stage.config)
     plan = planner.plan_of(stage, compressor, model, example, schedule)
     return Look(data, evaluator, example, schedule, metrics, compressor, plan)
@@ -176,7 +179,10 @@ def _stage(
         check_stop=lambda: None,
         save=lambda is_best: None,
     )
-    return replace(result, trial=_trial(subject, around))
+    shown, plain = _trial(subject, around)
+    if planner.exported_from(job, stage, seen.example) is not None:
+        shown["onnx"] = _export(plain, seen.example)
+    return replace(result, trial=shown)
 
 
 def _short(stage: StageJob) -> StageJob:
@@ -184,8 +190,8 @@ def _short(stage: StageJob) -> StageJob:
     return replace(stage, training=stage.training.model_copy(update={"compile": False}))
 
 
-def _trial(subject: Subject, around: Surroundings) -> dict[str, str]:
-    """A few real steps on a copy, then deploy and compare."""
+def _trial(subject: Subject, around: Surroundings) -> tuple[dict[str, str], nn.Module]:
+    """A few real steps on a copy, then deploy and compare; what that showed, and the result."""
     compressor, example = subject.compressor, subject.example
     subject.model = planner.prepared(compressor, subject.model, example, subject.plan)
     subject.model.to(around.fabric.device)
@@ -193,8 +199,8 @@ def _trial(subject: Subject, around: Surroundings) -> dict[str, str]:
     shown: dict[str, str] = {}
     if around.stage.training.epoch > 0:
         shown["trial"] = _steps(Trainer(subject, around), around)
-    shown["deploy"] = _deploy(compressor, subject.model, example)
-    return shown
+    shown["deploy"], plain = _deploy(compressor, subject.model, example)
+    return shown, plain
 
 
 def _examples(around: Surroundings, example: Example) -> list[Example]:
@@ -220,8 +226,8 @@ def _steps(trainer: Trainer, around: Surroundings) -> str:
     )
 
 
-def _deploy(compressor: Compressor, model: nn.Module, example: Example) -> str:
-    """Deploy the copy as it is and compare.
+def _deploy(compressor: Compressor, model: nn.Module, example: Example) -> tuple[str, nn.Module]:
+    """Deploy the copy as it is and compare; returns what to say and the deployed model.
 
     Raises:
         VerificationError: The two differ.
@@ -243,4 +249,33 @@ def _deploy(compressor: Compressor, model: nn.Module, example: Example) -> str:
                 received=f"{seam.max_abs:.1e}",
             )
         )
+    return _agreement(seam), plain
+
+
+def _agreement(seam: verify.Seam) -> str:
     return f"ok  max difference {seam.max_abs:.1e} (limit {seam.limit:.1e})"
+
+
+def _export(plain: nn.Module, example: Example) -> str:
+    """Make the ONNX file of the deployed copy, check it, throw it away.
+
+    Raises:
+        RunError: There can be no such file, whatever training does to the weights.
+        VerificationError: It computes something else.
+    """
+    from slimcli.artifacts import onnx
+
+    with tempfile.TemporaryDirectory(prefix="slim-trial-") as folder:
+        try:
+            report = onnx.export(plain, example, Path(folder) / "model.onnx")
+        except (RunError, VerificationError) as error:
+            problem = error.problems[0]
+            in_trial = Path(problem.where).is_relative_to(folder)  # a file that is gone by then
+            told = replace(
+                problem,
+                what=f"{problem.what} (tried on the model before training)",
+                where="" if in_trial else problem.where,
+                fix=f"{problem.fix}, {planner.NO_ONNX}" if problem.fix else planner.NO_ONNX[3:],
+            )
+            raise type(error)(told, user_frames=error.user_frames) from error
+    return f"{_agreement(report.seam)}, tried with {report.exporter}"

@@ -5,6 +5,7 @@ Nothing here changes the model it is given or writes a file.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 
 from slimcli.artifacts.checkpoint import stored_weights
 from slimcli.compressor import Compressor, Plan, Schedule
-from slimcli.errors import GoalError, HookError, Problem, RecipeError, SlimError
+from slimcli.errors import GoalError, HookError, Problem, RecipeError, RunError, SlimError
 from slimcli.network.copying import deep_copy
 from slimcli.network.example import Example
 from slimcli.recipe.hooks import check_model
@@ -34,6 +35,7 @@ CONVOLUTIONS = (
     nn.ConvTranspose3d,
 )
 HALF_PRECISION = (torch.float16, torch.bfloat16)
+NO_ONNX = "or train without that file: export.onnx=false"
 SINGLE_SAMPLE_WITH_NORM = "Expected more than 1 value per channel"
 
 
@@ -200,12 +202,26 @@ def schedule_of(stage: StageJob, data: Data, hooks: JobHooks, max_steps: int | N
 
 
 def check_one_batch(
-    model: nn.Module, stage: StageJob, data: Data, hooks: JobHooks, evaluator: Evaluator
+    model: nn.Module,
+    stage: StageJob,
+    data: Data,
+    hooks: JobHooks,
+    evaluator: Evaluator,
+    exported: Example | None = None,
 ) -> dict[str, float]:
     """Train forward and backward and one evaluation, on a copy; returns the metrics.
 
+    Args:
+        model: Not changed.
+        stage: The stage that would train it.
+        data: Its sources.
+        hooks: The user's functions.
+        evaluator: The user's metric.
+        exported: What an ONNX file will be made from; None: no file.
+
     Raises:
-        HookError: A hook returns the wrong thing, or ``save_keyword`` is not among the metrics.
+        HookError: A hook returns the wrong thing, or ``save_keyword`` is not among the metrics, or
+            no ONNX file can hold what ``predict_function`` calls.
         RecipeError: ``batch_size: 1`` with a norm that needs two.
     """
     training = stage.training
@@ -228,9 +244,36 @@ def check_one_batch(
             raise
         torch.autograd.backward(loss)
         metrics = evaluator.run(trial, data.validation, limit=1)
+        if exported is not None:
+            _check_call(trial, exported, hooks)
     if training.save_keyword not in metrics:
         raise missing_keyword(hooks, training.save_keyword, metrics)
     return metrics
+
+
+def exported_from(job: Job, stage: StageJob, example: Example) -> Example | None:
+    """The example, if an ONNX file will be made from it at the end of this stage."""
+    is_last = stage is job.stages[-1]
+    return example if is_last and job.export.onnx and stage.training.save_deploy_format else None
+
+
+def _check_call(model: nn.Module, example: Example, hooks: JobHooks) -> None:
+    """An ONNX file holds one call of the model's forward: is there one, of tensors to tensors?
+
+    Raises:
+        HookError: There is none.
+    """
+    from slimcli.artifacts.onnx.capture import capture
+
+    try:
+        with torch.no_grad():
+            capture(model, example)
+    except RunError as error:
+        problem = error.problems[0]
+        if problem.code != "E-ONNX-UNSUPPORTED":
+            raise
+        where = problem.where or hooks.where("predict_function")
+        raise HookError(replace(problem, where=where, fix=f"{problem.fix}, {NO_ONNX}")) from error
 
 
 def copied(model: nn.Module, hooks: JobHooks) -> nn.Module:

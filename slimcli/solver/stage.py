@@ -50,7 +50,10 @@ class Stage:
         hooks = run.job.hooks
         self.example = planner.example_of(self.job, self.data, hooks, run.fabric)
         self.schedule = planner.schedule_of(self.job, self.data, hooks, run.job.max_steps)
-        metrics = planner.check_one_batch(model, self.job, self.data, hooks, self.evaluator)
+        exported = planner.exported_from(run.job, self.job, self.example)
+        metrics = planner.check_one_batch(
+            model, self.job, self.data, hooks, self.evaluator, exported
+        )
         requirements.check_names(run.job.requirements, metrics)
         compressor = self.job.compressor(self.job.config)
         self.plan = planner.plan_of(self.job, compressor, model, self.example, self.schedule)

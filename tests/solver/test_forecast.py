@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from slimcli.algorithms.finetune.config import FinetuneConfig
 from slimcli.algorithms.finetune.method import FinetuneCompressor
 from slimcli.compressor import Plan, Refusal, Schedule
-from slimcli.errors import GoalError, Problem, RecipeError
+from slimcli.errors import GoalError, HookError, Problem, RecipeError, RunError
 from slimcli.network.example import Example
+from slimcli.recipe.binding import location
 from slimcli.solver.forecast import forecast
-from slimcli.solver.job import Job, StageJob
+from slimcli.solver.job import Export, Job, StageJob
 from slimcli.solver.stages import run
 from tests.solver import toys
 
@@ -98,3 +101,72 @@ def test_a_model_that_keeps_features_of_its_last_step_is_tried_and_deployed(
     job = toys.with_hooks(toys.job(tmp_path), build_model=Tapped)
     (stage,) = forecast(job, trial=True)
     assert stage.trial["deploy"].startswith("ok  max difference ")
+
+
+def by_parts(model: Any, data: Any) -> Any:
+    """A prediction without a call of the model itself."""
+    x = torch.relu(model.bn1(model.conv1(data[0])))
+    return model.fc(torch.relu(model.bn2(model.conv2(x))).mean((2, 3)))
+
+
+def exporting(job: Job, **hooks: Any) -> Job:
+    where = {name: location(hook) for name, hook in hooks.items()}
+    return replace(toys.with_hooks(job, **hooks, locations=where), export=Export(onnx=True))
+
+
+@pytest.mark.parametrize("start", [forecast, run])
+def test_a_prediction_that_never_calls_the_model_is_refused_before_training(
+    tmp_path: Path, start: Any
+) -> None:
+    job = exporting(toys.job(tmp_path), predict_function=by_parts)
+    with pytest.raises(HookError) as caught:
+        start(job)
+    (problem,) = caught.value.problems
+    assert problem.code == "E-ONNX-UNSUPPORTED"
+    assert problem.where.endswith(f"test_forecast.py:{by_parts.__code__.co_firstlineno}")
+    assert problem.fix.endswith(
+        "belongs into forward, or train without that file: export.onnx=false"
+    )
+    assert list(tmp_path.rglob("last.pt")) == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "onnx"), [({}, False), ({"save_deploy_format": False}, True)], ids=["off", "no deploy"]
+)
+def test_a_prediction_that_never_calls_the_model_is_no_matter_without_an_onnx_file(
+    tmp_path: Path, keys: dict[str, Any], onnx: bool
+) -> None:
+    job = exporting(toys.job(tmp_path, **keys), predict_function=by_parts)
+    (stage,) = forecast(replace(job, export=Export(onnx=onnx)), trial=True)
+    assert stage.trial["deploy"].startswith("ok")
+    assert "onnx" not in stage.trial
+
+
+def test_a_trial_makes_the_onnx_file_and_says_how_far_it_is_from_the_model(tmp_path: Path) -> None:
+    (stage,) = forecast(exporting(toys.job(tmp_path)), trial=True)
+    assert re.fullmatch(
+        r"ok  max difference \d\.\de-\d\d \(limit 1\.\de-04\), tried with dynamo",
+        stage.trial["onnx"],
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+class Products(toys.Net):
+    """An operator that no exporter knows."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).sigmoid().cumprod(1)
+
+
+def test_an_operator_without_onnx_form_is_told_by_a_trial_and_costs_a_plan_nothing(
+    tmp_path: Path,
+) -> None:
+    job = exporting(toys.job(tmp_path), build_model=Products)
+    (stage,) = forecast(job)
+    assert stage.trial == {}
+    with pytest.raises(RunError, match="cumprod") as caught:
+        forecast(job, trial=True)
+    (problem,) = caught.value.problems
+    assert problem.code == "E-ONNX-EXPORT"
+    assert "(tried on the model before training)" in problem.what
+    assert problem.fix.endswith(", or train without that file: export.onnx=false")

@@ -87,7 +87,7 @@ def capture(model: nn.Module, example: Example) -> Capture:
         raise _refused(
             "the predict function does not call the model",
             "a call model(...), because an ONNX file holds the model's forward",
-            "call the model itself, not one of its methods or submodules",
+            "call the model itself: what predict_function does with its parts belongs into forward",
         )
     return _described(model, *calls[0], results[0])
 
@@ -113,7 +113,8 @@ def _described(
         ) from error
     if not inputs or not outputs:
         what = "gets no tensor" if not inputs else "returns no tensor"
-        raise _refused(f"the model {what}", "at least one tensor in and one out", "")
+        fix = "pass tensors to the model and return tensors from its forward"
+        raise _refused(f"the model {what}", "at least one tensor in and one out", fix)
     in_names = names([path for path, _ in inputs], "input", ())
     out_names = names([path for path, _ in outputs], "output", in_names)
     return Capture(

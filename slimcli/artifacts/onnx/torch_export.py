@@ -73,7 +73,11 @@ def to_graph(
     except Exception as error:
         what = f"no ONNX file: torch.export says {reason!r}, the TorchScript exporter says "
         raise RunError(
-            Problem("E-ONNX-EXPORT", what + repr(_reason(error)), fix="see log.txt for both traces")
+            Problem(
+                "E-ONNX-EXPORT",
+                what + repr(_reason(error)),
+                fix="change what forward computes there",
+            )
         ) from error
     _refuse_frozen_branches(warned, reason)
     return Graph(model, "torchscript", reason, tuple(log))
