@@ -363,3 +363,33 @@ def test_a_conv_over_single_images_stays_plain() -> None:
     plan = compressor.plan(model, one, SCHEDULE)
     assert plan.targets == []
     assert "without a batch" in plan.layers[0].frozen_reason
+
+
+class Tapped(nn.Module):
+    """Its head reads what a hook wrote down behind a conv, as taps of features do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.stem_norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.up, self.up_norm = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 4)
+        self.seen: dict[str, Tensor] = {}
+        self.up.register_forward_hook(lambda conv, inputs, output: self.seen.update(up=output))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.up_norm(self.up(torch.relu(self.stem_norm(self.stem(x))))))
+        return self.fc((x + self.seen["up"].sigmoid()).mean((2, 3)))
+
+
+def test_a_conv_that_a_hook_of_the_users_reads_stays_plain(block_name: str) -> None:
+    torch.manual_seed(3)
+    compressor, model, plan = prepared(Tapped().double(), acnet_type=block_name)
+    assert plan.targets == ["stem"]
+    assert {row.name: row.frozen_reason for row in plan.layers} == {
+        "stem": "",
+        "up": "forward hooks read it",
+    }
+    assert type(model.up) is nn.Conv2d
+    train_a_little(compressor, model)
+    trained = example(9).run(model)
+    assert relative(example(9).run(compressor.deploy(model)), trained) < EXACT

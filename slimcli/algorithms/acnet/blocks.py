@@ -27,7 +27,7 @@ from slimcli.algorithms.acnet.geometry import (
     pad_as,
     side_geometry,
 )
-from slimcli.network.fuse import fold_pointwise
+from slimcli.network.fuse import fold_pointwise, has_hooks
 
 
 @dataclass(frozen=True)
@@ -326,6 +326,8 @@ BLOCKS: dict[str, BlockMaker] = {
 
 def why_plain(conv: nn.Conv2d, block: str) -> str:
     """Why no block can take this conv's place; empty if one can."""
+    if has_hooks(conv):  # inside a block they would read one branch of it
+        return "forward hooks read it"
     height, width = cast(tuple[int, int], conv.kernel_size)
     if (height, width) == (1, 1):
         return "1x1 kernel: it has no rows or columns to strengthen"
