@@ -12,11 +12,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data import default_collate as torch_collate
 
-from slimcli.errors import SlimError
+from slimcli.errors import Problem, RunError, SlimError
 from slimcli.network.count import samples_in
 from slimcli.recipe.binding import RAISED, hook_failed
 from slimcli.solver.interrupts import StopRequested
-from slimcli.solver.randomness import derive, epoch_order, seed_all
+from slimcli.solver.job import JobHooks
+from slimcli.solver.randomness import derive, epoch_order, seed_all, untouched_rng
 
 Collate = Callable[[list[Any]], Any]
 
@@ -218,6 +219,48 @@ def _of_users(function: Callable[..., Any], *arguments: Any) -> Any:
         raise
     except RAISED as error:
         raise hook_failed("dataset_generator", error) from error
+
+
+def has_more(rest: Iterator[Batch]) -> bool:
+    """Whether a batch is left; looking for it leaves the random states as they were."""
+    with untouched_rng():
+        return next(rest, None) is not None
+
+
+def wrong_length(epoch: int, found: int, length: int) -> str:
+    """The warning about a training loader whose length is not the number of its batches.
+
+    >>> print(wrong_length(1, 17, 32)[:73])
+    the training loader gave 17 batches in epoch 1 and its length says 32: 15
+    >>> print(wrong_length(1, 10, 10)[:74])
+    the training loader gave more batches in epoch 1 than the 10 its length sa
+    """
+    fix = "give it a `__len__` that counts what it yields"
+    if found < length:
+        return (
+            f"the training loader gave {found} batches in epoch {epoch} and its length says "
+            f"{length}: {length - found} planned batches an epoch are missing. Each epoch starts "
+            f"at its planned learning rate, but the budgets of the plan count with them; {fix}"
+        )
+    return (
+        f"the training loader gave more batches in epoch {epoch} than the {length} its length "
+        f"says: those from number {length + 1} on are left out of each epoch, because the schedule "
+        f"is planned by the length; {fix}"
+    )
+
+
+def no_batches(hooks: JobHooks, epoch: int, length: int) -> RunError:
+    """The error of a training loader that is used up."""
+    return RunError(
+        Problem(
+            "E-DATA-EMPTY",
+            f"the training loader gave no batch in epoch {epoch}",
+            hooks.where("dataset_generator"),
+            expected=f"the {length} batches its length says",
+            received="none",
+            fix="an `__iter__` that starts again each time it is called, not one iterator",
+        )
+    )
 
 
 def batch_size_of(data: Any) -> int:

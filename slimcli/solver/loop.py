@@ -18,7 +18,7 @@ from slimcli.compressor import Progress
 from slimcli.network import surgery
 from slimcli.network.cuts import Cut
 from slimcli.solver import cut_seam
-from slimcli.solver.data import Batch
+from slimcli.solver.data import Batch, has_more, no_batches, wrong_length
 from slimcli.solver.evaluation import Averages, is_better, missing_keyword
 from slimcli.solver.optimizers import check_groups
 from slimcli.solver.schedule import (
@@ -45,6 +45,7 @@ class Trainer:
         self.best = Best()
         self.has_nan_metric = False
         self.averages = Averages()
+        self._length = len(around.data.train)
         self._build_optimizer()
         self._last_save = time.monotonic()
         self._epoch_seconds = 0.0
@@ -107,23 +108,39 @@ class Trainer:
             progress = self.progress()
             self._cut(self.subject.compressor.before_epoch(model, progress), progress)
         model.train()
-        for window in self._windows():
+        batches = self.around.data.train.batches(self.position.epoch, skip=self.position.batch)
+        for window in self._windows(batches):
             self._step(window, self.progress())
+        self._compare_length(batches)
         if self.position.epoch == self.training.epoch - 1 and not self.position.is_finished:
             self._finish()
         self._epoch_seconds += time.monotonic() - started
         self._close_epoch()
 
-    def _windows(self) -> Iterator[list[Batch]]:
+    def _windows(self, batches: Iterator[Batch]) -> Iterator[list[Batch]]:
         """The batches of each optimizer step that is left in this epoch."""
         size = self.training.accumulate_grad_batches
         steps_left = self.around.schedule.steps_per_epoch - self.position.batch // size
-        batches = self.around.data.train.batches(self.position.epoch, skip=self.position.batch)
         for _ in range(steps_left):
             window = list(itertools.islice(batches, size))
             if not window:
                 return
             yield window
+
+    def _compare_length(self, rest: Iterator[Batch]) -> None:
+        """Tell once of a training loader with fewer or more batches than its length says.
+
+        Raises:
+            RunError: It has none at all.
+        """
+        position, length = self.position, self._length
+        if not position.batch:
+            raise no_batches(self.around.hooks, position.epoch + 1, length)
+        planned = self.around.schedule.steps_per_epoch * self.training.accumulate_grad_batches
+        has_fewer = position.batch < min(length, planned)
+        if not position.is_length_told and (has_fewer or (planned >= length and has_more(rest))):
+            position.is_length_told = True
+            self.around.note(wrong_length(position.epoch + 1, position.batch, length))
 
     def _step(self, window: list[Batch], progress: Progress) -> None:
         is_logged = progress.step % self.training.log_interval == 0
@@ -211,9 +228,7 @@ class Trainer:
             raise missing_keyword(around.hooks, keyword, metrics)
         value = metrics[keyword]
         may_save = subject.compressor.may_save(subject.model, progress)
-        self.rates.after_epoch(value)
-        self.position.epoch += 1 if self.training.epoch else 0
-        self.position.batch = 0
+        self._go_to_next_epoch(value)
         around.events.emit(
             "epoch_end",
             stage=around.stage.name,
@@ -242,6 +257,16 @@ class Trainer:
                 value=value,
             )
         self._save(is_best)
+
+    def _go_to_next_epoch(self, metric: float) -> None:
+        """Every epoch starts at its place in the schedule, however many batches there were."""
+        position, per_epoch = self.position, self.around.schedule.steps_per_epoch
+        position.batch = 0
+        if self.training.epoch:
+            start = (position.epoch + 1) * per_epoch
+            self.rates.leave_out(start - position.step)
+            position.epoch, position.step = position.epoch + 1, start
+        self.rates.after_epoch(metric)
 
     # Saving
 

@@ -295,6 +295,12 @@ class LearningRates:
         elif self.training.scheduler_interval == "epoch" and self.scheduler:
             self._step()
 
+    def leave_out(self, steps: int) -> None:
+        """The scheduler's steps of an epoch that was planned longer than it was."""
+        if self.training.scheduler_interval == "step" and self.scheduler and not self.is_plateau:
+            for _ in range(steps):
+                self._step()
+
     def _step(self) -> None:
         with warnings.catch_warnings(), self.told():
             # Under a gradient scaler the first optimizer step may have been skipped.

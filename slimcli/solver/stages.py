@@ -251,7 +251,7 @@ def _note_result(current: Run, stage: Stage, finished: Finished) -> None:
         "file_bytes": finished.file_bytes,
     }
     record["verification"] = finished.seams
-    record["notes"] = list(finished.notes)
+    record["notes"] += finished.notes
     _note_goal(current, stage, {"macs": finished.macs, "params": finished.params})
     modules = dict(finished.plain.named_modules())
     for row in record["layers"]:

@@ -20,14 +20,16 @@ class Position:
     Attributes:
         epoch: Epochs that are complete.
         batch: Batches of the current epoch that are complete, a multiple of the accumulation.
-        step: Optimizer steps taken in the stage.
+        step: Place in the schedule: the planned steps of complete epochs and those taken since.
         is_finished: The compressor's ``finish`` has been applied.
+        is_length_told: It was said that the training loader's length is wrong.
     """
 
     epoch: int = 0
     batch: int = 0
     step: int = 0
     is_finished: bool = False
+    is_length_told: bool = False
 
 
 @dataclass

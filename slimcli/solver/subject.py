@@ -47,6 +47,7 @@ class Surroundings:
         events: Where everything is reported.
         check_stop: Raises where a signal asked to stop.
         save: Writes the last checkpoint; told whether this model is also the best.
+        note: Takes a warning that is to be read with the result, too.
         teacher: A model whose predictions the loss pulls towards; None: no teacher.
     """
 
@@ -59,4 +60,5 @@ class Surroundings:
     events: EventLog
     check_stop: Callable[[], None]
     save: Callable[[bool], None]
+    note: Callable[[str], None] = lambda text: None
     teacher: nn.Module | None = None
