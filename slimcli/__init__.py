@@ -5,6 +5,7 @@ The public API, loaded when it is used; importing this imports no torch::
     slimcli.ResRepSolver(model, config).run()      # a class for each algorithm of the registry
     slimcli.load_deploy(run_folder)                # the compressed model of a finished run
     slimcli.attach(model, algorithm, config, example)   # for people who own their loop
+    slimcli.Example(batch, predict)                # a real batch, and how your model is run on it
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ def __getattr__(name: str) -> Any:
         from slimcli import api
 
         return getattr(api, name)
+    if name == "Example":
+        from slimcli.network.example import Example
+
+        return Example
     if name.endswith("Solver"):
         from slimcli.compressor import registry
 
@@ -35,4 +40,4 @@ def __dir__() -> list[str]:
     from slimcli.compressor import registry
 
     solvers = [info.solver for info in registry().values()]
-    return [*globals(), "attach", "load_deploy", *solvers]
+    return [*globals(), "Example", "attach", "load_deploy", *solvers]

@@ -268,11 +268,12 @@ def attach(
         model: The model; use the attachment's ``model`` from here on.
         algorithm: An algorithm's name.
         config: Keys of the training loop that matter (``epoch``, ``lr``, ...) and the algorithm's.
-        example: A real batch and ``predict(model, batch)``.
+        example: ``slimcli.Example(batch, predict)``: a real batch on the model's device, and
+            ``predict(model, batch)``, which calls the model on it.
         steps_per_epoch: Optimizer steps in one of your epochs.
 
     Raises:
-        RecipeError: A key or the algorithm is wrong.
+        RecipeError: A key, the algorithm or the example is wrong.
         GoalError: The plan says that it can't work.
     """
     from slimcli.attachment import Attachment
@@ -286,5 +287,33 @@ def attach(
         raise RecipeError(
             Problem("E-RECIPE-UNKNOWN-ALGORITHM", f"no algorithm called {algorithm!r}", fix=fix)
         )
+    _check_example(example)
     training, own = checked_keys(info, config)
     return Attachment(model, info.load()(own), training, example, steps_per_epoch)
+
+
+def _check_example(example: Any) -> None:
+    """A batch alone does not say how the model is run on it.
+
+    Raises:
+        RecipeError: It is no example, or its parts have changed places.
+    """
+    from slimcli.network.example import Example
+
+    predict: Any = getattr(example, "predict", None)
+    received = ""
+    if not isinstance(example, Example):
+        received = f"a {type(example).__name__}"
+    elif not callable(predict):
+        received = f"a {type(predict).__name__} as predict"
+    if received:
+        raise RecipeError(
+            Problem(
+                "E-ATTACH-EXAMPLE",
+                "attach: the example is none",
+                expected="slimcli.Example(batch, predict)",
+                received=received,
+                fix="slimcli.Example(next(iter(loader)), lambda model, batch: model(batch[0])), or "
+                "whatever runs your model on a batch",
+            )
+        )

@@ -166,3 +166,27 @@ def test_attaching_refuses_what_cannot_work() -> None:
         slimcli.attach(toys.Net(), "resrep", {"epoch": 1, "prune_rate": 0.99}, example)
     with pytest.raises(RecipeError, match="did you mean resrep"):
         slimcli.attach(toys.Net(), "resrap", {}, example)
+
+
+def test_an_example_is_made_with_the_public_class() -> None:
+    assert slimcli.Example is Example
+    assert "Example" in dir(slimcli)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "received"),
+    [
+        (torch.randn(4, 1, 6, 6), "a Tensor"),
+        ((torch.randn(4, 1, 6, 6), toys.predict), "a tuple"),
+        (Example(toys.predict, torch.randn(4, 1, 6, 6)), "a Tensor as predict"),  # type: ignore[arg-type]
+        (None, "a NoneType"),
+    ],
+)
+def test_attaching_says_what_an_example_is(wrong: Any, received: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        slimcli.attach(toys.Net(), "resrep", {}, wrong)
+    (problem,) = caught.value.problems
+    assert problem.code == "E-ATTACH-EXAMPLE"
+    assert problem.expected == "slimcli.Example(batch, predict)"
+    assert problem.received == received
+    assert problem.fix.startswith("slimcli.Example(next(iter(loader)), ")

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 import slimcli
-from slimcli.network.example import Example
 from tests.readme_tables import README, ROOT, rendered
 from tests.solver import toys
 
@@ -47,7 +46,7 @@ def test_the_loop_of_ones_own_is_fifteen_lines_that_run() -> None:
         "model": toys.Net(),
         "config": config,
         "loader": loader,
-        "example": Example(next(iter(loader)), toys.predict),
+        "predict": toys.predict,
         "loss": lambda model, batch: toys.loss(toys.predict(model, batch), batch),
     }
     exec(compile(code, "README.md", "exec"), names)
