@@ -3,6 +3,7 @@
 import copy
 import errno
 import json
+import os
 
 import numpy as np
 import onnx as onnx_library
@@ -103,6 +104,18 @@ def test_the_file_holds_no_path_of_this_machine(rich):
 def test_export_is_silent(tmp_path, capfd):
     onnx.export(Linear(), Example(torch.randn(3, 4), call), tmp_path / "model.onnx")
     assert capfd.readouterr() == ("", "")
+
+
+def test_an_export_that_fails_is_silent_too(tmp_path, capfd):
+    class Products(Linear):
+        def forward(self, x):
+            return super().forward(x).cumprod(1)
+
+    with pytest.raises(RunError, match="cumprod"):
+        onnx.export(Products(), Example(torch.randn(3, 4), call), tmp_path / "model.onnx")
+    assert capfd.readouterr() == ("", "")
+    os.write(1, b"still open")
+    assert capfd.readouterr().out == "still open"
 
 
 def test_a_batch_of_one_sample_still_gives_a_free_batch(tmp_path):

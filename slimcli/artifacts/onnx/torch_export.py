@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -201,6 +203,7 @@ def _quiet(log: list[str]) -> Iterator[list[warnings.WarningMessage]]:
             warnings.catch_warnings(record=True) as warned,
             contextlib.redirect_stdout(printed),
             contextlib.redirect_stderr(printed),
+            _hearing_cpp(log),
         ):
             warnings.simplefilter("always")
             yield warned
@@ -209,3 +212,27 @@ def _quiet(log: list[str]) -> Iterator[list[warnings.WarningMessage]]:
             each.handlers, each.propagate = handlers, propagate
         log += [f"warning: {each.message}" for each in warned]
         log += [line for line in printed.getvalue().splitlines() if line.strip()]
+
+
+@contextlib.contextmanager
+def _hearing_cpp(log: list[str]) -> Iterator[None]:
+    """Collects what C++ prints, which knows the descriptor and not Python's stream.
+
+    The TorchScript exporter prints its whole graph where it fails; on stdout only results belong.
+    """
+    try:
+        stdout = os.dup(1)
+    except OSError:  # closed: nobody hears
+        yield
+        return
+    if sys.__stdout__ is not None:
+        sys.__stdout__.flush()  # what is in its buffer is not C++'s
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 1)
+        try:
+            yield
+        finally:
+            os.dup2(stdout, 1)
+            os.close(stdout)
+            file.seek(0)
+            log += file.read().decode("utf-8", "replace").splitlines()
