@@ -16,6 +16,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from slimcli.artifacts import atomic
 from slimcli.errors import Problem, RunError
@@ -151,14 +152,27 @@ def _read(path: Path) -> dict[str, Any]:
         raise _missing(path) from error
     except pickle.UnpicklingError as error:
         # torch's text tells how to run the code in the file; that is not what we want to advise.
-        raise _unreadable(
-            path, "it holds more than tensors and plain values, or is no file of torch", STATE_DICT
-        ) from error
+        raise _unreadable(path, _what_is_pickled(path), STATE_DICT) from error
     except Exception as error:  # torn bytes make the unpickler raise whatever they spell
         raise _unreadable(path, "the file is not whole", START_AGAIN) from error
     if not isinstance(content, dict):
         raise _unreadable(path, f"it holds a {type(content).__name__}", STATE_DICT)
     return content
+
+
+def _what_is_pickled(path: Path) -> str:
+    """What a file holds that can't be read without running code of it; nothing of it is run."""
+    try:
+        names = get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # a file of another format, or torn bytes
+        names = []
+    if any(name.startswith("torch.nn.modules.") for name in names):
+        # The class of the model is in it, too, and is the one that is not torch's.
+        whole = next((name for name in names if not name.startswith("torch.")), names[0])
+        return f"it is a whole pickled model ({whole}), not its weights"
+    if names:
+        return f"it holds more than tensors and plain values: {', '.join(sorted(names)[:3])}"
+    return "it holds more than tensors and plain values, or is no file of torch"
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

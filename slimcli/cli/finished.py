@@ -79,6 +79,7 @@ class FinishedRun:
         """Compressor and model of the best checkpoint, in the form it was trained in."""
         from slimcli.artifacts import checkpoint, deploy
         from slimcli.solver import planner
+        from slimcli.solver.starting_weights import start_weights
         from slimcli.solver.state import load_model_state
 
         model = self.fresh_model()
@@ -86,7 +87,7 @@ class FinishedRun:
             before = self.job.stages[-2].name
             model = deploy.load_deploy(self.folder.handover(before), model)
         else:
-            model = planner.start_weights(self.job, model)
+            model = start_weights(self.job, model)
         compressor = self.stage.compressor(self.stage.config)
         schedule = planner.schedule_of(self.stage, self.data, self.job.hooks, None)
         model = model.to(self.fabric.device)

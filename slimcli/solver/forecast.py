@@ -25,6 +25,7 @@ from slimcli.solver.devices import make_fabric
 from slimcli.solver.evaluation import Evaluator
 from slimcli.solver.job import Job, StageJob
 from slimcli.solver.loop import Trainer
+from slimcli.solver.starting_weights import start_weights
 from slimcli.solver.step import move_batch
 from slimcli.solver.subject import Subject, Surroundings
 
@@ -150,7 +151,7 @@ def _stage(
     job: Job, stage: StageJob, fabric: Fabric, datasets: tuple[Any, ...], flags: tuple[bool, bool]
 ) -> StageForecast:
     is_certain, wants_trial = flags
-    model = planner.start_weights(job, planner.fresh_model(job.hooks, job.stages[0].training.seed))
+    model = start_weights(job, planner.fresh_model(job.hooks, job.stages[0].training.seed))
     model.to(fabric.device)
     seen = look(job, stage, fabric, datasets, model)
     if not is_certain and (refusals := for_any_model(seen.plan)):

@@ -19,6 +19,7 @@ from slimcli.solver.data import Sharding
 from slimcli.solver.datasets import build_data, generate_datasets
 from slimcli.solver.devices import make_fabric
 from slimcli.solver.job import Job
+from slimcli.solver.starting_weights import start_weights
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def inspect(job: Job, *, with_plan: bool = False) -> Inspection:
     devices = training.devices if training.devices == "cpu" else training.devices[:1]
     fabric = make_fabric(training.model_copy(update={"num_processes": None, "devices": devices}))
     datasets = generate_datasets(job.hooks, training.seed)
-    model = planner.start_weights(job, planner.fresh_model(job.hooks, training.seed))
+    model = start_weights(job, planner.fresh_model(job.hooks, training.seed))
     model = planner.copied(model, job.hooks)
     model.to(fabric.device)
     data = build_data(datasets, job.hooks, training, model, Sharding(), lambda each: each)

@@ -12,7 +12,6 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from slimcli.artifacts.checkpoint import stored_weights
 from slimcli.compressor import Compressor, Plan, Schedule
 from slimcli.errors import GoalError, HookError, Problem, RecipeError, RunError, SlimError
 from slimcli.network.copying import deep_copy
@@ -26,14 +25,6 @@ from slimcli.solver.schedule import plan_schedule
 from slimcli.solver.step import checked_loss, move_batch
 
 UNINITIALIZED = (nn.UninitializedParameter, nn.UninitializedBuffer)
-CONVOLUTIONS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 NO_ONNX = "or train without that file: export.onnx=false"
 SINGLE_SAMPLE_WITH_NORM = "Expected more than 1 value per channel"
@@ -95,39 +86,6 @@ def _refuse_half(model: nn.Module, hooks: JobHooks) -> None:
         )
 
 
-def _refuse_double(job: Job, model: nn.Module) -> None:
-    """No runtime of ONNX files convolves in float64: the run would end without its file.
-
-    Nor can a file hold linear layers in float64 where the last algorithm makes its own for it.
-
-    Raises:
-        HookError: Such layers are float64 and an ONNX file is asked for.
-    """
-    last = job.stages[-1]
-    kinds = (*CONVOLUTIONS, nn.Linear) if last.compressor.deploys_to == "onnx" else CONVOLUTIONS
-    double = {
-        f"{name}.weight": each
-        for name, each in model.named_modules()
-        if isinstance(each, kinds) and each.weight.dtype is torch.float64
-    }
-    if double and job.export.onnx:
-        convolves = any(isinstance(each, CONVOLUTIONS) for each in double.values())
-        raise HookError(
-            Problem(
-                "E-HOOK-MODEL",
-                "`model` returned a model with convolutions in float64, and no runtime takes an "
-                "ONNX file of it"
-                if convolves
-                else "`model` returned a model with linear layers in float64, and the operators "
-                f"that {last.algorithm} writes to an ONNX file take float32",
-                job.hooks.where("model"),
-                expected="float32 weights",
-                received=f"float64 in {next(iter(double))} and {len(double) - 1} more",
-                fix="return model.float(), or train without that file: export: {onnx: false}",
-            )
-        )
-
-
 def teacher_model(hooks: JobHooks, seed: int, fabric: Fabric) -> nn.Module | None:
     """The teacher on the device, in eval mode and without gradients; None if there is none."""
     if hooks.teacher is None:
@@ -135,46 +93,6 @@ def teacher_model(hooks: JobHooks, seed: int, fabric: Fabric) -> nn.Module | Non
     seed_all(seed, "teacher")
     teacher: nn.Module = check_model(hooks.teacher(), "teacher", hooks.where("teacher"))
     return teacher.to(fabric.device).eval().requires_grad_(False)
-
-
-def start_weights(job: Job, model: nn.Module) -> nn.Module:
-    """The model with the weights of ``init_from``, where that is given.
-
-    Raises:
-        RecipeError: They are not weights of this model.
-        HookError: Layers are float64 and an ONNX file is asked for that can't hold them.
-    """
-    _refuse_double(job, model)
-    if job.init_from is None:
-        return model
-    state = stored_weights(job.init_from)
-    wrong = model_differences(model, state)
-    if wrong:
-        raise RecipeError(
-            Problem(
-                "E-RECIPE-INIT-FROM",
-                "init_from: these are not weights of this model",
-                str(job.init_from),
-                expected="every tensor of the model, in its shape",
-                received=", ".join(wrong[:5]) + (" ..." if wrong[5:] else ""),
-                fix="a checkpoint of the same model in its training form",
-            )
-        )
-    model.load_state_dict(state)
-    return model
-
-
-def model_differences(model: nn.Module, state: dict[str, Any]) -> list[str]:
-    """Tensors that are missing, unexpected, or of another shape."""
-    own = model.state_dict()
-    wrong = [f"no {name}" for name in own if name not in state]
-    wrong += [f"unexpected {name}" for name in state if name not in own]
-    wrong += [
-        f"{name} {tuple(state[name].shape)} for {tuple(value.shape)}"
-        for name, value in own.items()
-        if name in state and getattr(value, "shape", ()) != getattr(state[name], "shape", ())
-    ]
-    return wrong
 
 
 def example_of(stage: StageJob, data: Data, hooks: JobHooks, fabric: Fabric) -> Example:

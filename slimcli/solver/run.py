@@ -24,7 +24,8 @@ from slimcli.solver.devices import describe, make_fabric
 from slimcli.solver.evaluation import Evaluator
 from slimcli.solver.interrupts import Signals
 from slimcli.solver.job import Job, StageJob
-from slimcli.solver.planner import fresh_model, start_weights
+from slimcli.solver.planner import fresh_model
+from slimcli.solver.starting_weights import start_weights
 from slimcli.solver.step import move_batch
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import math
@@ -18,7 +19,7 @@ from torch.utils.data import default_collate
 
 from slimcli.artifacts import checkpoint
 from slimcli.compressor import Goal, Plan, Refusal
-from slimcli.errors import GoalError, HookError, RecipeError, RunError
+from slimcli.errors import GoalError, HookError, Problem, RecipeError, RunError
 from slimcli.solver.randomness import derive, epoch_order
 from slimcli.solver.stages import run
 from tests.solver import toys
@@ -284,3 +285,37 @@ def test_init_from_refuses_weights_of_another_model(tmp_path: Path) -> None:
     torch.save({"conv1.weight": torch.zeros(2, 1, 3, 3)}, tmp_path / "other.pt")
     with pytest.raises(RecipeError, match=r"no bn1\.weight"):
         run(replace(toys.job(tmp_path), init_from=tmp_path / "other.pt"))
+
+
+def problem_of(folder: Path, content: Any) -> Problem:
+    """Why a file with this content is no file to start from."""
+    torch.save(content, folder / "start.pt")
+    with pytest.raises(RecipeError) as caught:
+        run(replace(toys.job(folder), init_from=folder / "start.pt"))
+    (problem,) = caught.value.problems
+    assert problem.where == str(folder / "start.pt")
+    assert problem.code == "E-RECIPE-INIT-FROM"
+    return problem
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module."])
+def test_init_from_names_what_a_wrapper_put_before_all_names(tmp_path: Path, prefix: str) -> None:
+    weights = {prefix + name: value for name, value in toys.Net().state_dict().items()}
+    problem = problem_of(tmp_path, {"epoch": 3, "state_dict": weights})
+    assert problem.fix.startswith(f"all names begin with '{prefix}', which a wrapper put there")
+    assert f"name.removeprefix('{prefix}')" in problem.fix
+    without = {name.removeprefix(prefix): value for name, value in weights.items()}
+    torch.save(without, tmp_path / "mended.pt")
+    run(replace(toys.job(tmp_path, epoch=0), init_from=tmp_path / "mended.pt"))
+
+
+def test_init_from_says_of_a_pickled_model_that_it_is_one(tmp_path: Path) -> None:
+    problem = problem_of(tmp_path, toys.Net())
+    assert "it is a whole pickled model (tests.solver.toys.Net), not its weights" in problem.what
+    assert problem.fix == "weights are stored with torch.save(model.state_dict(), path)"
+
+
+def test_init_from_names_objects_that_are_no_weights(tmp_path: Path) -> None:
+    weights = toys.Net().state_dict()
+    problem = problem_of(tmp_path, {"model": weights, "options": argparse.Namespace(lr=1)})
+    assert "it holds more than tensors and plain values: argparse.Namespace" in problem.what
