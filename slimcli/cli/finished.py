@@ -256,4 +256,5 @@ def _opened(folder: RunFolder, content: dict[str, Any], job: Job) -> FinishedRun
         return move_batch(fabric, batch, training.channels_last)
 
     example = planner.example_of(stage, data, job.hooks, fabric)
-    return FinishedRun(folder, content, job, fabric, data, Evaluator(job.hooks, move), example)
+    evaluator = Evaluator(job.hooks, move, warn=console.warn)
+    return FinishedRun(folder, content, job, fabric, data, evaluator, example)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,12 +26,16 @@ class Averages:
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
         self.counts: dict[str, int] = {}
+        self.batches = 0
+        self.found_in: Counter[str] = Counter()
 
     def add(self, values: Mapping[str, float], size: int) -> None:
         """Take in the values of a batch of ``size`` samples."""
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value * size
             self.counts[name] = self.counts.get(name, 0) + size
+        self.batches += 1
+        self.found_in.update(values.keys())
 
     def means(self) -> dict[str, float]:
         """The averages so far.
@@ -96,14 +102,21 @@ class Evaluator:
         hooks: The user's functions.
         move: Moves a batch to the device of the model.
         check_stop: Called between batches; may raise to stop.
+        warn: Takes a sentence about metrics that are not what they seem, once a metric.
     """
 
     def __init__(
-        self, hooks: JobHooks, move: MoveToDevice, check_stop: Callable[[], None] = lambda: None
+        self,
+        hooks: JobHooks,
+        move: MoveToDevice,
+        check_stop: Callable[[], None] = lambda: None,
+        warn: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.hooks = hooks
         self.move = move
         self.check_stop = check_stop
+        self.warn = warn
+        self._warned: set[str] = set()
         # An object with state is used as a fresh copy for each pass.
         self.pristine = copy.deepcopy(hooks.evaluate_function)
 
@@ -137,9 +150,7 @@ class Evaluator:
         averages = Averages()
         accumulates = is_accumulating(self.pristine)
         metric = copy.deepcopy(self.pristine) if accumulates else None
-        for number, batch in enumerate(source.batches(0)):
-            if limit is not None and number >= limit:
-                break
+        for batch in itertools.islice(source.batches(0), limit):
             self.check_stop()
             data = self.move(batch.data)
             prediction = self.hooks.predict_function(model, data)
@@ -150,7 +161,19 @@ class Evaluator:
                 averages.add(values, batch.size)
         if metric is not None:
             return as_numbers(call_metric(metric.compute), self.hooks)
+        self._warn_of_gaps(averages)
         return averages.means()
+
+    def _warn_of_gaps(self, averages: Averages) -> None:
+        """An average over some of the batches is not one over the data set."""
+        for name, count in averages.found_in.items():
+            if count < averages.batches and name not in self._warned:
+                self._warned.add(name)
+                self.warn(
+                    f"evaluate_function returned {name} for {count} of {averages.batches} batches, "
+                    "and its average is that of those; return it for each, or an object with "
+                    "update and compute"
+                )
 
 
 def call_metric(method: Callable[..., Any], *arguments: Any) -> Any:

@@ -11,10 +11,12 @@ import itertools
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 from torch.optim import Optimizer
 
 from slimcli.compressor import Progress
+from slimcli.errors import RunError
 from slimcli.network import surgery
 from slimcli.network.cuts import Cut
 from slimcli.solver import cut_seam
@@ -225,7 +227,10 @@ class Trainer:
         metrics = around.evaluator.run(subject.model, around.data.validation)
         keyword = self.training.save_keyword
         if keyword not in metrics:
-            raise missing_keyword(around.hooks, keyword, metrics)
+            (problem,) = missing_keyword(around.hooks, keyword, metrics).problems
+            what = f"{problem.what} in epoch {self.position.epoch + 1}"
+            # No error of a hook that nothing was trained with: it was there before training.
+            raise RunError(replace(problem, what=what, fix=f"{problem.fix}; then slim resume"))
         value = metrics[keyword]
         may_save = subject.compressor.may_save(subject.model, progress)
         self._go_to_next_epoch(value)

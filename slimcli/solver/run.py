@@ -75,7 +75,13 @@ class Run:
         def move(data: Any) -> Any:
             return move_batch(self.fabric, data, stage.training.channels_last)
 
-        return Evaluator(self.job.hooks, move, self.check_stop)
+        return Evaluator(self.job.hooks, move, self.check_stop, self.note)
+
+    def note(self, text: str) -> None:
+        """A warning that is read with the result: in the log, in summary.json, in the report."""
+        if text not in self.record["notes"]:
+            self.events.emit("notice", text=text, level="warning")
+            self.record["notes"].append(text)
 
     def check_stop(self) -> None:
         """Raise where a signal came to any process."""

@@ -96,7 +96,7 @@ class Stage:
             events=run.events,
             check_stop=run.check_stop,
             save=self.save,
-            note=self._note,
+            note=run.note,
             teacher=planner.teacher_model(run.job.hooks, run.seed, run.fabric),
         )
 
@@ -226,11 +226,6 @@ class Stage:
             epoch=position.epoch,
             step=position.step,
         )
-
-    def _note(self, text: str) -> None:
-        """A warning that is read with the result: in the log, in summary.json, in the report."""
-        self.run.events.emit("notice", text=text, level="warning")
-        self.run.record["notes"].append(text)
 
     # The result
 

@@ -207,7 +207,7 @@ def _finish(current: Run, stage: Stage, compressor: Compressor, model: nn.Module
         return
     job, training = current.job, stage.job.training
     # The other processes have gone: no stop signal is asked of them any more.
-    evaluator = Evaluator(job.hooks, stage.evaluator.move, current.signals.check)
+    evaluator = Evaluator(job.hooks, stage.evaluator.move, current.signals.check, current.note)
     request = FinishRequest(
         model=model,
         compressor=compressor,

@@ -319,3 +319,43 @@ def test_init_from_names_objects_that_are_no_weights(tmp_path: Path) -> None:
     weights = toys.Net().state_dict()
     problem = problem_of(tmp_path, {"model": weights, "options": argparse.Namespace(lr=1)})
     assert "it holds more than tensors and plain values: argparse.Namespace" in problem.what
+
+
+def test_a_metric_of_some_batches_only_is_told_once_with_their_number(tmp_path: Path) -> None:
+    calls = itertools.count()
+
+    def partial(prediction: torch.Tensor, data: Any) -> dict[str, float]:
+        found = toys.accuracy(prediction, data)
+        return found if next(calls) % 4 else {**found, "recall": 1.0}
+
+    job = toys.with_hooks(toys.job(tmp_path, test_batch_size=5), evaluate_function=partial)
+    result = run(job)
+    text = (
+        "evaluate_function returned recall for 1 of 4 batches, and its average is that of those; "
+        "return it for each, or an object with update and compute"
+    )
+    lines = (result.folder / "events.jsonl").read_text().splitlines()
+    notices = [each.get("text") for each in map(json.loads, lines) if each["event"] == "notice"]
+    assert notices.count(text) == 1
+    assert result.summary["notes"].count(text) == 1
+    assert text in (result.folder / "report.html").read_text()
+
+
+def test_a_metric_of_every_batch_is_not_told(tmp_path: Path) -> None:
+    result = run(toys.job(tmp_path, test_batch_size=5))
+    assert [each for each in result.summary["notes"] if "evaluate_function" in each] == []
+
+
+def test_a_metric_that_is_gone_in_a_later_epoch_is_an_error_of_the_run_not_of_its_start(
+    tmp_path: Path,
+) -> None:
+    calls = itertools.count()
+
+    def forgetful(prediction: torch.Tensor, data: Any) -> dict[str, float]:
+        return {"acc": 0.5} if next(calls) < 3 else {"other": 0.5}
+
+    with pytest.raises(RunError, match="returns no 'acc' in epoch 3") as caught:
+        run(toys.with_hooks(toys.job(tmp_path), evaluate_function=forgetful))
+    assert caught.value.exit_code == 1
+    assert caught.value.problems[0].fix == "config.save_keyword=other; then slim resume"
+    assert last(tmp_path)["position"]["epoch"] == 2
