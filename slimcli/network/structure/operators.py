@@ -37,6 +37,8 @@ def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Te
     told, averages = _writes(func)
     if averages and any(each is True for each in args):
         told = averages
+    if not told:
+        return []
     found = [args[place] if place < len(args) else kwargs.get(name) for place, name in told]
     return list(tensors_in(found))
 

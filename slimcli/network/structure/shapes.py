@@ -36,9 +36,11 @@ _BARE = frozenset((torch.Tensor.data_ptr, torch.Tensor.untyped_storage, torch.Te
 
 _COUNTS = frozenset((torch.Tensor.numel, torch.Tensor.nelement, torch.numel, torch.Tensor.__len__))
 
-_WIDTHS = {"out_channels": 0, "in_channels": 1, "out_features": 0, "in_features": 1}
+_WIDTHS = {
+    **{"out_channels": 0, "in_channels": 1, "out_features": 0, "in_features": 1},
+    **{"num_features": 0, "num_channels": 0},
+}
 """Attributes of layers, and which dimension of the weight has this size."""
-_NORM_WIDTHS = {"num_features": 0, "num_channels": 0}
 
 RESHAPES = frozenset({torch.Tensor.view, torch.Tensor.reshape, torch.reshape, torch.Tensor.expand})
 """They are told all sizes of their result."""
@@ -165,21 +167,20 @@ class Shapes(TorchFunctionMode):
 def told_widths(model: nn.Module, record: Record) -> Iterator[None]:
     """Meanwhile the widths that layers keep as numbers are sizes of their weights."""
     changed: list[tuple[nn.Module, str, int]] = []
-    for module in model.modules():
+    dims = {(each.tensor, each.dim): each for each in record.sources.dims}
+    for path, module in model.named_modules():
+        own = vars(module)
         if isinstance(module, torch.jit.ScriptModule):
             continue
-        weight = dict(module.named_parameters(recurse=False)).get("weight")
-        if weight is None:
-            continue
-        names = _NORM_WIDTHS if weight.dim() == 1 else _WIDTHS
-        for name, dim in names.items():
-            width = vars(module).get(name)
-            labels = record.sources.labels_of(weight, dim)
-            if type(width) is int and len(labels) == width:
-                length = Length(width)
-                length.record, length.labels = record, labels
-                vars(module)[name] = length
-                changed.append((module, name, width))
+        for name in own.keys() & _WIDTHS.keys():
+            found = dims.get((f"{path}.weight" if path else "weight", _WIDTHS[name]))
+            if found is None or type(own[name]) is not int or own[name] != found.size:
+                continue
+            changed.append((module, name, own[name]))
+            length = Length(found.size)
+            length.record = record
+            length.labels = np.arange(found.first, found.first + found.size)
+            own[name] = length
     try:
         yield
     finally:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import bisect
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from slimcli.network import attributes
 from slimcli.network.structure.memory import memory_of
 from slimcli.network.structure.nodes import Kind, Node, NodeTable
-from slimcli.network.structure.planes import NONE, SHIFT, Labels
+from slimcli.network.structure.planes import SHIFT
 
 
 @dataclass(frozen=True)
@@ -110,12 +109,6 @@ class Sources:
         if source is not None:
             self.seen.add(source.name)
         return source
-
-    def labels_of(self, tensor: Tensor, dim: int) -> Labels:
-        """Labels of one dimension of a parameter or buffer, without taking it for used."""
-        source = self._by_identity.get(id(tensor))
-        first = source.first_labels[dim] if source and dim < tensor.dim() else 0
-        return np.arange(first, first + tensor.shape[dim]) if first else NONE
 
     def names_of(self, name: str) -> set[str]:
         """All names of the tensor that is known by this one."""
