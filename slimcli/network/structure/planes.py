@@ -37,8 +37,9 @@ def pack(labels: Tensor, nodes: Tensor | int) -> Tensor:
     >>> pack(torch.tensor([0, 7]), 2).tolist() == [0, 7 + (2 << 32)]
     True
     """
-    packed = labels + (nodes << SHIFT)
-    return torch.where(labels == 0, torch.zeros_like(labels), packed)
+    flat = labels.numpy()
+    packed = flat + ((nodes.numpy() if isinstance(nodes, Tensor) else nodes) << SHIFT)
+    return torch.from_numpy(np.where(flat == 0, 0, packed))
 
 
 def active_axes(plane: Tensor) -> tuple[int, ...]:

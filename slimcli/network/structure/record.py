@@ -226,8 +226,8 @@ class Record:
         """Labels along an axis in index order, the first of each where they vary; 0 for none."""
         for plane in planes:
             if plane.shape[axis] > 1:
-                first = labels_of(plane).movedim(axis, 0).reshape(size, -1)[:, 0]
-                return first.contiguous().numpy()
+                first = plane.movedim(axis, 0).reshape(size, -1)[:, 0]
+                return first.numpy() & LABEL_MASK
         return np.zeros(size, dtype=np.int64)
 
 

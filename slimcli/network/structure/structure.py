@@ -262,6 +262,9 @@ def label_counts(
 ) -> tuple[int, dict[str, int]]:
     """Entries outside all groups, and entries per group."""
     groups = group_of[labels]
+    if (groups == groups[0]).all():  # nearly always
+        number, size = int(groups[0]), len(groups)
+        return (size, {}) if number < 0 else (0, {names[number]: size})
     unique, counts = np.unique(groups, return_counts=True)
     found = {names[g]: int(n) for g, n in zip(unique, counts, strict=True) if g >= 0}
     return int((groups < 0).sum()), found

@@ -81,10 +81,12 @@ def remembered(model: nn.Module) -> Memory:
     """(Module, attribute) -> what it keeps there, and how many things if it can say so."""
     kept: Memory = {}
     for module in model.modules():
-        own = {name: each for name, each in vars(module).items() if name not in _OF_ALL_MODULES}
-        for name, value in (own | dict(module.named_buffers(recurse=False))).items():
-            size = len(value) if isinstance(value, (list, dict, set, deque)) else 0
-            kept[id(module), name] = value, size
+        for name, value in vars(module).items():
+            if name not in _OF_ALL_MODULES:
+                size = len(value) if isinstance(value, (list, dict, set, deque)) else 0
+                kept[id(module), name] = value, size
+    for name, buffer in model.named_buffers():
+        kept[id(model), f"buffer {name}"] = buffer, 0
     return kept
 
 
@@ -99,14 +101,14 @@ def remembers(model: nn.Module, before: Memory) -> bool:
 
 def keeps_its_own_mode(model: nn.Module) -> bool:
     """Does any of its modules keep or switch its mode by code of its own?"""
-    return any(_has_its_own_way(module) for module in model.modules())
-
-
-def _has_its_own_way(module: nn.Module) -> bool:
-    if isinstance(module, torch.jit.ScriptModule):
-        return True
-    kinds = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
-    switches = [vars(module), *map(vars, kinds)]
-    return any(name in place for place in switches for name in ("train", "eval")) or any(
-        "training" in vars(kind) for kind in kinds
+    modules = list(model.modules())
+    return any(map(_has_its_own_way, {type(module) for module in modules})) or any(
+        name in vars(module) for module in modules for name in ("train", "eval")
     )
+
+
+def _has_its_own_way(kind: type[nn.Module]) -> bool:
+    if issubclass(kind, torch.jit.ScriptModule):
+        return True
+    own = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    return any(name in vars(each) for each in own for name in ("train", "eval", "training"))
