@@ -17,6 +17,7 @@ from slimcli.errors import Problem, RunError
 from slimcli.network.attributes import Convolution, Transposed
 from slimcli.network.cuts import Cut
 from slimcli.network.example import Example
+from slimcli.network.nested import tensors_in
 
 ROUNDINGS = 64
 """Largest spread of a 'constant' in roundings of its dtype: different kernels round differently."""
@@ -65,7 +66,9 @@ class Capture:
     def __enter__(self) -> Capture:
         """Watches the consumers."""
         self._handles = [
-            self._model.get_submodule(path).register_forward_pre_hook(self._reader(path))
+            self._model.get_submodule(path).register_forward_pre_hook(
+                self._reader(path), with_kwargs=True
+            )
             for path in self._entries
         ]
         return self
@@ -92,9 +95,11 @@ class Capture:
         }
 
     def _reader(self, path: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def hook(
+            module: nn.Module, inputs: tuple[Tensor, ...], keywords: dict[str, Tensor]
+        ) -> None:
             try:
-                self._read(path, module, inputs[0])
+                self._read(path, module, next(tensors_in((inputs, keywords))))
             except RunError as error:  # the model's own code may be in between: told later
                 self._refused = self._refused or error
 

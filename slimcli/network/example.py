@@ -6,7 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from slimcli.network.nested import mapped
 
 
 @dataclass(frozen=True)
@@ -22,5 +25,16 @@ class Example:
     predict: Callable[[nn.Module, Any], Any]
 
     def run(self, model: nn.Module) -> Any:
-        """The model's prediction for this batch, in the mode and under the grad mode found."""
-        return self.predict(model, self.batch)
+        """The model's prediction for this batch, in the mode and under the grad mode found.
+
+        The model gets a copy: code like ``x.sub_(mean)`` would change the batch for the next run.
+        """
+        return self.predict(model, mapped(self.batch, _own))
+
+
+def _own(value: Any) -> Any:
+    """A copy of a tensor, as if it came from the data set."""
+    if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
+        return value
+    with torch.no_grad():
+        return value.detach().clone().requires_grad_(value.requires_grad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -38,7 +39,9 @@ def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
     {'a': [2, (3, 4)]}
     """
     if isinstance(value, dict):
-        return type(value)({key: mapped(each, function) for key, each in value.items()})
+        twin = copy.copy(value)  # of its own kind, whatever that is made with
+        twin.update({key: mapped(each, function) for key, each in value.items()})
+        return twin
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(mapped(each, function) for each in value))
     if isinstance(value, (list, tuple)):

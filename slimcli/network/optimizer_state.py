@@ -77,6 +77,9 @@ def insert_after(
         for place, each in enumerate(group["params"]):
             if each is neighbour:
                 group["params"].insert(place + 1, new)
+                has_momentum = "momentum_buffer" in optimizer.state.get(neighbour, {})
+                if has_momentum and group.get("fused"):  # one step takes all momenta or none
+                    optimizer.state[new]["momentum_buffer"] = torch.zeros_like(new)
                 for names in ("names", "param_names"):
                     if names in group:
                         group[names].insert(place + 1, name)

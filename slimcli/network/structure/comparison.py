@@ -58,10 +58,24 @@ class Ran:
     picks: list[Tensor]
 
     def picks_as(self, other: Ran) -> bool:
-        """Did both runs pick the same places?"""
+        """Did both runs pick the same places?
+
+        Where each channel has places of its own (``x.topk(8, dim=2)``), a cut leaves fewer of them:
+        that tells nothing, and what comes behind must be compared.
+        """
         return len(self.picks) == len(other.picks) and all(
-            map(torch.equal, self.picks, other.picks)
+            map(_picked_alike, self.picks, other.picks)
         )
+
+
+def _picked_alike(left: Tensor, right: Tensor) -> bool:
+    """The same places, or those of more and of fewer channels.
+
+    Another number of places alone (``nonzero``: rows) is a jump.
+    """
+    if left.shape == right.shape:
+        return torch.equal(left, right)
+    return left.dim() == right.dim() and left.shape[1:] != right.shape[1:]
 
 
 class Picks(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -69,14 +69,20 @@ class Draws:
             self._repeats = False
 
     @contextlib.contextmanager
-    def level(self, groups: Sequence[Group]) -> Iterator[None]:
-        """Meanwhile these groups keep equally many channels."""
-        fewest = min(kept_count(group.size, self._random) for group in groups)
-        self._level = {group.name: max(group.least, fewest) for group in groups}
+    def exactly(self, counts: Mapping[str, int]) -> Iterator[None]:
+        """Meanwhile the groups of these names keep so many channels."""
+        self._level = dict(counts)
         try:
             yield
         finally:
             self._level = {}
+
+    @contextlib.contextmanager
+    def level(self, groups: Sequence[Group]) -> Iterator[None]:
+        """Meanwhile these groups keep equally many channels."""
+        fewest = min(kept_count(group.size, self._random) for group in groups)
+        with self.exactly({group.name: max(group.least, fewest) for group in groups}):
+            yield
 
     def of(self, groups: Sequence[Group]) -> Iterator[Selection]:
         """A choice for each group.

@@ -43,6 +43,8 @@ class Edit:
 
 def zeros(model: nn.Module, group: Group, channels: Sequence[int]) -> Iterator[Edit]:
     """What makes channels of a group zero at its sites."""
+    if not channels:
+        return
     for site in group.sites:
         norm = model.get_submodule(site.norm) if site.norm else None
         has_affine = norm is not None and getattr(norm, "weight", None) is not None

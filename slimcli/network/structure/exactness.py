@@ -65,11 +65,18 @@ def flows(record: Record, grouping: Grouping, norm_after: dict[str, str]) -> lis
     for raw, flow in zip(grouping.groups, found, strict=True):
         _choose_sites(record, flow, norm_after, is_frozen=bool(raw.reason))
     _look_at_borders(record, grouping, norm_after, found)
-    for labels, why in record.fickle:
-        for number in _numbers(grouping, labels):
-            if found[number].constant_readers and not found[number].reason:
-                _refuse_constants(found[number], why)
+    _refuse_fickle(record, grouping, found)
     return found
+
+
+def _refuse_fickle(record: Record, grouping: Grouping, found: list[Flow]) -> None:
+    """What a trial on another batch found."""
+    for labels, why in record.fickle:
+        for flow in (found[number] for number in _numbers(grouping, labels)):
+            if flow.constant_readers:
+                _refuse_constants(flow, why)
+            elif not flow.reason:
+                flow.reason = f"a removed channel may not stay zero: {why}"
 
 
 def _look_at_borders(

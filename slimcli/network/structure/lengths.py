@@ -31,25 +31,100 @@ def _heard(compare: Callable[[int, Any], bool]) -> Any:
 def _divided(divide: Callable[[int, Any], Any]) -> Any:
     def method(self: Length, *others: object) -> Any:
         self.told_apart()
-        return divide(self, *others)
+        return self.derived(divide(self, *others))
+
+    return method
+
+
+def _reduced(divide: Callable[[int, Any], Any]) -> Any:
+    def method(self: Length, other: object) -> Any:
+        self.told_apart()
+        if type(other) is int and other > 1 and self.is_full:
+            self.record.divisors.append((self.labels, other))
+        return self.derived(divide(self, other))
 
     return method
 
 
 def _subtracted(subtract: Callable[[int, Any], Any]) -> Any:
     def method(self: Length, other: object) -> Any:
-        self.met(other)
-        return subtract(self, other)
+        if isinstance(other, Length) or not len(self.labels):
+            self.met(other)
+        return self.derived(subtract(self, other))
 
     return method
 
 
 def _multiplied(multiply: Callable[[int, Any], Any]) -> Any:
     def method(self: Length, other: object) -> Any:
-        self.record.counts_sizes = True
-        return multiply(self, other)
+        self.record.counts_sizes |= not len(self.labels)
+        return self.derived(multiply(self, other))
 
     return method
+
+
+def _compared(compare: Callable[[int, Any], bool]) -> Any:
+    def method(self: Derived, other: object) -> bool:
+        if not user_line.is_of_torch(sys._getframe(1)):
+            self.record.derived.append(self.labels)
+        return compare(self, other)
+
+    return method
+
+
+def _carried(operate: Callable[..., Any]) -> Any:
+    def method(self: Derived, *others: object) -> Any:
+        return _derived(operate(self, *others), self.record, self.labels)
+
+    return method
+
+
+class Derived(int):
+    """A number made of a width: what it is compared with, no trial may have met.
+
+    Attributes:
+        record: Where comparisons go.
+        labels: Of the channels that were counted.
+    """
+
+    record: Record
+    labels: Labels = NONE
+
+    __eq__ = _compared(int.__eq__)
+    __ne__ = _compared(int.__ne__)
+    __lt__ = _compared(int.__lt__)
+    __le__ = _compared(int.__le__)
+    __gt__ = _compared(int.__gt__)
+    __ge__ = _compared(int.__ge__)
+
+    def __bool__(self) -> bool:
+        """``if channels % 16``."""
+        self.record.derived.append(self.labels)
+        return int.__bool__(self)
+
+    __hash__ = int.__hash__
+
+    __add__ = _carried(int.__add__)
+    __radd__ = _carried(int.__radd__)
+    __sub__ = _carried(int.__sub__)
+    __rsub__ = _carried(int.__rsub__)
+    __mul__ = _carried(int.__mul__)
+    __rmul__ = _carried(int.__rmul__)
+    __mod__ = _carried(int.__mod__)
+    __floordiv__ = _carried(int.__floordiv__)
+    __neg__ = _carried(int.__neg__)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies are plain numbers."""
+        return int, (int.__int__(self),)
+
+
+def _derived(number: Any, record: Record, labels: Labels) -> Any:
+    if type(number) is not int:  # not implemented, or a fraction
+        return number
+    derived = Derived(number)
+    derived.record, derived.labels = record, labels
+    return derived
 
 
 class Length(int):
@@ -73,6 +148,10 @@ class Length(int):
     def is_full(self) -> bool:
         """Is it the number of some channels, all of them known?"""
         return len(self.labels) > 1 and self.is_plain and bool(self.labels.all())
+
+    def derived(self, number: Any) -> Any:
+        """A number made of this one."""
+        return _derived(number, self.record, self.labels) if len(self.labels) else number
 
     def met(self, other: object) -> None:
         """Compared with another number; a difference is a comparison, too.
@@ -104,7 +183,11 @@ class Length(int):
         """
         if type(number) is not int or not 0 < number < int.__int__(self):
             return
-        if self.is_full and not user_line.is_of_torch(sys._getframe(3)):
+        if user_line.is_of_torch(sys._getframe(3)):
+            return
+        if len(self.labels) and not self.is_plain:  # entries: of other images there are others
+            self.record.derived.append(self.labels)
+        elif self.is_full:
             self.record.least.append(Least(self.labels, number + 1, user_line.current()))
 
     def told_apart(self) -> None:
@@ -128,7 +211,7 @@ class Length(int):
     __add__ = _multiplied(int.__add__)
     __radd__ = _multiplied(int.__radd__)
 
-    __mod__ = _divided(int.__mod__)
+    __mod__ = _reduced(int.__mod__)
     __divmod__ = _divided(int.__divmod__)
     __floordiv__ = _divided(int.__floordiv__)
     __truediv__ = _divided(int.__truediv__)

@@ -130,6 +130,8 @@ class Record:
         remainders: (plane of a tensor, the user's line) where the size of an image is divided:
             images that leave a remainder may be padded.
         least: Widths below which the code does something else.
+        derived: Labels of widths that the code makes numbers of and compares these.
+        divisors: Labels of widths whose remainder the code asks for, and what it divides by.
         escaped: Labels of widths that the code turned into plain numbers.
         counts_sizes: Numbers are made of sizes, or of how many entries a tensor has.
         fickle: Labels of groups whose constants are others for another batch, and how that showed.
@@ -160,6 +162,8 @@ class Record:
     reads: list[tuple[str, str]] = field(default_factory=list)
     remainders: list[tuple[Tensor, str]] = field(default_factory=list)
     least: list[Least] = field(default_factory=list)
+    derived: list[Labels] = field(default_factory=list)
+    divisors: list[tuple[Labels, int]] = field(default_factory=list)
     escaped: list[Labels] = field(default_factory=list)
     counts_sizes: bool = False
     fickle: list[tuple[Labels, str]] = field(default_factory=list)

@@ -52,6 +52,10 @@ def run_traced(
     tracer = Tracer(record, calls, RULES, execute)
     handles = _watch_modules(model, tracer)
     held = [(each, each.data) for each in model.parameters() if not _is_lazy(each)]
+    leaves = [each for each, _ in held if each.is_leaf]
+    marks = [(each, each.grad, each.requires_grad) for each in leaves]
+    for parameter in leaves:
+        parameter.grad = None  # the code may call backward
     try:
         with torch.no_grad(), tracer, Shapes(tracer):
             output = example.run(model)
@@ -67,6 +71,9 @@ def run_traced(
         for source, backup in tracer.backups.values():
             with torch.no_grad():
                 source.copy_(backup)
+        for parameter, grad, requires_grad in marks:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
     return TracedRun(calls.norm_after(), output, tuple(tracer.ops))
 
 
@@ -92,12 +99,13 @@ def _watch_modules(model: nn.Module, tracer: Tracer) -> list[Any]:
 
         return hook
 
-    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+    def leave(module: nn.Module, inputs: Any, keywords: Any, output: Any) -> None:
         path = stack.pop()[0]
         if type(module).__name__ in fuse.PLAIN_NORMS and isinstance(output, Tensor):
-            tracer.calls.normed(inputs[0], path)
+            read = next(tensors_in((inputs, keywords)))
+            tracer.calls.normed(read, path)
             node = affine_node(tracer.record, path)
-            before = tracer.planes_of(inputs[0])
+            before = tracer.planes_of(read)
             tracer.relabel(output, tuple(map_nodes(tracer.record, p, node) for p in before))
         _take(tracer, tracer.calls.top()[0], output)
 
@@ -107,7 +115,7 @@ def _watch_modules(model: nn.Module, tracer: Tracer) -> list[Any]:
         handles.append(
             module.register_forward_pre_hook(enter(path), prepend=True, with_kwargs=True)
         )
-        handles.append(module.register_forward_hook(leave, always_call=True))
+        handles.append(module.register_forward_hook(leave, always_call=True, with_kwargs=True))
     return handles
 
 

@@ -13,7 +13,7 @@ from slimcli.network.structure.assemble import assemble
 from slimcli.network.structure.comparison import Failure
 from slimcli.network.structure.groups import Choice, Grouping, build, first_choices
 from slimcli.network.structure.planes import Labels, distinct
-from slimcli.network.structure.record import Record
+from slimcli.network.structure.record import Least, Record
 from slimcli.network.structure.structure import Group, Structure
 from slimcli.network.structure.traced import Traced
 from slimcli.network.structure.trial import Trial
@@ -124,6 +124,7 @@ def try_cuts(model: nn.Module, example: Example, traced: Traced, samples: int) -
     if failure is not None:
         structure, grouping = _without_bad_cuts(search, structure, grouping, trial, failure)
         structure = _without_bad_merges(search, structure, grouping, trial)
+    structure, grouping = _without_other_branches(search, structure, grouping, trial)
     structure = _without_equal_widths(search, structure, grouping, trial)
     return replace(structure, notes=(*structure.notes, trial.note)) if trial.note else structure
 
@@ -184,6 +185,43 @@ def _without_bad_merges(
     return structure
 
 
+def _without_other_branches(
+    search: Search, structure: Structure, grouping: Grouping, trial: Trial
+) -> tuple[Structure, Grouping]:
+    """Tries the widths at which a comparison of a number made of them may turn out otherwise.
+
+    ``if x.shape[1] // 4 > 2`` with few channels, ``if x.shape[1] % 16 == 0`` with a multiple of 16.
+    """
+    record, pool = search.record, Pool(search.record, structure, grouping)
+    derived = [*record.derived, *(labels for labels, _ in record.divisors)]
+    touched = {int(n) for labels in derived for n in distinct(grouping.group_of[labels])}
+    for number, group in enumerate(structure.groups):
+        if number not in touched or not group.is_prunable:
+            continue
+        labels = pool.labels(group)
+        for each, divisor in record.divisors:
+            count = (group.size - 1) // divisor * divisor
+            if count >= group.least and np.isin(each, labels).any():
+                failure = trial.exactly([group], {group.name: count})
+                if failure is not None:
+                    search.ban(labels, f"where {divisor} divides its width {failure}")
+        failure = trial.exactly([group], {group.name: group.least})
+        if failure is not None:
+            width = _fewest(trial, group) * len(labels) // group.size
+            record.least.append(Least(labels, width, failure.line or f"a comparison: {failure}"))
+    return search.structure() if touched else (structure, grouping)
+
+
+def _fewest(trial: Trial, group: Group) -> int:
+    """The fewest channels that pass alone, if more of them do wherever fewer do."""
+    low, high = group.least, group.size
+    while high - low > 1:
+        middle = (low + high) // 2
+        is_enough = trial.exactly([group], {group.name: middle}) is None
+        low, high = (low, middle) if is_enough else (middle, high)
+    return high
+
+
 def _without_equal_widths(
     search: Search, structure: Structure, grouping: Grouping, trial: Trial
 ) -> Structure:
@@ -224,11 +262,13 @@ def _learn(
     """Draws the consequence from a failed trial of all groups."""
     pool = Pool(search.record, structure, grouping)
     if failure.is_other_batch:
-        taken_up = [group for group in pool.groups if group.constants]
         why = "on another batch, of other sizes and values, it is another one"
-        bad = trial.find_bad(taken_up, failure) or [(group, failure) for group in taken_up]
+        bad = trial.find_bad(pool.groups, failure) or [(group, failure) for group in pool.groups]
         for group, reason in bad:
-            search.record.fickle.append((pool.labels(group), f"{why}: {reason.what}"))
+            if reason.is_other_batch and group.exact_zero:
+                search.record.fickle.append((pool.labels(group), f"{why}: {reason.what}"))
+            else:
+                search.ban(pool.labels(group), str(reason))
         return
     at_line = pool.at_lines({failure.line}) if failure.line and not thoroughly else []
     if 1 < len(at_line) <= FEW:  # one line may do several things

@@ -78,6 +78,7 @@ class Shapes(TorchFunctionMode):
         if func is torch.Tensor.is_same_size:  # asked of the sizes, which tell
             return self._sizes(args[0]) == self._sizes(args[1])
         result = func(*args, **(kwargs or {}))
+        self._hear_scalars(args, result)
         if func in _COUNTS:
             return self._count(func, args[0], result, sys._getframe(1))
         if func in _MAKING:
@@ -92,6 +93,13 @@ class Shapes(TorchFunctionMode):
             return self._sizes(args[0])
         return result
 
+    def _hear_scalars(self, args: tuple[Any, ...], result: Any) -> None:
+        """A size of the batch that a tensor is multiplied with, say, makes other batches others."""
+        if not any(type(each) is Length and not len(each.labels) for each in args):
+            return
+        if isinstance(result, Tensor) and isinstance(args[0], Tensor):
+            self._tracer.record.counts_sizes |= result.shape == args[0].shape
+
     def _sizes(self, tensor: Tensor) -> torch.Size:
         return torch.Size([self._length(tensor, dim, n) for dim, n in enumerate(tensor.shape)])
 
@@ -100,6 +108,7 @@ class Shapes(TorchFunctionMode):
         if user_line.is_of_slim(caller):
             return  # hooks of a trace
         self._tracer.record.leaves = True
+        self._tracer.back_up(tensor)  # an array may be written
         if func in _LEAVING:
             reason = f"channels leave torch at {user_line.current()}"
             self._tracer.record.freeze(self._tracer.planes_of(tensor), reason)

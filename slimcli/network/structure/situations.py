@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from slimcli.network.count import samples_in
 from slimcli.network.example import Example
-from slimcli.network.nested import mapped
+from slimcli.network.nested import mapped, tensors_in
 from slimcli.network.structure.train_mode import set_train_mode
 
 SCALE = 1.3
+SHIFT = 0.3
+"""What zeros become: they would hide what is multiplied with them."""
 CROPPED = (1, 3)
 """Rows and columns that are left out: an odd number each, so that even sizes become odd ones."""
 
@@ -62,6 +64,9 @@ def other_batches(batch: Any) -> Iterator[Any]:
         samples = 0
     more = mapped(scaled, lambda each: _with_one_more(each, samples))
     yield mapped(more, _cropped)
+    if any(each.dim() == 3 for each in tensors_in(batch)):
+        yield mapped(more, lambda each: _shorter(each, -1))  # signals
+        yield mapped(more, lambda each: _shorter(each, 1))  # sequences
     yield more
     yield scaled
 
@@ -82,8 +87,11 @@ def holds_numbers(batch: Any) -> bool:
 
 
 def _scaled(value: Any) -> Any:
-    is_real = isinstance(value, float) or (isinstance(value, Tensor) and value.is_floating_point())
-    return value * SCALE if is_real else value
+    if isinstance(value, float):
+        return value * SCALE if value else SHIFT
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value * SCALE if bool(value.any()) else value + SHIFT
+    return value
 
 
 def _with_one_more(value: Any, samples: int) -> Any:
@@ -94,4 +102,11 @@ def _with_one_more(value: Any, samples: int) -> Any:
 
 def _cropped(value: Any) -> Any:
     is_image = isinstance(value, Tensor) and value.dim() > 3
-    return value[..., : -CROPPED[0], : -CROPPED[1]] if is_image else value
+    if not is_image or min(value.shape[-2:]) <= 2 * CROPPED[1]:
+        return value
+    return value[..., : -CROPPED[0], : -CROPPED[1]]
+
+
+def _shorter(value: Any, dim: int) -> Any:
+    is_row = isinstance(value, Tensor) and value.dim() == 3 and value.shape[dim] > 2 * CROPPED[1]
+    return value.narrow(dim, 0, value.shape[dim] - CROPPED[1]) if is_row else value

@@ -213,7 +213,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.calls.used(tensor)
         labelled = [tensor for tensor in inputs if self.planes_of(tensor)]
         for tensor in written(func, args, kwargs):
-            self._back_up(tensor)
+            self.back_up(tensor)
         self._note_reading(name)
         size = inputs[0].shape if inputs else torch.Size()
         output = self._execute(func, args, kwargs)
@@ -256,7 +256,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             op.freeze(op.tensors(), f"the operator {op.func.name()} could not be followed")
             return ()
 
-    def _back_up(self, tensor: Tensor) -> None:
+    def back_up(self, tensor: Tensor) -> None:
+        """Keeps the numbers of a parameter or buffer, which may be written, for afterwards."""
         source = self.record.sources.shares_memory(tensor)
         if source is not None and source.name not in self.backups:
             self.backups[source.name] = (source.tensor, source.tensor.detach().clone())

@@ -7,19 +7,12 @@ scales are made unequal so that nothing is right by accident.
 
 from __future__ import annotations
 
-import contextlib
 import sys
-import warnings
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
 
 from slimcli.errors import SlimError
 from slimcli.network import constants, surgery
@@ -38,7 +31,6 @@ from slimcli.network.structure.modes import (
     without_fast_path,
 )
 from slimcli.network.structure.precision import copy_as, in_double, run_inside, to_dtype
-from slimcli.network.structure.producing import MIXING
 from slimcli.network.structure.recheck import first_disorder
 from slimcli.network.structure.record import Record
 from slimcli.network.structure.rehearse import rehearse
@@ -48,53 +40,14 @@ from slimcli.network.structure.sources import Sources
 from slimcli.network.structure.structure import Group
 from slimcli.network.structure.traced import Traced
 from slimcli.network.structure.unequal import is_uniform, unequal
+from slimcli.network.structure.watching import Log, watched
 
 
-@dataclass
-class _Log:
-    """What hooks note during a run.
-
-    Attributes:
-        entered: Path of the module entered last.
-        calls: Mixing modules that have run.
-        limit: Outputs are kept of this many of them at most.
-        whole: Paths of layers that aren't cut: their outputs are kept.
-        drew: Random numbers were drawn.
-    """
-
-    entered: str = ""
-    calls: int = 0
-    limit: int = 0
-    whole: frozenset[str] = frozenset()
-    outputs: list[Tensor] = field(default_factory=list)
-    drew: bool = False
-
-
-@contextlib.contextmanager
-def _watched(model: nn.Module, log: _Log) -> Iterator[None]:
-    """Notes which module was entered last, and keeps the outputs of layers that are not cut.
-
-    Two hooks for all modules of the process: a hook on each would be copied with each module.
-    """
-    paths = {id(module): path for path, module in model.named_modules()}
-
-    def enter(module: nn.Module, inputs: Any) -> None:
-        log.entered = paths.get(id(module), log.entered)
-
-    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(module, MIXING) and id(module) in paths:
-            log.calls += 1
-            if log.calls <= log.limit and paths[id(module)] in log.whole:
-                log.outputs.append(output)
-
-    handles = register_module_forward_pre_hook(enter), register_module_forward_hook(leave)
-    try:
-        with warnings.catch_warnings():  # what torch says of hooks like these on compiled models
-            warnings.filterwarnings("ignore", message="Using `torch.compile")
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _tells_little(output: Tensor) -> bool:
+    """Is it a class number or a mask, which small errors leave as it is?"""
+    if output.is_complex():
+        return False
+    return not output.is_floating_point() or bool((output == output.round()).all())
 
 
 class Trial:
@@ -119,7 +72,7 @@ class Trial:
         self._is_sure = False
         self._draws = Draws(self._random)
         self.note = ""
-        self._log = _Log(limit=traced.record.static_calls or 0)
+        self._log = Log(limit=traced.record.static_calls or 0)
         self._origin = model, example
         self._use(torch.float64)
 
@@ -177,7 +130,7 @@ class Trial:
         """The same; None where the user's code can't be run so and everything must begin again."""
         try:
             ran = self.run(model)
-            if not self._log.limit and not any(each.is_floating_point() for each in ran.final):
+            if not self._log.limit and all(map(_tells_little, ran.final)):
                 self._log.limit = sys.maxsize  # class numbers tell little: layers tell more
                 ran = self.run(model)
         except Exception as error:
@@ -224,6 +177,11 @@ class Trial:
                 return failure
         return None
 
+    def exactly(self, groups: Sequence[Group], counts: Mapping[str, int]) -> Failure | None:
+        """One attempt in which the groups of these names keep so many channels."""
+        with self._draws.exactly(counts):
+            return self.attempt(groups)
+
     def level(self, groups: Sequence[Group], names: Collection[str]) -> Failure | None:
         """One attempt in which the groups of these names keep equally many channels."""
         with self._draws.level([group for group in groups if group.name in names]):
@@ -234,7 +192,7 @@ class Trial:
     ) -> Failure | None:
         with without_collector():
             model = self._fresh()
-            with _watched(model, self._log):
+            with watched(model, self._log):
                 return self._attempt(model, groups, thorough, merging)
 
     def _attempt(
@@ -253,7 +211,7 @@ class Trial:
                 zeroed = self._run_zeroed(model)
             if zeroed is None:
                 return self._attempt_once(groups, thorough, merging)
-            elsewhere = self._zeroed_elsewhere(model, cuts, thorough)
+            elsewhere = self._zeroed_elsewhere(model, thorough)
             self._cut(model, cuts, capture)
             if (thorough and self._traced.record.may_reorder) or self._rechecks:
                 after = Record(Sources(model))
@@ -272,18 +230,18 @@ class Trial:
         return self._recheck(after, cuts) if failure is None and after is not None else failure
 
     def _zeroed_elsewhere(
-        self, model: nn.Module, cuts: Sequence[Cut], thorough: bool
+        self, model: nn.Module, thorough: bool
     ) -> list[tuple[Situation, Ran | None]]:
         """What the zeroed model gives where the cut one must give the same, too.
 
-        On a batch unlike the example, if constants that a bias takes up may hang on the batch:
-        the code makes numbers of tensors or sizes, or the batch has some. In train mode, if the
-        code is another one there.
+        On a batch unlike the example, if what becomes of a zero may hang on the batch: the code
+        makes numbers of tensors or sizes, or the batch has some. In train mode, if the code is
+        another one there.
         """
         record, found = self._traced.record, []
         is_counted = record.reads or record.leaves or record.counts_sizes
         has_numbers = is_counted or holds_numbers(self._example.batch)
-        if has_numbers and any(cut.constants for cut in cuts):
+        if has_numbers:
             for batch in other_batches(self._example.batch):
                 situation = Situation(Example(batch, self._example.predict))
                 try:

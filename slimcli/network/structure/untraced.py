@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from slimcli.network.copying import deep_copy
 from slimcli.network.count import count_macs
 from slimcli.network.example import Example
 from slimcli.network.structure import user_line
 from slimcli.network.structure.left_alone import outputs_of
-from slimcli.network.structure.modes import preserved_randomness, share_copy
+from slimcli.network.structure.modes import preserved_randomness
 from slimcli.network.structure.producing import MIXING
 from slimcli.network.structure.structure import LayerRow, Structure
 
@@ -28,7 +29,7 @@ def nothing_followed(
     Raises:
         Exception: What the model raises by itself.
     """
-    twin = share_copy(model).eval()
+    twin = deep_copy(model).eval()  # of its own: nobody hears what is written into parameters
     with torch.no_grad(), preserved_randomness():
         example.run(twin)
     lines = str(error).splitlines()
@@ -42,7 +43,8 @@ def nothing_followed(
     )
     notes = [reason]
     try:
-        macs = count_macs(twin, example, samples).total
+        with preserved_randomness():
+            macs = count_macs(twin, example, samples).total
     except Exception as uncounted:
         macs = 0
         notes.append(f"its MACs can't be counted: {type(uncounted).__name__}: {uncounted}")
