@@ -14,7 +14,7 @@ from slimcli.network.example import Example
 from slimcli.network.structure import analyze
 from slimcli.network.structure.situations import SCALE, other_batches
 
-from .proving import call, prepared, prunable
+from .proving import EXACT, call, prepared, prunable, zeroed_and_cut
 
 FICKLE = "as a constant, and on another batch, of other sizes and values, it is another one"
 PADDED = "as a constant, and images of other sizes may be padded at "
@@ -79,11 +79,21 @@ NUMBERS: dict[str, Function] = {
     "entries counted": lambda y, x, _: y * (x.numel() / 1000),
     "samples counted": lambda y, x, _: y + 0.1 * len(x),
     "a number of the batch": lambda y, _, number: y * number,
+    "a size it is divided by": lambda y, x, _: y / y.shape[3],
+}
+ZEROS: dict[str, Function] = {
+    "a remainder that is zero": lambda y, x, _: torch.relu(y) + x.shape[2] % 2,
+    "a number of the batch that is zero": lambda y, _, number: torch.relu(y) + number,
+    "a product with zero": lambda y, _, number: torch.relu(y) + torch.sigmoid(y) * number,
 }
 STEADY: dict[str, Function] = {
     "nothing done": lambda y, *_: y,
     "a number that only scales what is zero": lambda y, x, _: torch.relu(y) * 1.5,
 }
+
+
+def images_and(number: float) -> tuple[Tensor, float]:
+    return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(2)), number
 
 
 def group_a(end: Function, batch: Any) -> Any:
@@ -103,6 +113,36 @@ def test_no_bias_takes_up_a_constant_that_is_made_with(name: str) -> None:
     batch = (torch.randn(2, 3, 16, 16), 1.0)
     group = group_a(NUMBERS[name], batch if name.endswith("batch") else batch[0])
     assert FICKLE in group.zero_reason or "channels leave torch at" in group.zero_reason
+
+
+@pytest.mark.parametrize("name", ZEROS)
+def test_a_zero_does_not_count_as_zero_that_is_added_to(name: str) -> None:
+    assert FICKLE.rpartition("and ")[2] in group_a(ZEROS[name], images_and(0.0)).zero_reason
+
+
+def test_channels_are_not_taken_for_samples_because_the_example_has_one() -> None:
+    group = group_a(
+        lambda y, *_: y.view(y.shape[1], len(y), *y.shape[2:]).transpose(0, 1),
+        torch.randn(1, 3, 16, 16),
+    )
+    assert "zeroed and cut differ" in group.frozen_reason
+
+
+class ByKeyword(Normed):
+    """Calls the layer that reads a constant by keyword."""
+
+    def forward(self, batch: Any) -> Tensor:
+        y = torch.sigmoid(self.norm(input=torch.relu(self.a(batch))))
+        return self.head(torch.relu(self.b(input=y)))
+
+
+def test_a_bias_takes_up_a_constant_of_a_layer_that_is_called_by_keyword() -> None:
+    torch.manual_seed(0)
+    model, example = prepared(ByKeyword(STEADY["nothing done"]), torch.randn(2, 3, 16, 16))
+    structure = analyze(model, example)
+    assert structure.notes == ()
+    assert [path for path, _ in structure.group("a").constants] == ["b"]
+    assert zeroed_and_cut(model, example, prunable(structure), seed=0)[0] <= EXACT
 
 
 @pytest.mark.parametrize("name", STEADY)

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimcli.network.example import Example
-from slimcli.network.structure import Structure, analyze
+from slimcli.network.structure import Structure, analyze, zero_channels
 
 from . import structures
-from .proving import EXACT, merge_difference, prepared, prunable, zeroed_and_cut
+from .proving import EXACT, merge_difference, network, prepared, prunable, zeroed_and_cut
 
 
 class Scaled(structures.Net):
@@ -219,3 +219,69 @@ def test_only_the_guilty_of_a_line_are_frozen() -> None:
     model, example = prepared(OneLine(), structures.image())
     groups = prunable(analyze(model, example))
     assert [group.name for group in groups] == ["a.1", "b.1"]
+
+
+class Shown(structures.Net):
+    """Something behind the features that a width changes, and what is shown of it."""
+
+    def __init__(self, end: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(9)
+        self.a, self.b = structures.conv(8, 12), structures.conv(12, 9)
+        self.end = end
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.b(torch.relu(self.a(self.stem(x))) / 12))
+
+
+class Largest(Shown):
+    """The largest pixels of each channel, divided by the number of channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(self.stem(x))).flatten(2).topk(9, 2)[0]
+        return self.b((x / x.shape[1]).view(len(x), -1, 3, 3))
+
+
+class Scaling(Shown):
+    """Shows a mask of numbers; what makes it follows the number of channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(self.stem(x)))
+        return self.end(self.b(x / x.shape[1]))
+
+
+@pytest.mark.parametrize(
+    "net", [Largest(lambda x: x), Scaling(lambda x: (x > 0).double())], ids=["places", "mask"]
+)
+def test_a_width_that_scales_is_seen_behind(net: nn.Module) -> None:
+    torch.manual_seed(0)
+    model, example = prepared(net, structures.image())
+    assert "zeroed and cut differ" in analyze(model, example).group("a").frozen_reason
+
+
+class KernelsOfOne(nn.Module):
+    """Kernels that sum to one: of merged channels they would sum to more."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.a, self.head = nn.Conv2d(3, channels, 3), nn.Conv2d(6, 2, 1)
+        self.weight = nn.Parameter(torch.randn(6, channels, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.flatten(2).softmax(-1).view_as(self.weight)
+        return self.head(F.conv2d(torch.relu(self.a(x)), weight))
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4, 9])
+def test_a_small_group_is_merged_for_trial_too(channels: int) -> None:
+    torch.manual_seed(0)
+    model, example = prepared(KernelsOfOne(channels), torch.randn(2, 3, 9, 9))
+    group = analyze(model, example).group("a")
+    assert not group.exact_duplicate
+    assert "equal channels were merged for trial" in group.duplicate_reason
+
+
+def test_no_channels_are_zeroed_if_none_is_named() -> None:
+    model, _, structure = network("Chain")
+    before = [each.clone() for each in model.parameters()]
+    zero_channels(model, prunable(structure)[0], [])
+    assert all(map(torch.equal, before, model.parameters()))

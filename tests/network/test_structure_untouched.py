@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 
 import pytest
@@ -154,3 +155,66 @@ def test_a_teacher_is_where_it_was_after_being(move: Callable[..., None]) -> Non
 def test_averages_that_are_parameters_are_as_they_were() -> None:
     torch.manual_seed(0)
     check_untouched(OwnAverages())
+
+
+class Normalising(nn.Module):
+    """Changes its input in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 2, 3)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.b(torch.relu(self.a(batch["images"].sub_(0.45).div_(0.22))))
+
+
+def test_a_batch_that_the_model_changes_is_the_users_own_again() -> None:
+    images = torch.rand(2, 3, 16, 16)
+    batch = defaultdict(list, images=images)
+    before = images.clone()
+    structure = analyze(Normalising().eval(), Example(batch, call))
+    assert torch.equal(batch["images"], before)
+    assert structure.group("a").exact_zero
+
+
+class Adapting(nn.Module):
+    """Takes gradients in its forward, and writes into arrays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 2)
+        self.mean = nn.Parameter(torch.ones(3), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.numpy()[:] *= 0.5
+        with torch.enable_grad():
+            y = self.b(torch.relu(self.a(x)))
+            y.square().sum().backward()
+        return y.detach()
+
+
+def test_gradients_and_what_arrays_change_are_as_they_were() -> None:
+    torch.manual_seed(0)
+    model = Adapting().eval()
+    model.a.weight.grad = torch.full_like(model.a.weight, 3.0)
+    analyze(model, Example(torch.randn(2, 6), call))
+    assert torch.equal(model.a.weight.grad, torch.full_like(model.a.weight, 3.0))
+    assert model.b.weight.grad is None
+    assert model.mean.tolist() == [1.0, 1.0, 1.0]
+
+
+class Unfollowed(Adapting):
+    """No mode can look into it; it draws numbers and writes into a parameter."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.mul_(0.5)
+        return torch.cond(x.sum() > 0, self.a, self.a, (x,)) + 0 * torch.randn(8)
+
+
+def test_a_model_that_can_not_be_followed_is_as_it_was() -> None:
+    model = Unfollowed().eval()
+    state = torch.get_rng_state()
+    structure = analyze(model, Example(torch.randn(2, 6, generator=torch.Generator()), call))
+    assert structure.groups == ()
+    assert model.mean.tolist() == [1.0, 1.0, 1.0]
+    assert torch.equal(state, torch.get_rng_state())

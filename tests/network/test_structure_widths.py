@@ -13,7 +13,7 @@ from slimcli.network import surgery
 from slimcli.network.structure import Structure, analyze
 
 from . import structures
-from .proving import EXACT, difference, outputs, prepared, zero_channels
+from .proving import EXACT, difference, outputs, prepared, zero_channels, zeroed_and_cut
 
 Question = Callable[["Residual", Tensor, Tensor], Any]
 
@@ -105,6 +105,49 @@ def test_the_fewest_channels_that_must_stay_for(name: str) -> None:
         with pytest.raises(ValueError, match=f"{group} must keep {count} channels at least"):
             structure.group(group).cut(range(count - 1))
         structure.group(group).cut(range(count))
+
+
+class Doubled(structures.Net):
+    """Doubles features if a number made of their width says so."""
+
+    def __init__(self, asks: Callable[[Tensor], Any], width: int = 32) -> None:
+        super().__init__(8)
+        self.a, self.b = structures.conv(8, width), structures.conv(width, 8)
+        self.asks = asks
+
+    def body(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(x))
+        return self.b(x * 2 if self.asks(x) else x.tanh())
+
+
+DERIVED: dict[str, tuple[Callable[[Tensor], Any], int]] = {
+    "a quarter": (lambda x: x.shape[1] // 4 > 2, 12),
+    "twice as many": (lambda x: 2 * x.shape[1] >= 9, 5),
+    "one less": (lambda x: x.size(1) - 1 > 3, 5),
+    "entries": (lambda x: x.numel() > 2 * 16 * 16 * 5, 6),
+}
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_the_fewest_channels_are_searched_where_a_width_is_compared_by(name: str) -> None:
+    asks, least = DERIVED[name]
+    torch.manual_seed(0)
+    model, example = prepared(Doubled(asks), structures.image())
+    group = analyze(model, example).group("a")
+    assert (group.exact_zero, group.least) == (True, least)
+    assert zeroed_and_cut(model, example, [group], seed=0)[0] <= EXACT
+
+
+@pytest.mark.parametrize(("width", "is_cut"), [(33, False), (14, True)])
+def test_a_width_that_a_number_may_divide_is_tried_with_a_multiple_of_it(
+    width: int, is_cut: bool
+) -> None:
+    torch.manual_seed(0)
+    net = Doubled(lambda x: x.shape[1] % 16 == 0, width)
+    model, example = prepared(net, structures.image())
+    group = analyze(model, example).group("a")
+    assert group.exact_zero == is_cut
+    assert is_cut or "where 16 divides its width" in group.frozen_reason
 
 
 class Together(structures.Net):

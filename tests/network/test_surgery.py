@@ -16,6 +16,8 @@ from slimcli.network import surgery
 from slimcli.network.cuts import Constant, Cut, SlotCut
 from slimcli.network.example import Example
 from slimcli.network.selection import compose, select
+from slimcli.network.structure import analyze
+from slimcli.network.structure import zero_channels as zero_group
 
 EXACT = 1e-12
 """Float64: the same sums in another order."""
@@ -657,3 +659,26 @@ def test_gradient_hooks_of_parameters_go_on_after_a_cut_and_can_still_be_removed
         doubled.remove()
     assert seen == [model[0].weight.shape] * 2
     torch.testing.assert_close(gradients[0], 2 * gradients[1], rtol=EXACT, atol=EXACT)
+
+
+def test_a_bias_made_by_a_cut_has_a_momentum_where_one_step_takes_all_of_them():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Sigmoid()),
+        *(nn.Conv2d(8, 4, 3, bias=False), nn.ReLU(), nn.Conv2d(4, 2, 1)),
+    )
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True)
+    example = Example(torch.randn(2, 3, 9, 9), lambda model, batch: model(batch))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        net.train()(example.batch).square().mean().backward()
+        optimizer.step()
+
+    step()
+    group = analyze(net.eval(), example).group("1")
+    zero_group(net, group, range(4))
+    surgery.apply(net, [group.cut(range(4, 8))], example=example, optimizer=optimizer)
+    assert optimizer.state[net[3].bias]["momentum_buffer"].tolist() == [0.0] * 4
+    step()
+    assert optimizer.state[net[3].bias]["momentum_buffer"].abs().max() > 0

@@ -62,6 +62,7 @@ def limits_of(
     least = {
         name: max(group.least, kept(group.size, ratios[name]) if name in ratios else 1)
         for name, group in groups.items()
+        if name in ratios or group.least > 1
     }
     per_unit = channels_per_unit(structure)
     return Limits(config.groups_size, config.min_channels, config.round_to or 1, least, per_unit)
@@ -256,7 +257,7 @@ def _out_of_reach(
     if config.auto_find_module_strategy.startswith("linear"):
         wider = config.auto_find_module_strategy.replace("linear", "all")
         fixes.append(f"auto_find_module_strategy: {wider}")
-    if limits.least:
+    if config.prune_ratios:
         fixes.append("larger fractions in prune_ratios")
     if not fixes:
         fixes.append("smaller min_channels and round_to")
