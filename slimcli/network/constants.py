@@ -37,7 +37,7 @@ def measure(model: nn.Module, cuts: Sequence[Cut], example: Example) -> dict[str
     try:
         model.eval()
         with torch.no_grad(), capture:
-            example.run(model)
+            example.copied().run(model)
     finally:
         for module, mode in modes.items():
             module.training = mode

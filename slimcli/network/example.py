@@ -25,11 +25,12 @@ class Example:
     predict: Callable[[nn.Module, Any], Any]
 
     def run(self, model: nn.Module) -> Any:
-        """The model's prediction for this batch, in the mode and under the grad mode found.
+        """The model's prediction for this batch, in the mode and under the grad mode found."""
+        return self.predict(model, self.batch)
 
-        The model gets a copy: code like ``x.sub_(mean)`` would change the batch for the next run.
-        """
-        return self.predict(model, mapped(self.batch, _own))
+    def copied(self) -> Example:
+        """The same with a batch of its own: ``x.sub_(mean)`` would change it for the next run."""
+        return Example(mapped(self.batch, _own), self.predict)
 
 
 def _own(value: Any) -> Any:

@@ -48,6 +48,7 @@ def run_traced(
         execute: How an operator is executed.
     """
     record.runs += 1
+    example = example.copied()
     calls = Calls()
     tracer = Tracer(record, calls, RULES, execute)
     handles = _watch_modules(model, tracer)

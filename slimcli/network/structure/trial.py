@@ -106,7 +106,7 @@ class Trial:
         """
         self._log.calls, self._log.outputs = 0, []
         picks, hollow = Picks(), self._hollow
-        example = self._example
+        example = self._example.copied()
         if hollow is not None and record is None:
             example = run_inside(hollow, example)
         if self._log.limit:
