@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from slimcli.errors import RunError
@@ -17,6 +16,7 @@ from slimcli.solver.schedule import plan_schedule
 from slimcli.solver.stages import run
 from tests.solver import toys
 from tests.solver.test_resume import same, states, stopped_and_resumed
+from tests.solver.test_schedule import real_rates
 
 REAL = 5  # batches of 8 in an epoch of 40 samples
 
@@ -35,23 +35,11 @@ class Stream(IterableDataset[Any]):
         return self.claimed
 
 
-def watched(seen: list[float]) -> Any:
-    """An optimizer that writes down the rate of each step of the model."""
-
-    class Watched(torch.optim.SGD):
-        def step(self, closure: Any = None) -> Any:
-            if self.param_groups[0]["params"][0].numel() > 6:  # not one of the planner's dummies
-                seen.append(self.param_groups[0]["lr"])
-            return super().step(closure)
-
-    return lambda config, params: Watched(params, lr=config["lr"])
-
-
 def lying(folder: Path, claimed_batches: int, seen: list[float] | None = None, **keys: Any) -> Job:
     return toys.with_hooks(
         toys.job(folder, **keys),
         dataset_generator=lambda: (Stream(8 * claimed_batches), toys.images(20, 2)),
-        optimizer_generator=watched([] if seen is None else seen),
+        optimizer_generator=real_rates([] if seen is None else seen),
     )
 
 

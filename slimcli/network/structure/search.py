@@ -126,7 +126,7 @@ def try_cuts(model: nn.Module, example: Example, traced: Traced, samples: int) -
         structure = _without_bad_merges(search, structure, grouping, trial)
     structure, grouping = _without_other_branches(search, structure, grouping, trial)
     structure = _without_equal_widths(search, structure, grouping, trial)
-    return replace(structure, notes=(*structure.notes, trial.note)) if trial.note else structure
+    return replace(structure, notes=(*structure.notes, *trial.notes))
 
 
 def prunable(structure: Structure) -> list[Group]:
@@ -193,6 +193,7 @@ def _without_other_branches(
     ``if x.shape[1] // 4 > 2`` with few channels, ``if x.shape[1] % 16 == 0`` with a multiple of 16.
     """
     record, pool = search.record, Pool(search.record, structure, grouping)
+    known = len(search.bans), len(record.least)
     derived = [*record.derived, *(labels for labels, _ in record.divisors)]
     touched = {int(n) for labels in derived for n in distinct(grouping.group_of[labels])}
     for number, group in enumerate(structure.groups):
@@ -209,7 +210,8 @@ def _without_other_branches(
         if failure is not None:
             width = _fewest(trial, group) * len(labels) // group.size
             record.least.append(Least(labels, width, failure.line or f"a comparison: {failure}"))
-    return search.structure() if touched else (structure, grouping)
+    is_same = known == (len(search.bans), len(record.least))
+    return (structure, grouping) if is_same else search.structure()
 
 
 def _fewest(trial: Trial, group: Group) -> int:

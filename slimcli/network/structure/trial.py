@@ -42,6 +42,11 @@ from slimcli.network.structure.traced import Traced
 from slimcli.network.structure.unequal import is_uniform, unequal
 from slimcli.network.structure.watching import Log, watched
 
+NO_OTHER = (
+    "the code makes numbers of sizes or values, and the model takes no batch but the example: "
+    "that cuts are exact on other batches was not tried"
+)
+
 
 def _tells_little(output: Tensor) -> bool:
     """Is it a class number or a mask, which small errors leave as it is?"""
@@ -71,7 +76,7 @@ class Trial:
         self._names = {id(each): name for name, each in model.named_parameters()}
         self._is_sure = False
         self._draws = Draws(self._random)
-        self.note = ""
+        self.notes: dict[str, None] = {}
         self._log = Log(limit=traced.record.static_calls or 0)
         self._origin = model, example
         self._use(torch.float64)
@@ -140,7 +145,8 @@ class Trial:
                 self._copies = True
                 return None
             # the code fixes a dtype
-            self.note = f"trial cuts ran in float32, float64 fails: {str(error).splitlines()[0]}"
+            why = str(error).splitlines()[0]
+            self.notes[f"trial cuts ran in float32, float64 fails: {why}"] = None
             self._use(torch.float32)
             return None
         if not self._copies and any(bool(each.isnan().any()) for each in ran.final):
@@ -249,6 +255,8 @@ class Trial:
                     break
                 except Exception:  # the model refuses this batch, as it may
                     continue
+            else:
+                self.notes[NO_OTHER] = None
         if (thorough or self._trains) and self._traced.train_path_differs:
             training = Situation(self._example, trains=True)
             is_same = not self._traced.keeps_state
