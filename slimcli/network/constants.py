@@ -165,7 +165,7 @@ def constant_value(inputs: Tensor, entries: Sequence[int], dim: int) -> Tensor |
     size = picked.abs().amax(1).clamp_min(1.0)
     if bool(((high - low) > _rounding(inputs.dtype) * size).any()):
         return None
-    return picked[:, 0]
+    return picked[:, 0].clone()  # a view would hold the whole activation
 
 
 def _rounding(dtype: torch.dtype) -> float:
