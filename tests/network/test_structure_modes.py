@@ -12,9 +12,10 @@ from torchvision.ops import StochasticDepth
 
 from slimcli.network.example import Example
 from slimcli.network.structure import analyze
+from slimcli.network.structure.remembering import Memory
 
 from . import structures
-from .proving import call, prepared
+from .proving import call, prepared, prunable
 
 
 class Auxiliary(structures.Net):
@@ -211,3 +212,59 @@ def test_what_train_mode_writes_into_a_buffer_is_undone_before_the_cut_is_compar
     torch.manual_seed(0)
     model, example = prepared(Fading(), structures.image())
     assert analyze(model, example).group("a").exact_zero
+
+
+class KeepsItsWidth(nn.Module):
+    """Reads a width when it runs for the first time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if not hasattr(self, "width"):
+            self.width = x.shape[1]
+        return self.head(x.relu() / self.width**0.5)
+
+
+def test_a_width_that_the_first_run_keeps_is_not_cut_because_the_next_one_knows_it() -> None:
+    torch.manual_seed(0)
+    model, example = prepared(KeepsItsWidth(), torch.randn(2, 6))
+    assert prunable(analyze(model, example)) == []
+
+
+class Counting(nn.Module):
+    """Each run gives something else; a list of the user's grows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.runs: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs.append(len(self.runs))
+        return self.head(self.first(x).relu() * 0.5 ** len(self.runs))
+
+
+def test_a_model_whose_runs_differ_is_compared_run_by_run() -> None:
+    torch.manual_seed(0)
+    model, example = prepared(Counting(), torch.randn(2, 6))
+    assert [group.name for group in prunable(analyze(model, example))] == ["first"]
+    assert model.runs == []
+
+
+def test_what_a_run_keeps_is_undone_in_the_same_containers() -> None:
+    model = nn.Module()
+    model.kept, model.by_name, model.count = [1], {"a": 1}, 0
+    kept = model.kept
+    memory = Memory(model)
+    assert not memory.has_changed
+    kept.append(2)
+    model.by_name["b"] = 2
+    model.count, model.new = 1, True
+    assert len(memory.changes()) == 4
+    memory.undo()
+    assert not memory.has_changed
+    assert model.kept is kept
+    assert (kept, model.by_name, model.count, hasattr(model, "new")) == ([1], {"a": 1}, 0, False)

@@ -16,6 +16,7 @@ from slimcli.network.structure.modes import (
     without_fast_path,
 )
 from slimcli.network.structure.record import Record
+from slimcli.network.structure.remembering import Memory
 from slimcli.network.structure.run import run_traced
 from slimcli.network.structure.search import try_cuts
 from slimcli.network.structure.shapes import told_widths
@@ -25,8 +26,6 @@ from slimcli.network.structure.traced import Traced
 from slimcli.network.structure.train_mode import (
     keeps_its_own_mode,
     noted_readers,
-    remembered,
-    remembers,
     set_train_mode,
 )
 from slimcli.network.structure.untraced import nothing_followed
@@ -72,11 +71,11 @@ def trace(model: nn.Module, example: Example) -> Traced:
     trained, train_path_differs = None, False
     with preserved_randomness(), without_fast_path(), told_widths(twin, record):
         twin.eval()
-        before = remembered(twin)
+        memory = Memory(twin)
         with noted_readers() as readers:
             evaluated = run_traced(twin, example, record)
         consumers_in_eval = len(record.consumers)
-        keeps_state = remembers(twin, before)
+        keeps_state = memory.has_changed
         if readers or keeps_its_own_mode(twin) or keeps_state:
             set_train_mode(twin)
             macs = list(record.macs)

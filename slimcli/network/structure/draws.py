@@ -22,14 +22,15 @@ def kept_count(size: int, random: torch.Generator, least: int = 1) -> int:
     At least ``least``, which is less than ``size``.
 
     Exactly half would fit too much code: two widths that must be equal are halved alike, and half
-    of a number of heads is a number of heads.
+    of a number of heads is a number of heads. Two go if that can be, so that one of them can be
+    merged and one zeroed.
 
     >>> kept_count(64, torch.Generator().manual_seed(0)) % 2
     1
     """
     low, high = max(1, size // 4), 3 * size // 4
     drawn = int(torch.randint(low, high + 1, (), generator=random)) | 1
-    return max(least, min(drawn, size - 1))
+    return max(least, 1, min(drawn, (size - 3) | 1))
 
 
 class Draws:

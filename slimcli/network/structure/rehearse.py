@@ -34,3 +34,8 @@ def rehearse(
     clusters = sorted(map(sorted, clusters))
     edits += equals(model, group, clusters)
     return group.merge(clusters), edits
+
+
+def goes_alone(group: Group) -> bool:
+    """Can so few of its channels go that, if they are to be merged, none is left to be zeroed?"""
+    return group.exact_zero and group.exact_duplicate and group.size - max(group.least, 1) < 2

@@ -14,6 +14,7 @@ from slimcli.network.structure.comparison import Failure
 from slimcli.network.structure.groups import Choice, Grouping, build, first_choices
 from slimcli.network.structure.planes import Labels, distinct
 from slimcli.network.structure.record import Least, Record
+from slimcli.network.structure.rehearse import goes_alone
 from slimcli.network.structure.structure import Group, Structure
 from slimcli.network.structure.traced import Traced
 from slimcli.network.structure.trial import Trial
@@ -119,6 +120,8 @@ def try_cuts(model: nn.Module, example: Example, traced: Traced, samples: int) -
         return structure
     trial = Trial(model, example, traced)
     failure = trial.attempt(prunable(structure), thorough=True, merging=True)
+    if failure is None and any(map(goes_alone, prunable(structure))):
+        failure = trial.attempt(prunable(structure))
     if failure is None and Choice.BLOCKS in search.choices:
         failure = trial.opposite(prunable(structure))
     if failure is not None:

@@ -8,7 +8,7 @@ another constant.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from slimcli.network.count import samples_in
 from slimcli.network.example import Example
 from slimcli.network.nested import mapped, tensors_in
+from slimcli.network.structure.remembering import Change
 from slimcli.network.structure.train_mode import set_train_mode
 
 SCALE = 1.3
@@ -29,14 +30,23 @@ CROPPED = (1, 3)
 
 @dataclass(frozen=True)
 class Situation:
-    """A batch, and whether the model is in train mode."""
+    """How the model is run.
+
+    Attributes:
+        example: The batch.
+        trains: The model is in train mode.
+        undoes: What earlier runs left in attributes is taken away first.
+    """
 
     example: Example
     trains: bool = False
+    undoes: Sequence[Change] = ()
 
     @contextlib.contextmanager
     def entered(self, model: nn.Module) -> Iterator[None]:
         """Meanwhile the model is in this mode; what it writes into its buffers is undone."""
+        for change in self.undoes:
+            change.undo()
         if not self.trains:
             yield
             return

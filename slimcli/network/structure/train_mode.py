@@ -8,9 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections import deque
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
@@ -70,33 +68,6 @@ def _dropouts() -> tuple[type[nn.Module], ...]:
     vision = sys.modules.get("torchvision.ops")  # a model that has one of its layers imported it
     more = () if vision is None else (vision.StochasticDepth,)
     return nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, *more
-
-
-Memory = dict[tuple[int, str], tuple[Any, int]]
-
-_OF_ALL_MODULES = frozenset(vars(nn.Module()))
-
-
-def remembered(model: nn.Module) -> Memory:
-    """(Module, attribute) -> what it keeps there, and how many things if it can say so."""
-    kept: Memory = {}
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if name not in _OF_ALL_MODULES:
-                size = len(value) if isinstance(value, (list, dict, set, deque)) else 0
-                kept[id(module), name] = value, size
-    for name, buffer in model.named_buffers():
-        kept[id(model), f"buffer {name}"] = buffer, 0
-    return kept
-
-
-def remembers(model: nn.Module, before: Memory) -> bool:
-    """Did the forward keep anything that another run may meet?"""
-    after = remembered(model)
-    return after.keys() != before.keys() or any(
-        value is not before[key][0] or size != before[key][1]
-        for key, (value, size) in after.items()
-    )
 
 
 def keeps_its_own_mode(model: nn.Module) -> bool:

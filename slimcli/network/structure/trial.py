@@ -34,6 +34,7 @@ from slimcli.network.structure.precision import copy_as, in_double, run_inside, 
 from slimcli.network.structure.recheck import first_disorder
 from slimcli.network.structure.record import Record
 from slimcli.network.structure.rehearse import rehearse
+from slimcli.network.structure.remembering import Memory
 from slimcli.network.structure.run import run_traced
 from slimcli.network.structure.situations import Situation, holds_numbers, other_batches
 from slimcli.network.structure.sources import Sources
@@ -213,11 +214,17 @@ class Trial:
         after = None
         try:
             capture = constants.Capture(model, cuts)
+            before = Memory(model)
             with capture:
                 zeroed = self._run_zeroed(model)
             if zeroed is None:
                 return self._attempt_once(groups, thorough, merging)
             elsewhere = self._zeroed_elsewhere(model, thorough)
+            if self._traced.keeps_state:  # cut, it may go on, or begin anew in another process
+                elsewhere.append((Situation(self._example, undoes=before.changes()), zeroed))
+                now = Memory(model)
+                zeroed = self.run(model)
+                now.undo()
             self._cut(model, cuts, capture)
             if (thorough and self._traced.record.may_reorder) or self._rechecks:
                 after = Record(Sources(model))
@@ -232,7 +239,7 @@ class Trial:
             return Failure(error.problems[0].what)
         except Exception as error:  # the user's code on other sizes: anything can come
             return self._raised(error)
-        failure = compare(zeroed, cut_ran, self._dtype, may_jump=bool(self._log.limit))
+        failure = self._compared(zeroed, cut_ran)
         return self._recheck(after, cuts) if failure is None and after is not None else failure
 
     def _zeroed_elsewhere(
@@ -282,13 +289,16 @@ class Trial:
             after = self._run_in(situation, model)  # if it raises, every attempt must train
             failure = None
             if before is not None and after is not None:
-                failure = compare(before, after, self._dtype, may_jump=bool(self._log.limit))
+                failure = self._compared(before, after)
             self._trains = self._trains if failure else known
             if failure is not None:
                 where = " in train mode" if situation.trains else ""
-                is_other = not situation.trains
+                is_other = situation.example is not self._example
                 return replace(failure, what=failure.what + where, is_other_batch=is_other)
         return None
+
+    def _compared(self, zeroed: Ran, cut: Ran) -> Failure | None:
+        return compare(zeroed, cut, self._dtype, may_jump=bool(self._log.limit))
 
     def _edit(self, edits: Sequence[Edit]) -> None:
         """Makes channels removable."""
