@@ -124,6 +124,24 @@ def test_transposed_convs_of_few_outputs_a_group_are_cut(outputs: int, groups: i
     assert sizes == {"stem.1": 8 // groups, "a": outputs // groups, "b.1": 12}
 
 
+@pytest.mark.parametrize(
+    ("size", "stride", "is_even"), [(1, 1, True), (1, 2, False), (2, 1, False), (2, 2, False)]
+)
+def test_a_transposed_conv_takes_up_constants_if_it_answers_evenly(
+    size: int, stride: int, is_even: bool
+) -> None:
+    class Sigmoid(structures.Net):
+        def __init__(self) -> None:
+            super().__init__(12)
+            self.up = nn.ConvTranspose2d(8, 12, size, stride=stride)
+
+        def body(self, x: Tensor) -> Tensor:
+            return self.up(x.sigmoid())
+
+    stem = proven(Sigmoid()).group("stem.1")
+    assert (stem.exact_zero, bool(stem.constants)) == (is_even, is_even)
+
+
 class Weights(structures.Net):
     """Two convs whose weights are computed on the way."""
 

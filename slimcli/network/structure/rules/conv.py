@@ -128,9 +128,17 @@ def _connect(
         path,
         rows,
         torch.stack([labels_of(by_group).reshape(-1), labels_of(blocks).reshape(-1)]),
-        takes_constants=not path.startswith("tensor:") and not any(op.args[4]) and not transposed,
+        takes_constants=not path.startswith("tensor:") and _answers_evenly(op, transposed),
         is_plain=groups == 1,
     )
+
+
+def _answers_evenly(op: Op, transposed: bool) -> bool:
+    """Is the answer to a constant input the same number everywhere?"""
+    stride, padding, more = op.args[3], op.args[4], op.args[7]
+    if transposed and (max(op.args[1].shape[2:]) > 1 or max(stride) > 1 or any(more)):
+        return False
+    return not any(padding)
 
 
 def _outputs(op: Op, leaving: Tensor | None, groups: int, transposed: bool) -> Planes:
