@@ -303,3 +303,48 @@ def test_a_fixed_slice_is_not_cut_because_its_block_happened_to_stay(
         model, example = prepared(FirstEight(width, others, treat), structures.image())
         cut += analyze(model, example).group("a").is_prunable
     assert cut == 0
+
+
+class Shifted(nn.Module):
+    """Moves a quarter of the channels, as networks without pooling do."""
+
+    def __init__(self, width: int, others: int) -> None:
+        super().__init__()
+        layers = [nn.Conv2d(12, 12, 1) for _ in range(others)]
+        self.stem = nn.Sequential(nn.Conv2d(3, 12, 1), *layers)
+        self.middle, self.head = nn.Conv2d(12, width, 3), nn.Conv2d(width, 6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.middle(self.stem(x)).relu()
+        moved, few = x.clone(), x.shape[1] // 4
+        moved[:, :few, 1:] = x[:, :few, :-1]
+        moved[:, few : 2 * few, :-1] = x[:, few : 2 * few, 1:]
+        return self.head(moved).mean((2, 3))
+
+
+@pytest.mark.parametrize("width", [5, 6, 7])
+def test_a_slice_of_a_part_of_the_channels_is_no_block_because_it_has_one(width: int) -> None:
+    for others in range(4):
+        torch.manual_seed(0)
+        model, example = prepared(Shifted(width, others), torch.randn(2, 3, 8, 8))
+        assert "single channels" in analyze(model, example).group("middle").frozen_reason
+
+
+class Hidden(nn.Module):
+    """A branch that divides by its width, behind a gate that is closed as yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.side, self.last = nn.Linear(6, 8), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.head = nn.Linear(8, 3)
+        self.register_buffer("gate", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        y = self.side(x)
+        return self.head(x + self.gate * self.last(y / y.shape[1]))
+
+
+def test_a_branch_behind_a_closed_gate_is_tried() -> None:
+    model, example = prepared(Hidden(), torch.randn(2, 6))
+    assert "zeroed and cut differ" in analyze(model, example).group("side").frozen_reason

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -125,6 +127,16 @@ DERIVED: dict[str, tuple[Callable[[Tensor], Any], int]] = {
     "twice as many": (lambda x: 2 * x.shape[1] >= 9, 5),
     "one less": (lambda x: x.size(1) - 1 > 3, 5),
     "entries": (lambda x: x.numel() > 2 * 16 * 16 * 5, 6),
+    "a fraction": (lambda x: x.shape[1] / 4 > 2, 9),
+    "a share": (lambda x: int(x.shape[1] * 0.25) > 0, 4),
+    "a root": (lambda x: math.sqrt(x.shape[1]) > 2, 5),
+    "a power": (lambda x: x.size(1) ** 2 > 9, 4),
+    "a table": (lambda x: {1: False, 2: False}.get(x.shape[1], True), 3),
+    "a range": (lambda x: len(range(0, x.shape[1], 4)) > 1, 5),
+    "digits": (lambda x: len(str(x.shape[1])) > 1, 10),
+    "an array": (lambda x: int(np.prod(x.shape[1:])) > 16 * 16 * 6, 7),
+    "a stride": (lambda x: x.stride(0) > 16 * 16 * 2, 3),
+    "bytes": (lambda x: x.nbytes > 2 * 8 * 16 * 16 * 3, 4),
 }
 
 
@@ -136,6 +148,31 @@ def test_the_fewest_channels_are_searched_where_a_width_is_compared_by(name: str
     group = analyze(model, example).group("a")
     assert (group.exact_zero, group.least) == (True, least)
     assert zeroed_and_cut(model, example, [group], seed=0)[0] <= EXACT
+
+
+def test_of_few_channels_each_number_is_tried_because_more_may_fail_where_fewer_pass() -> None:
+    torch.manual_seed(0)
+    net = Doubled(lambda x: x.shape[1] / 2 not in (0.5, 2), width=8)
+    model, example = prepared(net, structures.image())
+    assert analyze(model, example).group("a").least == 5
+
+
+@pytest.mark.parametrize(
+    "asks",
+    [
+        lambda net: net.a.out_channels / 4 > 2,
+        lambda net: net.a.out_channels**0.5 > 3,
+        lambda net: math.sqrt(net.a.out_channels) > 3,
+    ],
+)
+def test_the_fewest_channels_are_searched_where_a_layer_is_asked_for_them(
+    asks: Callable[[Doubled], bool],
+) -> None:
+    torch.manual_seed(0)
+    net = Doubled(lambda x: asks(net))
+    model, example = prepared(net, structures.image())
+    net.asks = lambda x: asks(model)
+    assert analyze(model, example).group("a").least > 7
 
 
 @pytest.mark.parametrize(("width", "is_cut"), [(33, False), (14, True)])

@@ -66,7 +66,7 @@ def _multiplied(multiply: Callable[[int, Any], Any]) -> Any:
 def _compared(compare: Callable[[int, Any], bool]) -> Any:
     def method(self: Derived, other: object) -> bool:
         if not user_line.is_of_torch(sys._getframe(1)):
-            self.record.derived.append(self.labels)
+            self.record.ask(self.labels)
         return compare(self, other)
 
     return method
@@ -99,7 +99,7 @@ class Derived(int):
 
     def __bool__(self) -> bool:
         """``if channels % 16``."""
-        self.record.derived.append(self.labels)
+        self.record.ask(self.labels)
         return int.__bool__(self)
 
     __hash__ = int.__hash__
@@ -120,7 +120,8 @@ class Derived(int):
 
 
 def _derived(number: Any, record: Record, labels: Labels) -> Any:
-    if type(number) is not int:  # not implemented, or a fraction
+    if type(number) is not int:  # not implemented, or a fraction: it tells nothing from here on
+        record.ask(labels)
         return number
     derived = Derived(number)
     derived.record, derived.labels = record, labels
@@ -186,7 +187,7 @@ class Length(int):
         if user_line.is_of_torch(sys._getframe(3)):
             return
         if len(self.labels) and not self.is_plain:  # entries: of other images there are others
-            self.record.derived.append(self.labels)
+            self.record.ask(self.labels)
         elif self.is_full:
             self.record.least.append(Least(self.labels, number + 1, user_line.current()))
 
@@ -221,6 +222,16 @@ class Length(int):
     __and__ = _divided(int.__and__)
     __rand__ = _divided(int.__rand__)
     __rshift__ = _divided(int.__rshift__)
+
+    def __float__(self) -> float:
+        """``math.sqrt(conv.in_channels)``."""
+        self.record.ask(self.labels)
+        return int.__float__(self)
+
+    def __pow__(self, *others: Any) -> Any:
+        """``conv.in_channels ** -0.5``."""
+        self.record.ask(self.labels)
+        return int.__pow__(self, *others)
 
     def __int__(self) -> int:
         """From here on it is a plain number that tells nothing."""

@@ -130,7 +130,7 @@ class Record:
         remainders: (plane of a tensor, the user's line) where the size of an image is divided:
             images that leave a remainder may be padded.
         least: Widths below which the code does something else.
-        derived: Labels of widths that the code makes numbers of and compares these.
+        asked: Labels of widths that the code asks for, and may make numbers of.
         divisors: Labels of widths whose remainder the code asks for, and what it divides by.
         escaped: Labels of widths that the code turned into plain numbers.
         counts_sizes: Numbers are made of sizes, or of how many entries a tensor has.
@@ -162,7 +162,7 @@ class Record:
     reads: list[tuple[str, str]] = field(default_factory=list)
     remainders: list[tuple[Tensor, str]] = field(default_factory=list)
     least: list[Least] = field(default_factory=list)
-    derived: list[Labels] = field(default_factory=list)
+    asked: dict[tuple[int, ...], Labels] = field(default_factory=dict)
     divisors: list[tuple[Labels, int]] = field(default_factory=list)
     escaped: list[Labels] = field(default_factory=list)
     counts_sizes: bool = False
@@ -220,6 +220,11 @@ class Record:
         """Merging equal channels here would change the result."""
         for plane in planes:
             self.no_duplicates.append((entries(labels_of(plane)), reason))
+
+    def ask(self, labels: Labels) -> None:
+        """The code asks how many these are."""
+        if len(labels):
+            self.asked.setdefault((int(labels[0]), int(labels[-1]), len(labels)), labels)
 
     def next_order(self) -> int:
         """A position for the next mixing op."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -27,6 +27,9 @@ PATIENCE = 20
 
 MAX_ROUNDS = 60
 """Each round freezes something or changes a choice; after so many all is refused."""
+
+FEW_CHANNELS = 16
+"""Of so many channels every number is tried, of more the fewest that pass are searched for."""
 
 
 @dataclass
@@ -191,17 +194,14 @@ def _without_bad_merges(
 def _without_other_branches(
     search: Search, structure: Structure, grouping: Grouping, trial: Trial
 ) -> tuple[Structure, Grouping]:
-    """Tries the widths at which a comparison of a number made of them may turn out otherwise.
+    """Tries the fewest channels wherever the code asks how many there are.
 
-    ``if x.shape[1] // 4 > 2`` with few channels, ``if x.shape[1] % 16 == 0`` with a multiple of 16.
+    ``if x.shape[1] * 0.25 > 2`` may turn out otherwise for few channels, ``if x.shape[1] % 16 ==
+    0`` for a multiple of 16, and no trial of a random number shows it.
     """
     record, pool = search.record, Pool(search.record, structure, grouping)
     known = len(search.bans), len(record.least)
-    derived = [*record.derived, *(labels for labels, _ in record.divisors)]
-    touched = {int(n) for labels in derived for n in distinct(grouping.group_of[labels])}
-    for number, group in enumerate(structure.groups):
-        if number not in touched or not group.is_prunable:
-            continue
+    for group in pool.touching(labels for labels, _ in record.divisors):
         labels = pool.labels(group)
         for each, divisor in record.divisors:
             count = (group.size - 1) // divisor * divisor
@@ -209,21 +209,47 @@ def _without_other_branches(
                 failure = trial.exactly([group], {group.name: count})
                 if failure is not None:
                     search.ban(labels, f"where {divisor} divides its width {failure}")
-        failure = trial.exactly([group], {group.name: group.least})
-        if failure is not None:
-            width = _fewest(trial, group) * len(labels) // group.size
-            record.least.append(Least(labels, width, failure.line or f"a comparison: {failure}"))
+    asked = pool.touching([*record.asked.values(), *(labels for labels, _ in record.divisors)])
+    for few, many in ((asked[::2], asked[1::2]), (asked[1::2], asked[::2])):
+        _try_extremes(search, pool, few, many, trial)
     is_same = known == (len(search.bans), len(record.least))
     return (structure, grouping) if is_same else search.structure()
 
 
+def _try_extremes(
+    search: Search, pool: Pool, few: Sequence[Group], many: Sequence[Group], trial: Trial
+) -> None:
+    """Keeps as few channels of these groups as may be, and of those all but one."""
+    counts = {
+        **{each.name: each.least for each in few},
+        **{each.name: each.size - 1 for each in many},
+    }
+    together = trial.exactly(pool.groups, counts) if counts else None
+    if together is None:
+        return
+    alone = {g.name: trial.exactly([g], {g.name: counts[g.name]}) for g in (*few, *many)}
+    for group in (*few, *many):
+        labels, failure = pool.labels(group), alone[group.name]
+        if failure is not None and group in few:
+            width = _fewest(trial, group) * len(labels) // group.size
+            least = Least(labels, width, failure.line or f"a comparison: {failure}")
+            search.record.least.append(least)
+        elif failure is not None or not any(alone.values()):
+            search.ban(labels, str(failure or together))
+
+
 def _fewest(trial: Trial, group: Group) -> int:
-    """The fewest channels that pass alone, if more of them do wherever fewer do."""
+    """The fewest channels that pass alone, as all more do; of many, if more do where fewer do."""
+
+    def fails(count: int) -> bool:
+        return trial.exactly([group], {group.name: count}) is not None
+
     low, high = group.least, group.size
+    if high <= FEW_CHANNELS:
+        return max(filter(fails, range(low, high)), default=low - 1) + 1
     while high - low > 1:
         middle = (low + high) // 2
-        is_enough = trial.exactly([group], {group.name: middle}) is None
-        low, high = (low, middle) if is_enough else (middle, high)
+        low, high = (middle, high) if fails(middle) else (low, middle)
     return high
 
 
@@ -306,14 +332,15 @@ class Pool:
         names = [each.name for each in self.structure.groups]
         return np.flatnonzero(self.grouping.group_of == names.index(group.name))
 
-    def at_lines(self, lines: set[str]) -> list[Group]:
-        """Groups whose channels pass a reshape or split in one of these lines."""
-        found: set[int] = set()
-        for where, labels in self.record.lines:
-            if where in lines:
-                found |= set(distinct(self.grouping.group_of[labels]).tolist())
+    def touching(self, labels: Iterable[Labels]) -> list[Group]:
+        """Groups some of whose channels are among these."""
+        found = {int(n) for each in labels for n in distinct(self.grouping.group_of[each])}
         numbered = enumerate(self.structure.groups)
         return [group for number, group in numbered if number in found and group.is_prunable]
+
+    def at_lines(self, lines: set[str]) -> list[Group]:
+        """Groups whose channels pass a reshape or split in one of these lines."""
+        return self.touching(labels for where, labels in self.record.lines if where in lines)
 
     def split_lines(self, group: Group) -> set[str]:
         """Lines that divide this group's channels."""

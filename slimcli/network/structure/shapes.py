@@ -36,6 +36,9 @@ _BARE = frozenset((torch.Tensor.data_ptr, torch.Tensor.untyped_storage, torch.Te
 
 _COUNTS = frozenset((torch.Tensor.numel, torch.Tensor.nelement, torch.numel, torch.Tensor.__len__))
 
+_TELLING = frozenset((torch.Tensor.stride, vars(torch.Tensor.__base__)["nbytes"].__get__))
+"""What tells sizes in a way of its own."""
+
 _WIDTHS = {
     **{"out_channels": 0, "in_channels": 1, "out_features": 0, "in_features": 1},
     **{"num_features": 0, "num_channels": 0},
@@ -76,7 +79,7 @@ class Shapes(TorchFunctionMode):
         if func is F.affine_grid:  # torch looks for the smallest of these sizes
             args, kwargs = plain(args), {k: plain(v) for k, v in (kwargs or {}).items()}
         if func is torch.Tensor.is_same_size:  # asked of the sizes, which tell
-            return self._sizes(args[0]) == self._sizes(args[1])
+            return self._sizes(args[0], sys._getframe(1)) == self._sizes(args[1], sys._getframe(1))
         result = func(*args, **(kwargs or {}))
         self._hear_scalars(args, result)
         if func in _COUNTS:
@@ -85,12 +88,15 @@ class Shapes(TorchFunctionMode):
             self._measure(result, list(args[_MAKING[func] :]))
         if func in RESHAPES:
             self._tie(result, [*args[1:], *(kwargs or {}).values()])
+        caller = sys._getframe(1)
+        if not args or not isinstance(args[0], Tensor) or user_line.is_of_slim(caller):
+            return result  # hooks of a trace ask, too
         if func is torch.Tensor.size and type(result) is int:
             dim = args[1] if len(args) > 1 else (kwargs or {})["dim"]
-            return self._length(args[0], dim, result) if isinstance(dim, int) else result
-        is_shape = isinstance(result, torch.Size) and args and isinstance(args[0], Tensor)
-        if is_shape and not user_line.is_of_slim(sys._getframe(1)):  # hooks of a trace ask, too
-            return self._sizes(args[0])
+            return self._told(args[0], dim, result, caller) if isinstance(dim, int) else result
+        if isinstance(result, torch.Size) or func in _TELLING:
+            sizes = self._sizes(args[0], caller)
+            return sizes if isinstance(result, torch.Size) else result
         return result
 
     def _hear_scalars(self, args: tuple[Any, ...], result: Any) -> None:
@@ -100,8 +106,16 @@ class Shapes(TorchFunctionMode):
         if isinstance(result, Tensor) and isinstance(args[0], Tensor):
             self._tracer.record.counts_sizes |= result.shape == args[0].shape
 
-    def _sizes(self, tensor: Tensor) -> torch.Size:
-        return torch.Size([self._length(tensor, dim, n) for dim, n in enumerate(tensor.shape)])
+    def _sizes(self, tensor: Tensor, caller: FrameType) -> torch.Size:
+        sizes = enumerate(tensor.shape)
+        return torch.Size([self._told(tensor, dim, n, caller) for dim, n in sizes])
+
+    def _told(self, tensor: Tensor, dim: int, size: int, caller: FrameType) -> Length:
+        """A size that the code asks for."""
+        length = self._length(tensor, dim, size)
+        if not user_line.is_of_torch(caller):
+            self._tracer.record.ask(length.labels)
+        return length
 
     def _leave(self, func: Any, tensor: Tensor, caller: FrameType) -> None:
         """What becomes of the channels from here on is not seen."""
@@ -159,6 +173,7 @@ class Shapes(TorchFunctionMode):
         if length.tensor:
             every = [labels_of(each).reshape(-1).numpy() for each in length.tensor]
             length.labels, length.is_plain = np.concatenate(every), False
+            self._tracer.record.ask(length.labels)
         return length
 
     def _length(self, tensor: Tensor, dim: int, size: int) -> Length:

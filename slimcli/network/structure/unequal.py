@@ -22,6 +22,9 @@ def unequal(model: nn.Module, random: torch.Generator, hollow: Hollow | None = N
                 if (hollow is None or not hollow.stands_for(tensor)) and is_uniform(tensor):
                     positive = float(tensor.flatten()[0]) > 0
                     tensor.copy_(_spread(tensor, positive, random))
+            for buffer in module.buffers(recurse=False):  # a gate that fades in
+                if buffer.numel() == 1 and buffer.is_floating_point() and not bool(buffer.any()):
+                    buffer.fill_(0.1)
             mean, variance = (
                 getattr(module, "running_mean", None),
                 getattr(module, "running_var", None),

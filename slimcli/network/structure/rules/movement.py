@@ -24,6 +24,8 @@ from slimcli.network.structure.planes import (
 from slimcli.network.structure.record import Least, Split
 from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule
 
+ONE_PICKED = "single channels are picked"
+
 
 def same(op: Op) -> Sequence[Planes]:
     """The output has the labels of the first argument."""
@@ -157,6 +159,9 @@ def sliced(op: Op) -> Sequence[Planes]:
             if not _is_block(start, step, size, total):
                 op.freeze_planes([plane], "channels are sliced at fixed places")
                 continue
+            if size == 1 and _is_alone(plane, axis):  # ``x[:, :c // 4]`` with few channels
+                op.freeze_planes([plane], ONE_PICKED)
+                continue
             if step == 1:
                 add_split(op, plane, axis, size, line)
             else:
@@ -187,13 +192,16 @@ def picked(op: Op) -> Sequence[Planes]:
     for plane in op.planes(tensor):
         if plane.shape[axis] > 1:
             line = note_line(op, plane)
-            others = [a for a, n in enumerate(plane.shape) if n > 1 and a != axis]
-            if not others:
-                op.freeze_planes([plane], "single channels are picked")
+            if _is_alone(plane, axis):
+                op.freeze_planes([plane], ONE_PICKED)
                 continue
             add_split(op, plane, axis, 1, line)
         planes += (plane,)
     return moved_planes(op, planes)
+
+
+def _is_alone(plane: Tensor, axis: int) -> bool:
+    return active_axes(plane) == (axis,)
 
 
 def without(op: Op, planes: Planes, axes: Sequence[int], reason: str) -> Planes:
