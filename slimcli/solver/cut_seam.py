@@ -40,5 +40,5 @@ def measured(model: nn.Module, example: Example, emit: Callable[..., Any]) -> It
 
 
 def _predicted(model: nn.Module, example: Example) -> Any:
-    with preserved_randomness(), verify.exact_arithmetic(), verify.evaluating(model):
+    with preserved_randomness(model), verify.exact_arithmetic(), verify.evaluating(model):
         return example.run(model)

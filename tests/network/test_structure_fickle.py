@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -80,10 +82,18 @@ NUMBERS: dict[str, Function] = {
     "samples counted": lambda y, x, _: y + 0.1 * len(x),
     "a number of the batch": lambda y, _, number: y * number,
     "a size it is divided by": lambda y, x, _: y / y.shape[3],
+    "a root of a size": lambda y, x, _: y / math.sqrt(y.shape[3]),
+    "a power of a size": lambda y, x, _: y * x.shape[3] ** -0.5,
+    "an array of sizes": lambda y, x, _: y * float(np.prod(x.shape[2:])) / 99,
+    "a range of a size": lambda y, x, _: y * len([*range(x.shape[3])]) / 9,
+    "a stride": lambda y, x, _: y * y.stride(2) / 9,
+    "a size by keyword": lambda y, x, _: torch.add(y, y, alpha=x.shape[3]),
+    "a share of samples": lambda y, x, _: y + 1 / y.shape[0],
 }
 ZEROS: dict[str, Function] = {
     "a remainder that is zero": lambda y, x, _: torch.relu(y) + x.shape[2] % 2,
     "a number of the batch that is zero": lambda y, _, number: torch.relu(y) + number,
+    "a root that is zero": lambda y, x, _: torch.relu(y) + (math.sqrt(y.shape[3]) - 4),
     "a product with zero": lambda y, _, number: torch.relu(y) + torch.sigmoid(y) * number,
 }
 STEADY: dict[str, Function] = {
@@ -126,6 +136,62 @@ def test_channels_are_not_taken_for_samples_because_the_example_has_one() -> Non
         torch.randn(1, 3, 16, 16),
     )
     assert "zeroed and cut differ" in group.frozen_reason
+
+
+ROUNDED: dict[str, Function] = {
+    "its sign": lambda y, *_: torch.sign(y - y.mean((2, 3), keepdim=True)),
+    "a comparison": lambda y, *_: ((y - y.mean((2, 3), keepdim=True)) > 0) * y,
+    "whole numbers": lambda y, *_: torch.floor(y / y.mean((2, 3), keepdim=True)),
+    "a remainder": lambda y, *_: torch.remainder(y, y.mean((2, 3), keepdim=True)),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_no_bias_takes_up_what_rounding_decides_as(name: str) -> None:
+    group = group_a(ROUNDED[name], torch.randn(2, 3, 16, 16))
+    assert (group.exact_zero, group.constants) == (False, ())
+
+
+def test_a_bias_takes_up_the_sign_of_what_a_norm_makes_of_a_zero() -> None:
+    assert group_a(lambda y, *_: torch.sign(y), torch.randn(2, 3, 16, 16)).constants
+
+
+class OwnWeight(nn.Conv2d):
+    """Multiplies with its weight, as it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias, self.stride)
+
+
+class GainedWeight(nn.Conv2d):
+    """Multiplies with more than its weight; one, as yet."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.gain = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight * self.gain, self.bias, self.stride)
+
+
+class ClampedInput(nn.Conv2d):
+    """Reads something else than it is given, if that is large."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.clamp(max=6.0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "takes_up"), [(OwnWeight, True), (GainedWeight, False), (ClampedInput, False)]
+)
+def test_a_bias_takes_up_what_its_layer_multiplies_with_its_weight(
+    kind: type[nn.Conv2d], takes_up: bool
+) -> None:
+    torch.manual_seed(0)
+    net = Normed(STEADY["nothing done"])
+    net.b = kind(12, 8, 2, 2)
+    model, example = prepared(net, torch.randn(2, 3, 16, 16))
+    assert bool(analyze(model, example).group("a").constants) == takes_up
 
 
 class ByKeyword(Normed):
@@ -187,9 +253,8 @@ class Stubborn(Normed):
 def test_a_model_that_takes_no_other_batch_is_told_of() -> None:
     torch.manual_seed(0)
     model, example = prepared(Stubborn(STEADY["nothing done"]), (torch.ones(1, 3, 16, 16), 1.0))
-    assert ["takes no batch but the example" in note for note in analyze(model, example).notes] == [
-        True
-    ]
+    notes = analyze(model, example).notes
+    assert sum("takes no batch but the example" in note for note in notes) == 1
 
 
 def test_other_batches_differ_in_values_in_samples_and_in_sizes() -> None:

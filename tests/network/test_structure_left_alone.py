@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -57,8 +58,9 @@ def test_a_layer_that_did_not_run_is_in_the_table_and_in_the_notes() -> None:
     row = next(row for row in structure.layers if row.name == "c.0")
     assert (row.type, row.channels, row.group) == ("Conv2d", 12, "")
     assert row.frozen_reason == "it did not run on the example"
-    assert len(structure.notes) == 1
-    assert structure.notes[0].startswith("did not run on the example: c.0, c.1; ")
+    unseen, other_ways = structure.notes
+    assert unseen.startswith("did not run on the example: c.0, c.1; ")
+    assert "reads values of the batch at network/test_structure_left_alone.py:" in other_ways
 
 
 class Optional(nn.Module):
@@ -209,3 +211,55 @@ def test_a_recurrent_layer_is_left_alone_with_exactly_its_neighbours(kind: type[
     assert rows["before"].frozen_reason == rows["inner"].frozen_reason == reason
     assert [group.name for group in prunable(structure)] == ["after"]
     assert zeroed_and_cut(model, example, prunable(structure), 0)[0] <= EXACT
+
+
+class Tagged(torch.Tensor):
+    """A tensor of a kind of its own."""
+
+
+COPIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "a deep copy": copy.deepcopy,
+    "a parameter": nn.Parameter,
+    "another kind of tensor": lambda x: x.as_subclass(Tagged),
+    "its memory": lambda x: x.new_empty(0).set_(x.untyped_storage(), 0, x.shape, x.stride()),
+}
+
+
+class PicksFrom(nn.Module):
+    """Picks a channel of a copy."""
+
+    def __init__(self, copied: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 4, 1)
+        self.copied = copied
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        return self.b(x * self.copied(x)[:, :1].sigmoid())
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_channels_are_followed_or_frozen_where_no_operator_makes(name: str) -> None:
+    torch.manual_seed(0)
+    example = Example(torch.randn(2, 3, 8, 8), call)
+    group = analyze(PicksFrom(COPIES[name]), example, trial=False).group("a")
+    assert not group.is_prunable
+
+
+class Checking(nn.Module):
+    """Asks torch to check something, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.a(x).relu(), self.b(x).relu()
+        torch._check_tensor_all(torch.as_tensor(x.shape[0]) > 0)
+        return self.c(left) + self.c(right)
+
+
+def test_a_check_by_torch_is_no_other_way() -> None:
+    structure = analyze(Checking(), Example(torch.randn(2, 3, 8, 8), call))
+    assert [group.size for group in prunable(structure)] == [8]
+    assert structure.notes == ()

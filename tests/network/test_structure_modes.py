@@ -12,7 +12,7 @@ from torchvision.ops import StochasticDepth
 
 from slimcli.network.example import Example
 from slimcli.network.structure import analyze
-from slimcli.network.structure.remembering import Memory
+from slimcli.network.structure.remembering import Memory, attributes_of
 
 from . import structures
 from .proving import call, prepared, prunable
@@ -189,6 +189,45 @@ def test_a_width_that_matters_in_train_mode_alone_is_not_cut() -> None:
     assert float(model.seen) == seen
 
 
+class OtherNumber(nn.Module):
+    """Adds one number in train mode, and another one otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12)
+        self.b = nn.Conv2d(12, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.norm(self.a(x)).relu() + (1.0 if self.training else 0.0))
+
+
+def test_a_number_that_is_another_one_in_train_mode_keeps_channels() -> None:
+    torch.manual_seed(0)
+    model, example = prepared(OtherNumber(), torch.randn(2, 3, 8, 8))
+    assert "in train mode" in analyze(model, example).group("norm").frozen_reason
+
+
+def test_layers_that_drop_paths_in_train_mode_cost_no_more_runs() -> None:
+    runs: list[bool] = []
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), StochasticDepth(0.5, "row"), Asking(), nn.Conv2d(8, 4, 1)
+    )
+
+    def predict(model: nn.Module, batch: Tensor) -> Tensor:
+        runs.append(model.training)
+        return model(batch)
+
+    analyze(net, Example(torch.randn(2, 3, 8, 8), predict))
+    assert runs == [False, True, False, False]
+
+
+class Asking(nn.Module):
+    """Asks for the mode, for nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sigmoid() if self.training and x.dim() < 4 else x.relu()
+
+
 def test_train_mode_is_not_compared_where_random_numbers_are_drawn() -> None:
     torch.manual_seed(0)
     model, example = prepared(ScaledInTraining(draws=True), structures.image())
@@ -259,13 +298,13 @@ def test_what_a_run_keeps_is_undone_in_the_same_containers() -> None:
     model = nn.Module()
     model.kept, model.by_name, model.count = [1], {"a": 1}, 0
     kept = model.kept
-    memory = Memory(model)
-    assert not memory.has_changed
+    memory = Memory(attributes_of(model))
+    assert memory.changes() == []
     kept.append(2)
     model.by_name["b"] = 2
     model.count, model.new = 1, True
     assert len(memory.changes()) == 4
     memory.undo()
-    assert not memory.has_changed
+    assert memory.changes() == []
     assert model.kept is kept
     assert (kept, model.by_name, model.count, hasattr(model, "new")) == ([1], {"a": 1}, 0, False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable
 
@@ -218,3 +219,46 @@ def test_a_model_that_can_not_be_followed_is_as_it_was() -> None:
     assert structure.groups == ()
     assert model.mean.tolist() == [1.0, 1.0, 1.0]
     assert torch.equal(state, torch.get_rng_state())
+
+
+@functools.lru_cache
+def ramp(height: int, width: int) -> Tensor:
+    """Brightness from the left to the right."""
+    return torch.linspace(0, 1, width).expand(height, width)
+
+
+TABLE: dict[int, Tensor] = {}
+
+
+def tabled(height: int, width: int) -> Tensor:
+    if width not in TABLE:
+        TABLE[width] = torch.linspace(0, 1, width)
+    return TABLE[width].expand(height, width)
+
+
+class Lit(nn.Module):
+    """Multiplies features with something that is kept outside of the model."""
+
+    light: Callable[[int, int], Tensor]
+
+    def __init__(self, light: Callable[[int, int], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+        self.light = light
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.b(x * self.light(*x.shape[2:]))
+
+
+@pytest.mark.parametrize("light", [ramp, tabled])
+def test_caches_outside_of_the_model_keep_nothing_of_the_trials(
+    light: Callable[[int, int], Tensor],
+) -> None:
+    known = light(3, 3)
+    model = Lit(light)
+    structure = analyze(model, Example(torch.randn(2, 3, 16, 16), call))
+    assert [group.name for group in prunable(structure)] == ["a"]
+    for size in (16, 15, 13):
+        assert model(torch.randn(1, 3, size, size)).dtype == torch.float32
+    assert torch.equal(light(3, 3), known)

@@ -42,6 +42,7 @@ from slimcli.network.example import Example
 from slimcli.network.fuse import fold_pairs, remainder
 from slimcli.network.handover import insert_norms
 from slimcli.network.structure import analyze
+from slimcli.network.structure.modes import gpus_of
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ def input_dimensions(model: nn.Module, example: Example) -> dict[str, set[int]]:
                 seen.setdefault(path, set()).add(inputs[0].dim() if inputs else 4)
 
             module.register_forward_pre_hook(look)
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng(gpus_of(model)), torch.no_grad():
         example.run(twin)
     return seen
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from slimcli.network.example import Example
+from slimcli.network.structure.modes import gpus_of
 
 Path = tuple[int | str, ...]
 ROOT = ""
@@ -273,10 +274,8 @@ def record_forward(model: nn.Module, example: Example) -> Record:
     model.eval()
     fast_attention = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    device = next((each.device for each in model.parameters()), torch.device("cpu"))
-    devices = [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices), torch.no_grad(), Recorder(model) as recorder:
+        with torch.random.fork_rng(gpus_of(model)), torch.no_grad(), Recorder(model) as recorder:
             example.run(model)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_attention)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from slimcli.network.count import samples_in
 from slimcli.network.example import Example
@@ -16,7 +16,7 @@ from slimcli.network.structure.modes import (
     without_fast_path,
 )
 from slimcli.network.structure.record import Record
-from slimcli.network.structure.remembering import Memory
+from slimcli.network.structure.remembering import Memory, attributes_of, forgotten_by_code
 from slimcli.network.structure.run import run_traced
 from slimcli.network.structure.search import try_cuts
 from slimcli.network.structure.shapes import told_widths
@@ -51,7 +51,7 @@ def analyze(model: nn.Module, example: Example, *, trial: bool = True) -> Struct
         samples = samples_in(example.batch)
     except ValueError:
         samples = 1
-    with without_collector():
+    with forgotten_by_code(model), without_collector():
         try:
             traced = trace(model, example)
         except Exception as error:  # of the model, or of an operator that no mode can look into
@@ -59,7 +59,8 @@ def analyze(model: nn.Module, example: Example, *, trial: bool = True) -> Struct
         if not trial:
             groups = build(traced.record, first_choices(traced.record), ())
             return assemble(model, traced.record, groups, traced.norm_after, samples, traced.notes)
-    return try_cuts(model, example, traced, samples)
+    with forgotten_by_code(model):
+        return try_cuts(model, example, traced, samples)
 
 
 def trace(model: nn.Module, example: Example) -> Traced:
@@ -69,13 +70,13 @@ def trace(model: nn.Module, example: Example) -> Traced:
     freeze_uncuttable(twin, record)
     notes: list[str] = []
     trained, train_path_differs = None, False
-    with preserved_randomness(), without_fast_path(), told_widths(twin, record):
+    with preserved_randomness(model), without_fast_path(), told_widths(twin, record):
         twin.eval()
-        memory = Memory(twin)
+        memory, buffers = Memory(attributes_of(twin)), dict(twin.named_buffers())
         with noted_readers() as readers:
             evaluated = run_traced(twin, example, record)
         consumers_in_eval = len(record.consumers)
-        keeps_state = memory.has_changed
+        keeps_state = bool(memory.changes()) or _differ(buffers, dict(twin.named_buffers()))
         if readers or keeps_its_own_mode(twin) or keeps_state:
             set_train_mode(twin)
             macs = list(record.macs)
@@ -95,3 +96,8 @@ def trace(model: nn.Module, example: Example) -> Traced:
     return Traced(
         record, norm_after, tuple(notes), train_path_differs, consumers_in_eval, keeps_state
     )
+
+
+def _differ(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
+    """Are there other buffers, or other tensors in their places?"""
+    return before.keys() != after.keys() or any(after[name] is not before[name] for name in before)

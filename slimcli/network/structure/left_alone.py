@@ -100,6 +100,18 @@ def freeze_rewired(record: Record) -> None:
                     record.freeze_labels(labels, reason)
 
 
+def other_ways(record: Record) -> list[str]:
+    """A note on where values of the batch are read, so that the next one may take another way."""
+    lines = list(dict.fromkeys(line for _, line in record.reads if line))
+    if not lines:
+        return []
+    more = f" and in {len(lines) - 1} more lines" if len(lines) > 1 else ""
+    return [
+        f"the code reads values of the batch at {lines[0]}{more}: "
+        "what it does with other values was tried only as far as the example takes it"
+    ]
+
+
 def outputs_of(model: nn.Module, path: str) -> int:
     """Output channels of a layer, or the first size of a bare parameter."""
     modules = dict(model.named_modules())

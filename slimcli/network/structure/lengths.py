@@ -152,6 +152,8 @@ class Length(int):
 
     def derived(self, number: Any) -> Any:
         """A number made of this one."""
+        if type(number) is float:
+            self.record.counts_sizes |= not len(self.labels)
         return _derived(number, self.record, self.labels) if len(self.labels) else number
 
     def met(self, other: object) -> None:
@@ -223,14 +225,19 @@ class Length(int):
     __rand__ = _divided(int.__rand__)
     __rshift__ = _divided(int.__rshift__)
 
+    def _said(self) -> None:
+        """From here on it is a number that tells nothing."""
+        self.record.ask(self.labels)
+        self.record.counts_sizes |= not len(self.labels)
+
     def __float__(self) -> float:
         """``math.sqrt(conv.in_channels)``."""
-        self.record.ask(self.labels)
+        self._said()
         return int.__float__(self)
 
     def __pow__(self, *others: Any) -> Any:
         """``conv.in_channels ** -0.5``."""
-        self.record.ask(self.labels)
+        self._said()
         return int.__pow__(self, *others)
 
     def __int__(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -25,11 +26,17 @@ def share_copy(model: nn.Module) -> nn.Module:
     return deep_copy(model, memo)
 
 
+def gpus_of(model: nn.Module) -> list[int]:
+    """Numbers of the GPUs that a model lies on: others must not be woken."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return sorted({each.get_device() for each in tensors if each.is_cuda})
+
+
 @contextlib.contextmanager
-def preserved_randomness() -> Iterator[None]:
-    """Random states of torch, numpy and Python are as before afterwards."""
+def preserved_randomness(model: nn.Module) -> Iterator[None]:
+    """Random states of torch (CPU and the model's GPUs), numpy and Python are as before after."""
     states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(gpus_of(model)):
         try:
             yield
         finally:
@@ -37,10 +44,9 @@ def preserved_randomness() -> Iterator[None]:
             np.random.set_state(states[1])
 
 
-def random_states() -> list[Tensor]:
-    """Of all of torch's generators."""
-    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return [torch.get_rng_state(), *on_gpus]
+def random_states(model: nn.Module) -> list[Tensor]:
+    """Of torch's generators, on the CPU and on the model's GPUs."""
+    return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, gpus_of(model))]
 
 
 @contextlib.contextmanager

@@ -33,6 +33,7 @@ class Kind(IntEnum):
     COMBINE = 7  # several tensors, position by position
     CARRY = 8  # a sum over other axes with varying weights
     JOIN = 9  # different values at different positions of one channel
+    JUMP = 10  # f(x) that jumps: of a constant that was computed, rounding decides
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Node:
         parents: Nodes it was made from.
         flags: COMBINE: does f(0 here, anything elsewhere) = 0, per parent. DEPTHWISE: (biased,
             padded). SOURCE: (one number per channel,).
-        keeps_zero: MAP, COMBINE: f(0, ...) = 0. BORDER: the border is zero.
+        keeps_zero: MAP, COMBINE, JUMP: f(0, ...) = 0. BORDER: the border is zero.
         name: PRODUCER, DEPTHWISE: key of the producer; AFFINE: path of the norm; SOURCE: tensor.
     """
 
@@ -81,6 +82,14 @@ class NodeTable:
     def is_made(self, number: int) -> bool:
         """Is the value computed from nothing but tensors made to measure?"""
         return self._made[number]
+
+    def is_computed(self, number: int) -> bool:
+        """Does it come of several values, so that rounding may tell its positions apart?"""
+        node = self.nodes[number]
+        if node.kind in (Kind.COMBINE, Kind.CARRY):
+            return True
+        is_source = node.kind in (Kind.FIXED, Kind.SOURCE, Kind.PRODUCER)
+        return not is_source and any(map(self.is_computed, node.parents))
 
     def is_weight(self, number: int) -> bool:
         """Is the value computed from parameters and buffers alone?"""
@@ -154,6 +163,9 @@ class ZeroStates:
             return State.ZERO if at_site and is_zeroed else max(state, State.CONSTANT)
         if node.kind == Kind.MAP:
             return state if node.keeps_zero else max(state, State.CONSTANT)
+        if node.kind == Kind.JUMP:
+            zeros = State.ZERO if node.keeps_zero else State.CONSTANT
+            return zeros if zero else State.VARYING
         if node.kind == Kind.DEPTHWISE:
             biased, padded = node.flags
             if zero:

@@ -7,7 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from slimcli.network.nested import tensors_in
+from slimcli.network.structure.memory import memory_of
 from slimcli.network.structure.nodes import Kind, Node
 from slimcli.network.structure.planes import (
     LABEL_MASK,
@@ -59,6 +62,30 @@ def only_plane(op: Op, tensor: Tensor, axis: int) -> Tensor | None:
         return found[0]
     op.freeze_planes(found, "the weight is computed in a way that mixes its axes")
     return None
+
+
+def takes_up(op: Op, path: str, weight: Tensor, tensor: Tensor) -> bool:
+    """Can the bias of the layer at this path take up a constant?
+
+    What is measured enters the layer, and is multiplied with its weight: the operator must do so,
+    too. A layer of the user's own may change either first.
+
+    Args:
+        op: Multiplies.
+        path: Of the layer that runs; ``tensor:NAME`` where none does.
+        weight: Plane of the operator's weight.
+        tensor: The operator's input.
+    """
+    module = op.tracer.calls.top()[1]
+    if path.startswith("tensor:") or module is None:
+        return False
+    kinds = {op.record.table.nodes[node].kind for node in distinct(weight.numpy().ravel() >> SHIFT)}
+    if kinds != {Kind.SOURCE} and not parametrize.is_parametrized(module, "weight"):
+        return False
+    if type(module).forward.__module__.startswith("torch.nn."):
+        return True
+    memories = {memory_of(each) for each in tensors_in(op.tracer.calls.given[-1])}
+    return memory_of(tensor) in memories
 
 
 def add_consumer(

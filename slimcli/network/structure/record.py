@@ -134,6 +134,7 @@ class Record:
         divisors: Labels of widths whose remainder the code asks for, and what it divides by.
         escaped: Labels of widths that the code turned into plain numbers.
         counts_sizes: Numbers are made of sizes, or of how many entries a tensor has.
+        asks_sizes: The code asks for sizes of tensors, whatever it does with them.
         fickle: Labels of groups whose constants are others for another batch, and how that showed.
         unseen: Paths of layers that did not run.
         turns: Channels are flipped, or told from pixels that lay beside them.
@@ -166,6 +167,7 @@ class Record:
     divisors: list[tuple[Labels, int]] = field(default_factory=list)
     escaped: list[Labels] = field(default_factory=list)
     counts_sizes: bool = False
+    asks_sizes: bool = False
     fickle: list[tuple[Labels, str]] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
     turns: bool = False

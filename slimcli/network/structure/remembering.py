@@ -1,98 +1,119 @@
-"""What a model keeps in attributes between two runs, so that a run can be undone."""
+"""What runs leave in attributes, globals and caches of functions, so that it can be undone."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
+import sys
 from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
 _OF_ALL_MODULES = frozenset(vars(nn.Module()))
 _CONTAINERS = (list, dict, OrderedDict, set, deque)
+_CACHED = type(functools.lru_cache(len))
 _NOTHING = object()
 
-
-class Memory:
-    """The attributes and buffers of a model as they are now.
-
-    Numbers that a run writes into a buffer are not noticed.
-
-    Args:
-        model: Not changed.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._attributes = {
-            key: Change(*place, copy.copy(place[2]) if type(place[2]) in _CONTAINERS else None)
-            for key, place in _attributes(model).items()
-        }
-        self._buffers = dict(model.named_buffers())
-
-    @property
-    def has_changed(self) -> bool:
-        """Did a run keep anything that another one may meet?"""
-        buffers = dict(self._model.named_buffers())
-        is_same = buffers.keys() == self._buffers.keys() and all(
-            each is self._buffers[name] for name, each in buffers.items()
-        )
-        return not is_same or bool(self.changes())
-
-    def changes(self) -> list[Change]:
-        """The attributes that were set, replaced, deleted, or have grown or shrunk since."""
-        now = _attributes(self._model)
-        found = [
-            Change(module, name, _NOTHING, None)
-            for key, (module, name, _) in now.items()
-            if key not in self._attributes
-        ]
-        return found + [each for each in self._attributes.values() if not each.is_undone]
-
-    def undo(self) -> None:
-        """All attributes are again what they were."""
-        for change in self.changes():
-            change.undo()
+Space = dict[str, Any]
+"""Names and what they stand for: attributes of an object, or globals."""
 
 
 class Change:
-    """What an attribute was before a run.
+    """What a name stood for before a run.
 
     Args:
-        module: Has it.
-        name: Of the attribute.
-        value: What it was.
-        content: If that is a container, a copy of it.
+        space: Where the name is.
+        name: Of an attribute, or a global one.
+        value: What it stood for.
     """
 
-    def __init__(self, module: nn.Module, name: str, value: Any, content: Any) -> None:
-        self._place = vars(module), name
-        self._value, self._content = value, content
+    def __init__(self, space: Space, name: str, value: Any = _NOTHING) -> None:
+        self._space, self._name, self._value = space, name, value
+        self._content = copy.copy(value) if type(value) in _CONTAINERS else None
 
     @property
     def is_undone(self) -> bool:
-        """Is the attribute what it was?"""
-        attributes, name = self._place
-        is_same = attributes.get(name, _NOTHING) is self._value
+        """Does it stand for the same, of the same length?"""
+        is_same = self._space.get(self._name, _NOTHING) is self._value
         return is_same and (self._content is None or len(self._content) == len(self._value))
 
     def undo(self) -> None:
-        """The attribute is again what it was."""
-        attributes, name = self._place
+        """The name stands again for what it did."""
         if self._value is _NOTHING:
-            attributes.pop(name, None)
+            self._space.pop(self._name, None)
             return
-        attributes[name] = self._value
+        self._space[self._name] = self._value
         if self._content is not None:  # the same object: functions may close over it
             self._value.clear()
             is_row = isinstance(self._value, (list, deque))
             (self._value.extend if is_row else self._value.update)(self._content)
 
 
-def _attributes(model: nn.Module) -> dict[tuple[int, str], tuple[nn.Module, str, Any]]:
-    return {
-        (id(module), name): (module, name, value)
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if name not in _OF_ALL_MODULES
-    }
+class Memory:
+    """What the names in some namespaces stand for now.
+
+    Args:
+        spaces: Not changed. What every module has, and what is Python's own, does not count.
+    """
+
+    def __init__(self, spaces: Iterable[Space]) -> None:
+        self._spaces = list(spaces)
+        self._known = {
+            (number, name): Change(space, name, space[name])
+            for number, space in enumerate(self._spaces)
+            for name in _names(space)
+        }
+
+    def changes(self) -> list[Change]:
+        """What was set, replaced, deleted, or has grown or shrunk since."""
+        new = [
+            Change(space, name)
+            for number, space in enumerate(self._spaces)
+            for name in _names(space)
+            if (number, name) not in self._known
+        ]
+        return new + [each for each in self._known.values() if not each.is_undone]
+
+    def undo(self) -> None:
+        """All names stand again for what they did."""
+        for change in self.changes():
+            change.undo()
+
+
+def attributes_of(model: nn.Module) -> list[Space]:
+    """Of all its modules; numbers that a run writes into a tensor are not noticed."""
+    return [vars(module) for module in model.modules()]
+
+
+@contextlib.contextmanager
+def forgotten_by_code(model: nn.Module) -> Iterator[None]:
+    """What runs leave in the Python modules of the model's classes is gone afterwards.
+
+    A trial runs in float64, and tensors of that would stay in caches of masks and positions.
+    """
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    owners = {kind.__module__ for kind in kinds}
+    names = {name for name in owners if name.partition(".")[0] not in ("torch", "builtins")}
+    spaces = [vars(sys.modules[name]) for name in sorted(names & sys.modules.keys())]
+    classes = [dict(vars(kind)) for kind in kinds if kind.__module__ in names]
+    before = [(each, each.cache_info()) for space in (*spaces, *classes) for each in _cached(space)]
+    memory = Memory(spaces)
+    try:
+        yield
+    finally:
+        memory.undo()
+        for function, info in before:
+            if function.cache_info().misses != info.misses:
+                function.cache_clear()
+
+
+def _cached(space: Space) -> list[Any]:
+    values = [getattr(value, "__func__", value) for value in space.values()]
+    return [each for each in values if isinstance(each, _CACHED)]
+
+
+def _names(space: Space) -> list[str]:
+    return [name for name in space if name not in _OF_ALL_MODULES and not name.startswith("__")]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from slimcli.network import attributes, fuse
 from slimcli.network.example import Example
 from slimcli.network.nested import tensors_in
+from slimcli.network.structure.calls import Calls
 from slimcli.network.structure.memory import memory_of
 from slimcli.network.structure.modes import output_tensors
 from slimcli.network.structure.producing import MIXING
@@ -18,7 +19,7 @@ from slimcli.network.structure.record import Hands, Record
 from slimcli.network.structure.rules import RULES
 from slimcli.network.structure.rules.pointwise import map_nodes
 from slimcli.network.structure.shapes import Shapes
-from slimcli.network.structure.trace import Calls, Execute, Tracer, affine_node, call
+from slimcli.network.structure.trace import Execute, Tracer, affine_node, call
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def _watch_modules(model: nn.Module, tracer: Tracer) -> list[Any]:
         def hook(module: nn.Module, inputs: Any, keywords: Any) -> None:
             _take(tracer, tracer.calls.top()[0], (inputs, keywords))
             stack.append((path, module))
+            tracer.calls.given.append((inputs, keywords))
             _take(tracer, path, (inputs, keywords))
             tracer.calls.mixing_entered += isinstance(module, MIXING)
             if module in counted:
@@ -102,6 +104,7 @@ def _watch_modules(model: nn.Module, tracer: Tracer) -> list[Any]:
 
     def leave(module: nn.Module, inputs: Any, keywords: Any, output: Any) -> None:
         path = stack.pop()[0]
+        tracer.calls.given.pop()
         if type(module).__name__ in fuse.PLAIN_NORMS and isinstance(output, Tensor):
             read = next(tensors_in((inputs, keywords)))
             tracer.calls.normed(read, path)

@@ -12,6 +12,7 @@ from slimcli.network.example import Example
 from slimcli.network.structure.assemble import assemble
 from slimcli.network.structure.comparison import Failure
 from slimcli.network.structure.groups import Choice, Grouping, build, first_choices
+from slimcli.network.structure.left_alone import other_ways
 from slimcli.network.structure.planes import Labels, distinct
 from slimcli.network.structure.record import Least, Record
 from slimcli.network.structure.rehearse import goes_alone
@@ -132,7 +133,8 @@ def try_cuts(model: nn.Module, example: Example, traced: Traced, samples: int) -
         structure = _without_bad_merges(search, structure, grouping, trial)
     structure, grouping = _without_other_branches(search, structure, grouping, trial)
     structure = _without_equal_widths(search, structure, grouping, trial)
-    return replace(structure, notes=(*structure.notes, *trial.notes))
+    ways = other_ways(traced.record) if prunable(structure) else []
+    return replace(structure, notes=(*structure.notes, *trial.notes, *ways))
 
 
 def prunable(structure: Structure) -> list[Group]:

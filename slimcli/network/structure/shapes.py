@@ -27,12 +27,12 @@ from slimcli.network.structure.record import Record
 from slimcli.network.structure.trace import Tracer
 
 _LEAVING = frozenset(
-    (torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__, torch.Tensor.tolist)
+    (
+        *(torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__),
+        *(torch.Tensor.tolist, torch.Tensor.untyped_storage, torch.Tensor.storage),
+    )
 )
 """What a tensor becomes something else by."""
-
-_BARE = frozenset((torch.Tensor.data_ptr, torch.Tensor.untyped_storage, torch.Tensor.storage))
-"""What looks at memory itself."""
 
 _COUNTS = frozenset((torch.Tensor.numel, torch.Tensor.nelement, torch.numel, torch.Tensor.__len__))
 
@@ -74,25 +74,41 @@ class Shapes(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Executes the function; sizes are looked at."""
-        if func in _LEAVING or func in _BARE:
-            self._leave(func, args[0], sys._getframe(1))
+        caller, kwargs = sys._getframe(1), kwargs or {}
+        if func in _LEAVING or func is torch.Tensor.data_ptr:
+            self._leave(func, args[0], caller)
         if func is F.affine_grid:  # torch looks for the smallest of these sizes
-            args, kwargs = plain(args), {k: plain(v) for k, v in (kwargs or {}).items()}
+            args, kwargs = plain(args), {key: plain(value) for key, value in kwargs.items()}
         if func is torch.Tensor.is_same_size:  # asked of the sizes, which tell
-            return self._sizes(args[0], sys._getframe(1)) == self._sizes(args[1], sys._getframe(1))
-        result = func(*args, **(kwargs or {}))
-        self._hear_scalars(args, result)
-        if func in _COUNTS:
-            return self._count(func, args[0], result, sys._getframe(1))
+            return self._sizes(args[0], caller) == self._sizes(args[1], caller)
+        result = func(*args, **kwargs)
+        self._hear(func, args, kwargs, result)
+        is_asked = bool(args) and isinstance(args[0], Tensor) and not user_line.is_of_slim(caller)
+        return self._told_of(func, args, kwargs, result, caller) if is_asked else result
+
+    def _hear(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Notes what a function is told."""
+        self._hear_scalars((*args, *kwargs.values()), result)
+        if func is torch.Tensor.__deepcopy__:
+            self._tracer.relabel(result, self._tracer.planes_of(args[0]))
         if func in _MAKING:
             self._measure(result, list(args[_MAKING[func] :]))
         if func in RESHAPES:
-            self._tie(result, [*args[1:], *(kwargs or {}).values()])
-        caller = sys._getframe(1)
-        if not args or not isinstance(args[0], Tensor) or user_line.is_of_slim(caller):
-            return result  # hooks of a trace ask, too
+            self._tie(result, [*args[1:], *kwargs.values()])
+
+    def _told_of(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,
+        caller: FrameType,
+    ) -> Any:
+        """What a function says, with sizes that tell."""
+        if func in _COUNTS:
+            return self._count(func, args[0], result)
         if func is torch.Tensor.size and type(result) is int:
-            dim = args[1] if len(args) > 1 else (kwargs or {})["dim"]
+            dim = args[1] if len(args) > 1 else kwargs["dim"]
             return self._told(args[0], dim, result, caller) if isinstance(dim, int) else result
         if isinstance(result, torch.Size) or func in _TELLING:
             sizes = self._sizes(args[0], caller)
@@ -113,7 +129,8 @@ class Shapes(TorchFunctionMode):
     def _told(self, tensor: Tensor, dim: int, size: int, caller: FrameType) -> Length:
         """A size that the code asks for."""
         length = self._length(tensor, dim, size)
-        if not user_line.is_of_torch(caller):
+        if not (user_line.is_of_torch(caller) or self._tracer.drops):
+            self._tracer.record.asks_sizes = True
             self._tracer.record.ask(length.labels)
         return length
 
@@ -160,13 +177,13 @@ class Shapes(TorchFunctionMode):
             planes += (pack(labels, node).view(shape),)
         self._tracer.relabel(result, planes)
 
-    def _count(self, func: Any, tensor: Tensor, count: int, caller: FrameType) -> int:
+    def _count(self, func: Any, tensor: Tensor, count: int) -> int:
         """How many entries, or rows, a tensor has."""
-        if user_line.is_of_slim(caller):
-            return count
         self._tracer.record.counts_sizes = True
         if func is torch.Tensor.__len__:
-            int(self._length(tensor, 0, count))  # python makes a plain number of it
+            rows = self._length(tensor, 0, count)
+            self._tracer.record.ask(rows.labels)
+            int(rows)  # python makes a plain number of it
             return count
         length = Length(count)
         length.record, length.tensor = self._tracer.record, self._tracer.planes_of(tensor)

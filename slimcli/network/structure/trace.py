@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from slimcli.network.nested import tensors_in
 from slimcli.network.structure import user_line
+from slimcli.network.structure.calls import Calls
 from slimcli.network.structure.memory import (
     bordered,
     has_gaps,
@@ -33,6 +34,7 @@ from slimcli.network.structure.operators import base_name, makes_zeros, written
 from slimcli.network.structure.planes import is_useful, squeeze_equal
 from slimcli.network.structure.record import Record
 from slimcli.network.structure.sources import source_planes
+from slimcli.network.structure.train_mode import dropouts
 
 Planes = tuple[Tensor, ...]
 NO_PLANES: Planes = ()
@@ -90,62 +92,6 @@ class Op:
 Rule = Callable[[Op], Sequence[Planes]]
 
 
-@dataclass
-class Calls:
-    """Which module is running, and whose outputs go where (to find conv and norm pairs).
-
-    Attributes:
-        outputs: Tensor -> (key of its producer, number of the call).
-        uses: Number of the call -> how often its output was used.
-        norms: Number of the call -> path of the norm that used it.
-        keys: Number of the call -> key of the producer.
-        norm_inputs: Path of a norm -> keys of the producers it read ("" for anything else).
-    """
-
-    stack: list[tuple[str, nn.Module]] = field(default_factory=list)
-    outputs: MutableMapping[Tensor, tuple[str, int]] = field(default_factory=WeakIdKeyDictionary)
-    uses: dict[int, int] = field(default_factory=dict)
-    norms: dict[int, str] = field(default_factory=dict)
-    keys: dict[int, str] = field(default_factory=dict)
-    norm_inputs: dict[str, set[str]] = field(default_factory=dict)
-    mixing_entered: int = 0
-
-    def top(self) -> tuple[str, nn.Module | None]:
-        """Path and module of the innermost running module."""
-        return self.stack[-1] if self.stack else ("", None)
-
-    def produced(self, tensor: Tensor, key: str) -> None:
-        """Remembers the output of a mixing op."""
-        number = len(self.keys)
-        self.keys[number] = key
-        self.uses[number] = 0
-        self.outputs[tensor] = (key, number)
-
-    def used(self, tensor: Tensor) -> None:
-        """Counts a use of a tensor if it is the output of a mixing op."""
-        found = self.outputs.get(tensor)
-        if found is not None:
-            self.uses[found[1]] += 1
-
-    def normed(self, tensor: Tensor, path: str) -> None:
-        """A norm module read this tensor."""
-        found = self.outputs.get(tensor)
-        self.norm_inputs.setdefault(path, set()).add(found[0] if found else "")
-        if found is not None:
-            self.norms[found[1]] = path
-
-    def norm_after(self) -> dict[str, str]:
-        """Producer key -> the one norm that alone reads all it ever puts out."""
-        found: dict[str, set[str]] = {}
-        for number, key in self.keys.items():
-            path = self.norms.get(number, "") if self.uses[number] == 1 else ""
-            found.setdefault(key, set()).add(path)
-        pairs = {key: next(iter(paths)) for key, paths in found.items() if len(paths) == 1}
-        return {
-            key: norm for key, norm in pairs.items() if norm and self.norm_inputs[norm] == {key}
-        }
-
-
 ORDER_DEPENDENT = frozenset(
     ("nonzero", "masked_select", "topk", "sort", "argsort", "unique2", "torchvision::nms")
 )
@@ -181,18 +127,40 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._execute = execute
         self._planes: MutableMapping[Tensor, Planes] = WeakIdKeyDictionary()
         self._aliases: dict[int, list[weakref.ref[Tensor]]] = {}
+        self._homes: dict[int | None, weakref.ref[Tensor]] = {}
         self._blank: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()
         self.backups: dict[str, tuple[Tensor, Tensor]] = {}
-        self.ops: list[tuple[str, tuple[torch.Size, ...]]] = []
+        self.ops: list[Any] = []
+        self._dropouts = dropouts()
+
+    @property
+    def drops(self) -> bool:
+        """Does a dropout layer run?"""
+        return isinstance(self.calls.top()[1], self._dropouts)
 
     def planes_of(self, tensor: Tensor) -> Planes:
         """The planes of a tensor; those of a parameter or buffer are made when first asked for."""
         known = self._planes.get(tensor)
         if known is None:
             source = self.record.sources.find(tensor)
-            known = source_planes(source, self.record.table) if source else NO_PLANES
+            known = source_planes(source, self.record.table) if source else self._lent(tensor)
             self._planes[tensor] = known
         return known
+
+    def _lent(self, tensor: Tensor) -> Planes:
+        """Planes of a tensor that no operator made, from another one that has the same memory.
+
+        ``nn.Parameter(x)`` and ``x.as_subclass(...)`` are such.
+        """
+        memory = memory_of(tensor)
+        home = self._homes[memory]() if memory in self._homes else None
+        if home is None or memory_of(home) != memory:
+            return NO_PLANES
+        if lies_like(home, tensor):
+            return self._planes[home]
+        reason = "channels reach a tensor by other means than operators"
+        self.record.freeze(self._planes[home], f"{reason} at {user_line.current()}")
+        return NO_PLANES
 
     def is_blank(self, tensor: Tensor) -> bool:
         """Was it made of zeros, and nothing written into it since?"""
@@ -217,7 +185,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._note_reading(name)
         size = inputs[0].shape if inputs else torch.Size()
         output = self._execute(func, args, kwargs)
-        self.ops.append((func.name(), tuple(each.shape for each in tensors_in(output))))
+        for result in tensors_in(output):
+            self._planes.setdefault(result, NO_PLANES)
+        self._note_operator(func, args, output)
         if makes_zeros(name, output):
             self._blank[output] = True
         planes = self._apply(Op(self, func, name, args, kwargs, output, size)) if labelled else ()
@@ -232,14 +202,22 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             useful = tuple(plane for plane in each if is_useful(plane))
             if useful:
                 self._planes[tensor] = useful
+                self._homes[memory_of(tensor)] = weakref.ref(tensor)
         self._note_views(inputs, output)
         return output
+
+    def _note_operator(self, func: Any, args: tuple[Any, ...], output: Any) -> None:
+        """What tells one network from another; what dropout layers do makes no other one."""
+        if not self.drops:
+            numbers = tuple(each for each in args if isinstance(each, (bool, int, float)))
+            shapes = tuple(each.shape for each in tensors_in(output))
+            self.ops.append((func.name(), shapes, numbers))
 
     def _note_reading(self, name: str) -> None:
         """Remembers operators whose result depends on the order of values, or is read by Python."""
         if name in ORDER_DEPENDENT and self.record.static_calls is None:
             self.record.static_calls = self.calls.mixing_entered
-        if name in _READS:
+        if name in _READS and not user_line.is_of_check():
             self.record.reads.append((self.calls.top()[0], user_line.current()))
 
     def _apply(self, op: Op) -> Sequence[Planes]:

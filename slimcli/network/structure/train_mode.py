@@ -39,12 +39,12 @@ def noted_readers() -> Iterator[list[nn.Module]]:
     is, in the module's own dictionary.
     """
     readers: list[nn.Module] = []
-    dropouts = {kind.forward.__code__ for kind in _dropouts()}
+    exempt = {kind.forward.__code__ for kind in dropouts()}
 
     def read(module: nn.Module) -> bool:
         if "training" not in vars(module):  # a scripted module keeps it elsewhere
             raise AttributeError("training")
-        if not _keeps_eval_mode(module) and sys._getframe(1).f_code not in dropouts:
+        if not _keeps_eval_mode(module) and sys._getframe(1).f_code not in exempt:
             readers.append(module)
         mode: bool = vars(module)["training"]
         return mode
@@ -64,7 +64,8 @@ def noted_readers() -> Iterator[list[nn.Module]]:
             del nn.Module.training
 
 
-def _dropouts() -> tuple[type[nn.Module], ...]:
+def dropouts() -> tuple[type[nn.Module], ...]:
+    """Layers whose train mode makes another network of nothing."""
     vision = sys.modules.get("torchvision.ops")  # a model that has one of its layers imported it
     more = () if vision is None else (vision.StochasticDepth,)
     return nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, *more

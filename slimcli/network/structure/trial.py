@@ -34,7 +34,7 @@ from slimcli.network.structure.precision import copy_as, in_double, run_inside, 
 from slimcli.network.structure.recheck import first_disorder
 from slimcli.network.structure.record import Record
 from slimcli.network.structure.rehearse import rehearse
-from slimcli.network.structure.remembering import Memory
+from slimcli.network.structure.remembering import Memory, attributes_of
 from slimcli.network.structure.run import run_traced
 from slimcli.network.structure.situations import Situation, holds_numbers, other_batches
 from slimcli.network.structure.sources import Sources
@@ -117,9 +117,9 @@ class Trial:
             example = run_inside(hollow, example)
         if self._log.limit:
             example = run_inside(picks, example)
-        with torch.no_grad(), preserved_randomness(), without_fast_path():
+        with torch.no_grad(), preserved_randomness(model), without_fast_path():
             torch.manual_seed(0)
-            dice = random_states()
+            dice = random_states(model)
             if record is None:
                 prediction = example.run(model)
             elif hollow is None:
@@ -127,7 +127,7 @@ class Trial:
             else:
                 with in_double():
                     prediction = run_traced(model, example, record, hollow.execute).output
-            self._log.drew = not all(map(torch.equal, dice, random_states()))
+            self._log.drew = not all(map(torch.equal, dice, random_states(model)))
         if hollow is not None:
             hollow.forget()
         return Ran(list(output_tensors(prediction)), self._log.outputs, picks.found)
@@ -214,15 +214,15 @@ class Trial:
         after = None
         try:
             capture = constants.Capture(model, cuts)
-            before = Memory(model)
+            before = Memory(attributes_of(model))
             with capture:
                 zeroed = self._run_zeroed(model)
             if zeroed is None:
                 return self._attempt_once(groups, thorough, merging)
-            elsewhere = self._zeroed_elsewhere(model, thorough)
+            elsewhere = self._zeroed_elsewhere(model, groups, thorough)
             if self._traced.keeps_state:  # cut, it may go on, or begin anew in another process
                 elsewhere.append((Situation(self._example, undoes=before.changes()), zeroed))
-                now = Memory(model)
+                now = Memory(attributes_of(model))
                 zeroed = self.run(model)
                 now.undo()
             self._cut(model, cuts, capture)
@@ -243,7 +243,7 @@ class Trial:
         return self._recheck(after, cuts) if failure is None and after is not None else failure
 
     def _zeroed_elsewhere(
-        self, model: nn.Module, thorough: bool
+        self, model: nn.Module, groups: Sequence[Group], thorough: bool
     ) -> list[tuple[Situation, Ran | None]]:
         """What the zeroed model gives where the cut one must give the same, too.
 
@@ -252,9 +252,10 @@ class Trial:
         another one there.
         """
         record, found = self._traced.record, []
-        is_counted = record.reads or record.leaves or record.counts_sizes
-        has_numbers = is_counted or holds_numbers(self._example.batch)
-        if has_numbers:
+        is_counted = bool(record.reads or record.leaves or record.counts_sizes)
+        # What becomes of a size can't always be heard.
+        may_count = record.asks_sizes and any(group.constants for group in groups)
+        if is_counted or may_count or holds_numbers(self._example.batch):
             for batch in other_batches(self._example.batch):
                 situation = Situation(Example(batch, self._example.predict))
                 try:

@@ -30,7 +30,7 @@ def nothing_followed(
         Exception: What the model raises by itself.
     """
     twin = deep_copy(model).eval()  # of its own: nobody hears what is written into parameters
-    with torch.no_grad(), preserved_randomness():
+    with torch.no_grad(), preserved_randomness(twin):
         example.copied().run(twin)
     lines = str(error).splitlines()
     where = user_line.of_error(error)
@@ -43,7 +43,7 @@ def nothing_followed(
     )
     notes = [reason]
     try:
-        with preserved_randomness():
+        with preserved_randomness(twin):
             macs = count_macs(twin, example, samples).total
     except Exception as uncounted:
         macs = 0

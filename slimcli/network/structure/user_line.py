@@ -29,6 +29,16 @@ def is_of_torch(frame: FrameType) -> bool:
     return frame.f_code.co_filename.startswith(_OURS[0])
 
 
+def is_of_check() -> bool:
+    """Does torch ask for a value only to raise (``torch._check_tensor_all``)?"""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and _is_ours(frame.f_code.co_filename):
+        if is_of_torch(frame) and frame.f_code.co_name.startswith("_check"):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def describe(filename: str, line: int) -> str:
     """``blocks.py:12: x = x.view(-1, 9216)``."""
     text = linecache.getline(filename, line).strip()

@@ -18,6 +18,7 @@ from slimcli.network.structure.producing import (
     is_made,
     note_unfollowed,
     only_plane,
+    takes_up,
 )
 from slimcli.network.structure.record import MacTerm, Producer
 from slimcli.network.structure.rules.norm import channel_rows
@@ -123,12 +124,13 @@ def _connect(
         op.record.join(by_group[:1], by_group)
     op.record.tie(by_group, blocks, FIXED_INPUT)
     path = caller(op, op.args[1], arriving)
+    absorbs = takes_up(op, path, arriving, op.args[0]) and _answers_evenly(op, transposed)
     add_consumer(
         op,
         path,
         rows,
         torch.stack([labels_of(by_group).reshape(-1), labels_of(blocks).reshape(-1)]),
-        takes_constants=not path.startswith("tensor:") and _answers_evenly(op, transposed),
+        takes_constants=absorbs,
         is_plain=groups == 1,
     )
 

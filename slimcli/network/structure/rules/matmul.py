@@ -19,6 +19,7 @@ from slimcli.network.structure.producing import (
     caller,
     is_made,
     note_unfollowed,
+    takes_up,
     weights_only,
 )
 from slimcli.network.structure.record import Consumer, MacTerm
@@ -136,9 +137,9 @@ def multiply(op: Op, left: Any, right: Any, output: Tensor, bias: Any = None) ->
     readers = [plane for plane in b if plane.shape[-2] > 1]
     _count(op, left.shape, right.shape, a, b)
     if b_weight or not a_weight:
-        _contract(op, arrivals, [p.transpose(-1, -2) for p in readers], weight, b_weight)
+        _contract(op, arrivals, [p.transpose(-1, -2) for p in readers], (left, weight), b_weight)
     else:
-        _contract(op, [p.transpose(-1, -2) for p in readers], arrivals, left, True)
+        _contract(op, [p.transpose(-1, -2) for p in readers], arrivals, (weight, left), True)
     if not b:
         note_unfollowed(op, output.shape[-1])
     rows = [p for p in a if p.shape[-1] == 1]
@@ -182,9 +183,21 @@ def _lead(plane: Tensor, dims: int) -> Tensor:
 
 
 def _contract(
-    op: Op, arrivals: list[Tensor], readers: list[Tensor], weight: Tensor, is_weight: bool
+    op: Op,
+    arrivals: list[Tensor],
+    readers: list[Tensor],
+    factors: tuple[Tensor, Tensor],
+    is_weight: bool,
 ) -> None:
-    """Both sides with k as their last axis; a weight's side reads, two activations just meet."""
+    """Both sides with k as their last axis; a weight's side reads, two activations just meet.
+
+    Args:
+        op: Multiplies.
+        arrivals: Planes of what is read.
+        readers: Planes of what reads.
+        factors: The tensors themselves, in this order.
+        is_weight: Does a weight read?
+    """
     if not arrivals or not readers:
         op.freeze_planes(readers, FIXED_INPUT)
         op.freeze_planes(arrivals, FIXED_WEIGHT)
@@ -196,8 +209,8 @@ def _contract(
     op.record.tie(left, right, FIXED_INPUT)
     pairs = torch.stack([each.reshape(-1) for each in broadcast([left, right])])
     if is_weight:
-        path = caller(op, weight, readers[0])
-        absorbs = not path.startswith("tensor:")
+        path = caller(op, factors[1], readers[0])
+        absorbs = takes_up(op, path, readers[0], factors[0])
         add_consumer(op, path, left, labels_of(pairs), takes_constants=absorbs, is_plain=True)
         return
     _meet(op, left, right, "two activations are multiplied and summed over them", absorbs=True)
@@ -297,7 +310,7 @@ def attention(op: Op) -> Sequence[Planes]:
         tokens = [p for each in (query, key) for p in op.planes(each) if p.shape[-2] > 1]
         op.freeze_planes(tokens, "attention over an axis with channels")
         left, right = ([p for p in op.planes(each) if p.shape[-1] > 1] for each in (query, key))
-        _contract(op, left, right, key, False)
+        _contract(op, left, right, (query, key), False)
     op.freeze(
         [t for t in op.tensors() if all(t is not each for each in (query, key, value))], reason
     )

@@ -104,6 +104,8 @@ def _merge_group(
     _note_weights(op, tensors, group)
     if len(planes) == 1 and len(tensors) == 1:
         keeps_zero, _ = probe(op, [0], tensors)
+        if op.name in _JUMPING:
+            return _jumped(op, planes[0], keeps_zero)
         if keeps_zero:
             return planes[0]
         map_node = Node(Kind.MAP, keeps_zero=False)
@@ -118,6 +120,17 @@ def _merge_group(
         op.record.tie(wide[0], other, "channels meet fixed values")
     nodes = _combined(op, tensors, [index for index, _ in group], wide)
     return pack(labels_of(wide[0]), nodes)
+
+
+def _jumped(op: Op, plane: Tensor, keeps_zero: bool) -> Tensor:
+    table = op.record.table
+
+    def node_of(node: int) -> int:
+        if table.is_computed(node):
+            return table.add(Node(Kind.JUMP, (node,), keeps_zero=keeps_zero))
+        return node if keeps_zero else table.add(Node(Kind.MAP, (node,), keeps_zero=False))
+
+    return map_nodes(op.record, plane, node_of)
 
 
 def _note_weights(op: Op, tensors: Sequence[Tensor], group: list[tuple[int, Tensor]]) -> None:
@@ -162,7 +175,7 @@ def _combined(op: Op, tensors: Sequence[Tensor], places: list[int], planes: list
             parents, flags = (*parents, _anything(op.record)), (*absorbs, False)
             return table.add(Node(Kind.COMBINE, parents, flags, keeps_zero))
         combined = table.add(Node(Kind.COMBINE, parents, absorbs, keeps_zero))
-        if op.name in _COMPARISONS:  # of a constant with its own mean, rounding decides
+        if op.name in _JUMPING:  # of a constant with its own mean, rounding decides
             return table.add(Node(Kind.BORDER, (combined,)))
         # An operand without channels: any value, so that all but a zero varies with it.
         return table.add(Node(Kind.BORDER, (combined,))) if others else combined
@@ -315,7 +328,11 @@ def halves(op: Op) -> Sequence[Planes]:
     return [result]
 
 
-_COMPARISONS = frozenset(("eq", "ne", "lt", "le", "gt", "ge"))
+_JUMPS = """
+eq ne lt le gt ge sign sgn signbit floor ceil trunc round frac heaviside remainder fmod floor_divide
+"""
+_JUMPING = frozenset(_JUMPS.split())
+"""Of a constant less its own mean, rounding decides what they give."""
 
 _POINTWISE = """
 hardswish _prelu_kernel prelu gelu silu mish selu celu elu where masked_fill lerp addcmul addcdiv
