@@ -336,15 +336,30 @@ def _count_attention(op: Op, query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def embedding(op: Op) -> Sequence[Planes]:
-    """Rows of a table, or sums of them: its last dimension produces channels."""
+    """Rows of a table, or sums of them: its last dimension produces channels.
+
+    Of a table that is no weight they are picked, as by any index: channels along its rows stay.
+    """
     weight, index = op.args[0], op.args[1]
     op.freeze([index], "channels are used as an index")
+    op.freeze(op.tensors()[2:], "channels weigh the rows of a table")
+    planes = op.planes(weight)
+    op.freeze_planes([p for p in planes if p.shape[0] > 1], "channels are picked by index")
     output = next(tensors_in(op.output))
-    for plane in op.planes(weight):
-        if plane.shape[-1] > 1:
-            labels = labels_of(plane).reshape([1] * (output.dim() - 1) + [-1])
+    is_weight, add = weights_only(op), op.record.table.add
+
+    def summed(node: int) -> int:
+        return add(Node(Kind.CARRY, (node,)))
+
+    for plane in (p for p in planes if p.shape[0] == 1):
+        plane = plane.reshape([1] * (output.dim() - 1) + [-1])
+        if is_weight(plane):
+            labels = labels_of(plane)
             node = add_producer(op, caller(op, weight, plane), labels, is_plain=True)
             return [(pack(labels, node),)]
+        if op.name == "embedding":
+            return [(plane,)]
+        return [(map_nodes(op.record, plane, summed),)]
     return []
 
 
