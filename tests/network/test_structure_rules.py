@@ -15,6 +15,7 @@ from slimcli.network.structure import Group, analyze
 from .proving import EXACT, prepared, zeroed_and_cut
 
 Function = Callable[[Tensor], Tensor]
+VARYING = "a removed channel would not be zero where b reads it"
 
 
 def judged(model: nn.Module, batch: Tensor) -> tuple[Group, nn.Module, Example]:
@@ -101,4 +102,21 @@ def test_channels_of_a_table_that_is_computed_are_those_of_the_layer_behind_it(w
 def test_a_sum_of_unknown_many_constants_is_taken_up_by_no_bias() -> None:
     bags = Picked(lambda y: F.embedding_bag(ROWS, y.sigmoid(), ROWS[1:], mode="sum"))
     group, _, _ = judged(bags, torch.randn(5, 6))
-    assert group.zero_reason == "a removed channel would not be zero where b reads it"
+    assert group.zero_reason == VARYING
+
+
+class Rows(nn.Module):
+    """Something acts on the output of a layer before the next one reads it."""
+
+    def __init__(self, between: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(4, 3)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(self.between(self.a(x))).relu())
+
+
+def test_a_norm_over_tokens_leaves_no_zeros() -> None:
+    group, _, _ = judged(Rows(nn.BatchNorm1d(5)), torch.randn(4, 5, 6))
+    assert (group.zero_reason, group.exact_duplicate) == (VARYING, True)

@@ -64,7 +64,7 @@ def batch_norm(op: Op) -> Sequence[Planes]:
         if plane.shape[1] == 1:
             if measured:
                 op.freeze_planes([plane], "a norm measures statistics over channels")
-            result += (plane,)
+            result += arbitrary(op.record, (plane,))  # each place along axis 1 has its own shift
             continue
         tied = True
         rows = channel_rows(op, plane, 1)
