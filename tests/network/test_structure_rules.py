@@ -120,3 +120,27 @@ class Rows(nn.Module):
 def test_a_norm_over_tokens_leaves_no_zeros() -> None:
     group, _, _ = judged(Rows(nn.BatchNorm1d(5)), torch.randn(4, 5, 6))
     assert (group.zero_reason, group.exact_duplicate) == (VARYING, True)
+
+
+class Images(nn.Module):
+    """The same for images; the second layer takes up constants."""
+
+    def __init__(self, between: Function | nn.Module, width: int = 8) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(width, 4, 1), nn.Conv2d(4, 3, 1)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(self.between(self.a(x))).relu())
+
+
+def test_a_layer_norm_over_the_image_leaves_no_constants() -> None:
+    group, _, _ = judged(Images(nn.LayerNorm([6, 6])), torch.randn(2, 3, 8, 8))
+    assert (group.zero_reason, group.exact_duplicate) == (VARYING, True)
+
+
+def test_a_layer_norm_over_the_image_without_weights_leaves_constants() -> None:
+    norm = nn.LayerNorm([6, 6], elementwise_affine=False)
+    group, model, example = judged(Images(norm), torch.randn(2, 3, 8, 8))
+    assert group.exact_zero
+    assert zeroed_and_cut(model, example, [group], 0)[0] <= EXACT

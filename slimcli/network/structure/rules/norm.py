@@ -119,6 +119,9 @@ def _over_axes(op: Op, axes: Sequence[int], reason: str) -> Sequence[Planes]:
     for plane in op.planes(tensor):
         if over & set(active_axes(plane)):
             op.freeze_planes([plane], reason)
+        elif rest:  # each place has its own scale and shift: what a zero becomes is no one number
+            result += arbitrary(op.record, (plane,))
+            continue
         result += (map_nodes(op.record, plane, affine_node(op.record, "")),)
     op.freeze(rest, reason)
     return [result]
