@@ -144,3 +144,35 @@ def test_a_layer_norm_over_the_image_without_weights_leaves_constants() -> None:
     group, model, example = judged(Images(norm), torch.randn(2, 3, 8, 8))
     assert group.exact_zero
     assert zeroed_and_cut(model, example, [group], 0)[0] <= EXACT
+
+
+KERNEL = torch.linspace(0.5, 1.5, 4, dtype=torch.float64).view(1, 1, 2, 2)
+BIAS = torch.tensor([0.7, -0.4], dtype=torch.float64)
+
+
+def each_alone(x: Tensor, filtered: Function) -> Tensor:
+    """Channels folded into the batch, so that one filter serves them all."""
+    y = filtered(x.flatten(0, 1)[:, None])
+    return y.reshape(*x.shape[:2], *y.shape[1:]).flatten(2, 3)
+
+
+FILTERED: dict[str, tuple[Function, bool]] = {
+    "a filter without a border": (lambda x: F.conv2d(x.sigmoid(), KERNEL), True),
+    "a filter with a border": (lambda x: F.conv2d(x.sigmoid(), KERNEL, padding=1), False),
+    "a transposed filter": (lambda x: F.conv_transpose2d(x.sigmoid(), KERNEL, stride=2), False),
+    "two filters": (lambda x: F.conv2d(x.sigmoid(), KERNEL.repeat(2, 1, 1, 1)), False),
+    "two filters on zeros": (lambda x: F.conv2d(x, KERNEL.repeat(2, 1, 1, 1)), True),
+    "two shifts": (lambda x: F.conv2d(x, KERNEL.repeat(2, 1, 1, 1), BIAS), False),
+}
+
+
+@pytest.mark.parametrize("way", FILTERED)
+def test_channels_in_the_batch_stay_constants_only_where_one_filter_answers_evenly(
+    way: str,
+) -> None:
+    filtered, is_exact = FILTERED[way]
+    images = Images(lambda x: each_alone(x, filtered))
+    group, model, example = judged(images, torch.randn(2, 3, 8, 8))
+    assert (group.exact_zero, group.exact_duplicate) == (is_exact, True)
+    if is_exact:
+        assert zeroed_and_cut(model, example, [group], 0)[0] <= EXACT

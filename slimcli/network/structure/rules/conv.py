@@ -89,17 +89,30 @@ def _channel_plane(op: Op, tensor: Tensor) -> Tensor | None:
 def _carried(op: Op, tensor: Tensor) -> Planes:
     """Channels folded into the batch axis pass, each mixed with itself only."""
     add = op.record.table.add
-    flags = (op.args[2] is not None, any(op.args[4]))
+    flags = (op.args[2] is not None, _spoils_constants(op))
+
+    def node(parent: int) -> int:
+        answer = add(Node(Kind.DEPTHWISE, (parent,), flags))
+        if op.output.shape[1] == 1:
+            return answer
+        return add(Node(Kind.BORDER, (answer,)))  # of each output another bias, and another sum
+
     planes: Planes = NO_PLANES
     for plane in op.planes(tensor):
         if plane.shape[0] > 1 and plane.shape[1] == 1:
             if plane.numel() > plane.shape[0]:
                 op.freeze_planes([plane], "a convolution runs along an axis with channels")
                 continue
-            planes += (
-                map_nodes(op.record, plane, lambda n: add(Node(Kind.DEPTHWISE, (n,), flags))),
-            )
+            planes += (map_nodes(op.record, plane, node),)
     return planes
+
+
+def _spoils_constants(op: Op) -> bool:
+    """Is the answer of each channel to one number an image?
+
+    At the border zeros are met, and a transposed conv reaches pixels by parts of its kernel.
+    """
+    return any(op.args[4]) or bool(op.args[6])
 
 
 def _connect(
@@ -186,7 +199,7 @@ def _depthwise(op: Op, plane: Tensor | None, weight: Tensor, groups: int) -> Seq
         op.record.tie(
             spread, bias[0].reshape(-1) if bias else torch.zeros_like(spread), FIXED_WEIGHT
         )
-    flags = (op.args[2] is not None, any(op.args[4]) or bool(op.args[6]))
+    flags = (op.args[2] is not None, _spoils_constants(op))
     key = "" if fitted else caller(op, weight, leaving)
     add = op.record.table.add
     shape = [1] * op.output.dim()
