@@ -176,3 +176,19 @@ def test_channels_in_the_batch_stay_constants_only_where_one_filter_answers_even
     assert (group.exact_zero, group.exact_duplicate) == (is_exact, True)
     if is_exact:
         assert zeroed_and_cut(model, example, [group], 0)[0] <= EXACT
+
+
+@pytest.mark.parametrize(
+    ("order", "is_exact"),
+    [(2, True), (1, True), (torch.inf, True), (-1, False), (-torch.inf, False)],
+)
+def test_zero_channels_leave_a_length_only_if_its_order_is_above_zero(
+    order: float, is_exact: bool
+) -> None:
+    images = Images(lambda x: x * torch.linalg.vector_norm(x, order, 1, True))
+    group, model, example = judged(images, torch.randn(2, 3, 8, 8))
+    assert group.exact_zero == is_exact
+    if is_exact:
+        assert zeroed_and_cut(model, example, [group], 0)[0] <= EXACT
+    else:
+        assert group.frozen_reason.startswith("vector_norm over channels at ")

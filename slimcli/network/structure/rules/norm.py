@@ -186,10 +186,9 @@ def reduced(op: Op) -> Sequence[Planes]:
     tensor = op.args[0]
     axes = _reduced_axes(op)
     keepdim = op.output.dim() == tensor.dim() if isinstance(op.output, Tensor) else _keeps(op)
-    reads = op.name in ("sum", "linalg_vector_norm", "norm") and op.arg(1, "ord", 2) != 0
     reason = f"{op.name.removeprefix('linalg_')} over channels"
     planes = op.planes(tensor)
-    if reads:
+    if _sums_up(op):
         consumed = [p for p in planes if set(active_axes(p)) and set(active_axes(p)) <= axes]
         for plane in consumed:
             _consume(op, plane)
@@ -201,6 +200,17 @@ def reduced(op: Op) -> Sequence[Planes]:
             moved = moved.reshape([n for axis, n in enumerate(moved.shape) if axis not in axes])
         result += (moved,)
     return _with_places(op, result)
+
+
+def _sums_up(op: Op) -> bool:
+    """Do zeros make no difference to the result?
+
+    They do to the least of all numbers, and to a sum of reciprocals: norms of orders below zero.
+    """
+    if op.name not in ("linalg_vector_norm", "norm"):
+        return op.name == "sum"
+    order = op.arg(1, "ord", 2)
+    return order is None or order > 0
 
 
 def _with_places(op: Op, planes: Planes) -> Sequence[Planes]:
