@@ -110,7 +110,7 @@ def _watch_modules(model: nn.Module, tracer: Tracer) -> list[Any]:
             tracer.calls.normed(read, path)
             node = affine_node(tracer.record, path)
             before = tracer.planes_of(read)
-            tracer.relabel(output, tuple(map_nodes(tracer.record, p, node) for p in before))
+            tracer.relabel(output, tuple(map_nodes(p, node) for p in before))
         _take(tracer, tracer.calls.top()[0], output)
 
     for path, module in model.named_modules():

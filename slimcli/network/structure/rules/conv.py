@@ -103,7 +103,7 @@ def _carried(op: Op, tensor: Tensor) -> Planes:
             if plane.numel() > plane.shape[0]:
                 op.freeze_planes([plane], "a convolution runs along an axis with channels")
                 continue
-            planes += (map_nodes(op.record, plane, node),)
+            planes += (map_nodes(plane, node),)
     return planes
 
 
@@ -204,7 +204,7 @@ def _depthwise(op: Op, plane: Tensor | None, weight: Tensor, groups: int) -> Seq
     add = op.record.table.add
     shape = [1] * op.output.dim()
     shape[1] = spread.numel()
-    out = map_nodes(op.record, spread, lambda n: add(Node(Kind.DEPTHWISE, (n,), flags, name=key)))
+    out = map_nodes(spread, lambda n: add(Node(Kind.DEPTHWISE, (n,), flags, name=key)))
     out = pack(torch.where(labels == 0, labels_of(spread), labels), nodes_of(out))
     if fitted:
         return [(out.view(shape),)]

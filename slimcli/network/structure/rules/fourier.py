@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from slimcli.network.structure.nodes import Kind, Node
+from slimcli.network.structure.nodes import Kind
 from slimcli.network.structure.rules.movement import without
-from slimcli.network.structure.rules.pointwise import map_nodes
+from slimcli.network.structure.rules.pointwise import bordered, through
 from slimcli.network.structure.trace import Op, Planes, Rule
 
 
@@ -14,25 +14,14 @@ def transformed(op: Op) -> Sequence[Planes]:
     """A sum with varying weights over some axes: zeros stay zeros, constants don't."""
     tensor = op.args[0]
     axes = [axis % tensor.dim() for axis in op.args[1]]
-    add = op.record.table.add
     planes = without(op, op.planes(tensor), axes, "a Fourier transform over channels")
-    return [
-        tuple(
-            map_nodes(op.record, plane, lambda n: add(Node(Kind.CARRY, (n,)))) for plane in planes
-        )
-    ]
+    return [tuple(through(op, plane, Kind.CARRY) for plane in planes)]
 
 
 def parted(op: Op) -> Sequence[Planes]:
     """``view_as_real``: real and imaginary part side by side along a new last axis."""
-    add = op.record.table.add
-    planes = op.planes(op.args[0])
-    return [
-        tuple(
-            map_nodes(op.record, plane, lambda n: add(Node(Kind.BORDER, (n,)))).unsqueeze(-1)
-            for plane in planes
-        )
-    ]
+    planes = bordered(op, op.planes(op.args[0]), is_zero=True)
+    return [tuple(plane.unsqueeze(-1) for plane in planes)]
 
 
 def united(op: Op) -> Sequence[Planes]:

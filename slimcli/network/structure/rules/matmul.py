@@ -25,7 +25,7 @@ from slimcli.network.structure.producing import (
 from slimcli.network.structure.record import Consumer, MacTerm
 from slimcli.network.structure.rules.conv import FIXED_INPUT, FIXED_WEIGHT
 from slimcli.network.structure.rules.norm import one_of_each
-from slimcli.network.structure.rules.pointwise import combine_nodes, map_nodes, pointwise
+from slimcli.network.structure.rules.pointwise import combine_nodes, map_nodes, pointwise, through
 from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule
 
 
@@ -73,7 +73,7 @@ def _with_bias(op: Op, bias: Tensor, planes: Planes) -> Planes:
         elif any(bias.shape[axis - lead] > 1 for axis in axes if axis >= lead):
             op.freeze_planes([plane], "channels meet a tensor of fixed size")
         else:
-            result += (map_nodes(op.record, plane, shifted),)
+            result += (map_nodes(plane, shifted),)
     alone = [p for p in known if not any(_overlap(p, plane) for plane in planes)]
     op.freeze_planes(alone, FIXED_WEIGHT)
     return result
@@ -268,7 +268,6 @@ def distances(op: Op) -> Sequence[Planes]:
 
 def _leaving(op: Op, planes: list[Tensor], weight: Tensor | None, axis: int, bias: Any) -> Planes:
     """Planes of the result: fresh values if the other dimension is a weight's, else carried."""
-    add = op.record.table.add
     result: Planes = NO_PLANES
     for plane in planes:
         if weight is not None and plane.numel() == plane.shape[axis]:
@@ -278,7 +277,7 @@ def _leaving(op: Op, planes: list[Tensor], weight: Tensor | None, axis: int, bia
             op.tracer.calls.produced(op.output, key)
             result += (pack(labels, node),)
         else:
-            result += (map_nodes(op.record, plane, lambda n: add(Node(Kind.CARRY, (n,)))),)
+            result += (through(op, plane, Kind.CARRY),)
     return result
 
 
@@ -315,13 +314,12 @@ def attention(op: Op) -> Sequence[Planes]:
         [t for t in op.tensors() if all(t is not each for each in (query, key, value))], reason
     )
     _count_attention(op, query, key, value)
-    add = op.record.table.add
     kept: Planes = NO_PLANES
     for plane in op.planes(value):
         if plane.shape[-2] > 1:
             op.freeze_planes([plane], "attention over an axis with channels")
         else:
-            kept += (map_nodes(op.record, plane, lambda n: add(Node(Kind.CARRY, (n,)))),)
+            kept += (through(op, plane, Kind.CARRY),)
     return [kept]
 
 
@@ -346,11 +344,7 @@ def embedding(op: Op) -> Sequence[Planes]:
     planes = op.planes(weight)
     op.freeze_planes([p for p in planes if p.shape[0] > 1], "channels are picked by index")
     output = next(tensors_in(op.output))
-    is_weight, add = weights_only(op), op.record.table.add
-
-    def summed(node: int) -> int:
-        return add(Node(Kind.CARRY, (node,)))
-
+    is_weight = weights_only(op)
     for plane in (p for p in planes if p.shape[0] == 1):
         plane = plane.reshape([1] * (output.dim() - 1) + [-1])
         if is_weight(plane):
@@ -359,7 +353,7 @@ def embedding(op: Op) -> Sequence[Planes]:
             return [(pack(labels, node),)]
         if op.name == "embedding":
             return [(plane,)]
-        return [(map_nodes(op.record, plane, summed),)]
+        return [(through(op, plane, Kind.CARRY),)]
     return []
 
 

@@ -19,8 +19,8 @@ from slimcli.network.structure.planes import (
     pack,
 )
 from slimcli.network.structure.record import Consumer, Record
-from slimcli.network.structure.rules.pointwise import arbitrary, combine_nodes, map_nodes
-from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule, affine_node
+from slimcli.network.structure.rules.pointwise import arbitrary, combine_nodes, through
+from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule
 
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
@@ -64,13 +64,13 @@ def batch_norm(op: Op) -> Sequence[Planes]:
         if plane.shape[1] == 1:
             if measured:
                 op.freeze_planes([plane], "a norm measures statistics over channels")
-            result += arbitrary(op.record, (plane,))  # each place along axis 1 has its own shift
+            result += arbitrary(op, (plane,))  # each place along axis 1 has its own shift
             continue
         tied = True
         rows = channel_rows(op, plane, 1)
         _tie_vectors(op, rows, op.args[1:5])
         if not (measured and op.args[2] is None):  # its own mean and no shift: zero stays zero
-            plane = map_nodes(op.record, plane, affine_node(op.record, path if is_module else ""))
+            plane = through(op, plane, Kind.AFFINE, name=path if is_module else "")
         result += (plane,)
     if not tied:
         op.freeze(op.args[1:5], "a norm reads a tensor of fixed size")
@@ -105,8 +105,7 @@ def group_norm(op: Op) -> Sequence[Planes]:
     if size == groups and all(plane.shape[1] > 1 for plane in op.planes(op.args[0])):
         for plane in op.planes(op.args[0]):
             _tie_vectors(op, channel_rows(op, plane, 1), op.args[1:3])
-        affine = affine_node(op.record, "")
-        return [tuple(map_nodes(op.record, plane, affine) for plane in op.planes(op.args[0]))]
+        return [tuple(through(op, plane, Kind.AFFINE) for plane in op.planes(op.args[0]))]
     reason = "group norm measures statistics over channels"
     return _over_axes(op, range(1, op.args[0].dim()), reason)
 
@@ -120,9 +119,9 @@ def _over_axes(op: Op, axes: Sequence[int], reason: str) -> Sequence[Planes]:
         if over & set(active_axes(plane)):
             op.freeze_planes([plane], reason)
         elif rest:  # each place has its own scale and shift: what a zero becomes is no one number
-            result += arbitrary(op.record, (plane,))
+            result += arbitrary(op, (plane,))
             continue
-        result += (map_nodes(op.record, plane, affine_node(op.record, "")),)
+        result += (through(op, plane, Kind.AFFINE),)
     op.freeze(rest, reason)
     return [result]
 
@@ -134,7 +133,7 @@ def softmax(op: Op) -> Sequence[Planes]:
     """
     axis = op.args[1] % op.args[0].dim()
     reason = f"{op.name.strip('_')} over channels"
-    return [arbitrary(op.record, across(op, op.planes(op.args[0]), {axis}, reason))]
+    return [arbitrary(op, across(op, op.planes(op.args[0]), {axis}, reason))]
 
 
 def bucketed(op: Op) -> Sequence[Planes]:
@@ -145,14 +144,7 @@ def bucketed(op: Op) -> Sequence[Planes]:
     if not isinstance(values, Tensor) or borders.dim() > 1:
         op.freeze([values], f"channels are searched by {op.name}")
         return []
-    add = op.record.table.add
-    planes = op.planes(values)
-    return [
-        tuple(
-            map_nodes(op.record, p, lambda n: add(Node(Kind.MAP, (n,), keeps_zero=False)))
-            for p in planes
-        )
-    ]
+    return [tuple(through(op, p, Kind.MAP, keeps_zero=False) for p in op.planes(values))]
 
 
 def across(op: Op, planes: Planes, axes: set[int], reason: str) -> Planes:
@@ -217,9 +209,9 @@ def _with_places(op: Op, planes: Planes) -> Sequence[Planes]:
     """For each output: values first, then the places where they were found."""
     results = [planes for _ in tensors_in(op.output)]
     if op.name.startswith("arg"):
-        return [arbitrary(op.record, planes)]
+        return [arbitrary(op, planes)]
     if len(results) == 2 and op.name in _PLACES.split():
-        results[1] = arbitrary(op.record, planes)
+        results[1] = arbitrary(op, planes)
     return results
 
 
@@ -252,14 +244,13 @@ def _node_of_reduction(op: Op, plane: Tensor) -> Tensor:
 
     A sum, of one number, is as large as the image, and other images have other sizes.
     """
-    add = op.record.table.add
     if op.name in _SELECTING.split():
         return plane
     if op.name in _GROWING.split():
-        return map_nodes(op.record, plane, lambda n: add(Node(Kind.CARRY, (n,))))
+        return through(op, plane, Kind.CARRY)
     if op.name == "logsumexp":
-        return arbitrary(op.record, (plane,))[0]
-    return map_nodes(op.record, plane, lambda n: add(Node(Kind.MAP, (n,), keeps_zero=False)))
+        return arbitrary(op, (plane,))[0]
+    return through(op, plane, Kind.MAP, keeps_zero=False)
 
 
 def _keeps(op: Op) -> bool:
@@ -281,19 +272,14 @@ def accumulated(op: Op) -> Sequence[Planes]:
     """``cumsum`` and its like along an axis without channels."""
     tensor = op.args[0]
     axis = op.args[1] % tensor.dim()
-    add = op.record.table.add
-
-    def node(parent: int) -> int:
-        if op.name == "logcumsumexp":  # of zeros: log(1), log(2), ...
-            return add(Node(Kind.SOURCE, flags=(False,)))
-        return add(Node(Kind.CARRY, (parent,)))
-
     result: Planes = NO_PLANES
     for plane in op.planes(tensor):
         if plane.shape[axis] > 1:
             op.freeze_planes([plane], f"{op.name} over channels")
+        elif op.name == "logcumsumexp":  # of zeros: log(1), log(2), ...
+            result += arbitrary(op, (plane,))
         else:
-            result += (map_nodes(op.record, plane, node),)
+            result += (through(op, plane, Kind.CARRY),)
     return _with_places(op, result)
 
 

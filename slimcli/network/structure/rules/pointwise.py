@@ -29,7 +29,7 @@ from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule
 _PROBES: dict[Any, tuple[bool, bool]] = {}
 
 
-def map_nodes(record: Record, plane: Tensor, function: Callable[[int], int]) -> Tensor:
+def map_nodes(plane: Tensor, function: Callable[[int], int]) -> Tensor:
     """The plane with every node replaced (0 stays 0)."""
     flat = plane.reshape(-1).numpy()
     nodes = flat >> SHIFT
@@ -40,6 +40,14 @@ def map_nodes(record: Record, plane: Tensor, function: Callable[[int], int]) -> 
     new = np.array([function(int(node)) if node else 0 for node in unique], dtype=np.int64)
     packed = (flat & LABEL_MASK) + (new[inverse] << SHIFT)
     return torch.from_numpy(packed).view(plane.shape)
+
+
+def through(
+    op: Op, plane: Tensor, kind: Kind, *, keeps_zero: bool = True, name: str = ""
+) -> Tensor:
+    """The plane behind something of this kind that acts on each value by itself."""
+    add = op.record.table.add
+    return map_nodes(plane, lambda n: add(Node(kind, (n,), keeps_zero=keeps_zero, name=name)))
 
 
 def combine_nodes(planes: Sequence[Tensor], function: Callable[[tuple[int, ...]], int]) -> Tensor:
@@ -108,13 +116,7 @@ def _merge_group(
             return _jumped(op, planes[0], keeps_zero)
         if keeps_zero:
             return planes[0]
-        map_node = Node(Kind.MAP, keeps_zero=False)
-        add = op.record.table.add
-        return map_nodes(
-            op.record,
-            planes[0],
-            lambda n: add(Node(Kind.MAP, (n,), keeps_zero=map_node.keeps_zero)),
-        )
+        return through(op, planes[0], Kind.MAP, keeps_zero=False)
     wide = [plane.contiguous() for plane in broadcast(planes)]
     for other in wide[1:]:
         op.record.tie(wide[0], other, "channels meet fixed values")
@@ -253,13 +255,14 @@ def copied(op: Op) -> Sequence[Planes]:
     return [planes]
 
 
-def arbitrary(record: Record, planes: Planes) -> Planes:
+def bordered(op: Op, planes: Planes, is_zero: bool) -> Planes:
+    """Something was added at the border."""
+    return tuple(through(op, plane, Kind.BORDER, keeps_zero=is_zero) for plane in planes)
+
+
+def arbitrary(op: Op, planes: Planes) -> Planes:
     """Values of which nothing is known where the channel is zero, like places of a maximum."""
-    add = record.table.add
-    return tuple(
-        map_nodes(record, plane, lambda n: add(Node(Kind.BORDER, (n,), keeps_zero=False)))
-        for plane in planes
-    )
+    return bordered(op, planes, is_zero=False)
 
 
 def filled(op: Op) -> Sequence[Planes]:
@@ -267,15 +270,9 @@ def filled(op: Op) -> Sequence[Planes]:
     value = op.arg(1, "value", None) if op.name == "fill" else None
     is_zero = op.tracer.is_blank(value) if isinstance(value, Tensor) else value == 0
     if is_zero or op.name == "zero":
-        add = op.record.table.add
-        return [
-            tuple(
-                map_nodes(op.record, plane, lambda n: add(Node(Kind.BORDER, (n,))))
-                for plane in op.planes(op.args[0])
-            )
-        ]
+        return [bordered(op, op.planes(op.args[0]), is_zero=True)]
     node = _anything(op.record)
-    return [tuple(map_nodes(op.record, plane, lambda _: node) for plane in op.planes(op.args[0]))]
+    return [tuple(map_nodes(plane, lambda _: node) for plane in op.planes(op.args[0]))]
 
 
 def like(op: Op) -> Sequence[Planes]:
@@ -296,7 +293,7 @@ def like(op: Op) -> Sequence[Planes]:
     if op.name in ("zeros_like", "new_zeros"):
         return [planes]
     node = _anything(op.record)
-    return [tuple(map_nodes(op.record, plane, lambda _: node) for plane in planes)]
+    return [tuple(map_nodes(plane, lambda _: node) for plane in planes)]
 
 
 def masked(op: Op) -> Sequence[Planes]:

@@ -15,8 +15,7 @@ from torch import Tensor
 from slimcli.network.structure.rules.index import at_places
 from slimcli.network.structure.rules.joining import joined_across
 from slimcli.network.structure.rules.movement import frozen, without
-from slimcli.network.structure.rules.pointwise import pointwise
-from slimcli.network.structure.rules.spatial import bordered
+from slimcli.network.structure.rules.pointwise import bordered, pointwise
 from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule
 
 WRITTEN = "channels are written by index"

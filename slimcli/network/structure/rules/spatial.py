@@ -10,18 +10,18 @@ from typing import Any
 import torch
 
 from slimcli.network.nested import tensors_in
-from slimcli.network.structure.nodes import Kind, Node
+from slimcli.network.structure.nodes import Kind
 from slimcli.network.structure.rules.index import at_places
 from slimcli.network.structure.rules.movement import without
 from slimcli.network.structure.rules.norm import one_of_each
-from slimcli.network.structure.rules.pointwise import arbitrary, map_nodes
+from slimcli.network.structure.rules.pointwise import arbitrary, bordered, through
 from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule
 
 
 def passing(op: Op) -> Sequence[Planes]:
     """Zero stays zero and a constant stays constant (max pooling, resizing, reflecting)."""
     planes = off_image(op, _image_axes(op.name))
-    places = arbitrary(op.record, planes)
+    places = arbitrary(op, planes)
     return [places if number else planes for number, _ in enumerate(tensors_in(op.output))]
 
 
@@ -48,12 +48,11 @@ def unpooled(op: Op) -> Sequence[Planes]:
 def folded(op: Op) -> Sequence[Planes]:
     """``fold``: the entries for all places of the kernel make one channel, a sum of them."""
     tensor, places = op.args[0], math.prod(op.args[2])
-    add = op.record.table.add
     result: Planes = NO_PLANES
     lead = tensor.dim() - 2
     for plane in without(op, op.planes(tensor), (*range(lead), -1), "channels lie along windows"):
         entries = one_of_each(op.record, plane.reshape(-1, places))
-        summed = map_nodes(op.record, entries, lambda n: add(Node(Kind.CARRY, (n,))))
+        summed = through(op, entries, Kind.CARRY)
         result += (summed.reshape([1] * lead + [-1, 1, 1]),)
     return [result]
 
@@ -108,16 +107,6 @@ def padded(op: Op) -> Sequence[Planes]:
         only_channels = along and spec == pads
         result += (wide,) if only_channels else bordered(op, (wide,), is_zero=value == 0)
     return [result]
-
-
-def bordered(op: Op, planes: Planes, is_zero: bool) -> Planes:
-    """Something was added at the border."""
-    add = op.record.table.add
-
-    def node(parent: int) -> int:
-        return add(Node(Kind.BORDER, (parent,), keeps_zero=is_zero))
-
-    return tuple(map_nodes(op.record, plane, node) for plane in planes)
 
 
 def off_image(op: Op, count: int) -> Planes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from slimcli.network.structure.rules.movement import executed, moved_planes, without
-from slimcli.network.structure.rules.spatial import bordered
+from slimcli.network.structure.rules.pointwise import bordered
 from slimcli.network.structure.trace import Op, Planes, Rule
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from slimcli.network.structure.nodes import Kind, Node
-from slimcli.network.structure.rules.pointwise import map_nodes
+from slimcli.network.structure.nodes import Kind
+from slimcli.network.structure.rules.pointwise import through
 from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule
 
 
@@ -41,13 +41,7 @@ def weighed(op: Op) -> Sequence[Planes]:
     if not planes or any(plane.shape[1] > 1 for plane in planes):
         return measured(op)
     op.freeze([vector], "it weighs what lies along an axis without channels")
-    add = op.record.table.add
-    return [
-        tuple(
-            map_nodes(op.record, p, lambda n: add(Node(Kind.CARRY, (n,)))).squeeze(1)
-            for p in planes
-        )
-    ]
+    return [tuple(through(op, plane, Kind.CARRY).squeeze(1) for plane in planes)]
 
 
 RULES: dict[str, Rule] = {
