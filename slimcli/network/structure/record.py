@@ -29,7 +29,6 @@ class Split:
     """
 
     line: str
-    op: str
     size: int
     offset_pairs: tuple[Labels, Labels]
     block_pairs: tuple[Labels, Labels]
@@ -79,12 +78,10 @@ class Producer:
 
 @dataclass(frozen=True)
 class MacTerm:
-    """Multiply-accumulates of one op: ``scale`` x the kept entries of each factor / ``divisor``."""
+    """Multiply-accumulates of one op: ``scale`` x the kept entries of each factor."""
 
-    path: str
     scale: int
     factors: tuple[Labels, ...]
-    divisor: int = 1
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, compress
 from typing import Any
 
@@ -166,6 +166,9 @@ class Structure:
         conv_batch_norms: Pairs that can be folded.
         macs: Multiply-accumulates of one sample.
         notes: What could not be looked at, in words.
+        mac_terms: One for each operator: a scale, and factors that it is multiplied with. A factor
+            is (entries outside all groups, name of a group -> entries for each of its channels).
+        samples: In the batch that was counted.
     """
 
     groups: tuple[Group, ...]
@@ -175,7 +178,6 @@ class Structure:
     notes: tuple[str, ...] = ()
     mac_terms: tuple[tuple[int, tuple[tuple[int, dict[str, int]], ...]], ...] = ()
     samples: int = 1
-    paths: tuple[str, ...] = field(default=(), repr=False)
 
     def macs_with(self, widths: Mapping[str, int]) -> int:
         """Multiply-accumulates of one sample if groups keep this many channels.
@@ -280,5 +282,5 @@ def counted(
         for labels in term.factors:
             fixed, found = label_counts(labels, group_of, names)
             factors.append((fixed, {name: n // sizes[name] for name, n in found.items()}))
-        result.append((term.scale // term.divisor, tuple(factors)))
+        result.append((term.scale, tuple(factors)))
     return tuple(result)

@@ -223,8 +223,7 @@ def _count(op: Op, groups: int) -> None:
     places = tensor.shape[2:] if op.args[6] else op.output.shape[2:]
     scale = tensor.shape[0] * math.prod(places) * math.prod(weight.shape[2:])
     factors = [op.record.axis_labels(op.planes(weight), dim, weight.shape[dim]) for dim in (0, 1)]
-    path = op.tracer.calls.top()[0]
-    op.record.macs.append(MacTerm(path, scale, tuple(factors)))
+    op.record.macs.append(MacTerm(scale, tuple(factors)))
 
 
 RULES: dict[str, Rule] = {

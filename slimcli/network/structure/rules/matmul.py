@@ -292,7 +292,7 @@ def _count(
     axis = op.record.axis_labels
     k = axis(a, -1, inner) if any(p.shape[-1] > 1 for p in a) else axis(b, -2, inner)
     n, m = axis(b, -1, columns), axis(a, -2, rows)
-    op.record.macs.append(MacTerm(op.tracer.calls.top()[0], batch, (m, k, n)))
+    op.record.macs.append(MacTerm(batch, (m, k, n)))
 
 
 def attention(op: Op) -> Sequence[Planes]:
@@ -328,9 +328,8 @@ def _count_attention(op: Op, query: Tensor, key: Tensor, value: Tensor) -> None:
     tokens, others = query.shape[-2], key.shape[-2]
     empty = torch.zeros(query.shape[-1], dtype=torch.int64).numpy()
     columns = op.record.axis_labels(list(op.planes(value)), -1, value.shape[-1])
-    path = op.tracer.calls.top()[0]
-    op.record.macs.append(MacTerm(path, batch * tokens * others, (empty,)))
-    op.record.macs.append(MacTerm(path, batch * tokens * others, (columns,)))
+    op.record.macs.append(MacTerm(batch * tokens * others, (empty,)))
+    op.record.macs.append(MacTerm(batch * tokens * others, (columns,)))
 
 
 def embedding(op: Op) -> Sequence[Planes]:

@@ -110,7 +110,6 @@ def add_split(op: Op, plane: Tensor, axis: int, size: int, line: str) -> None:
     op.record.splits.append(
         Split(
             line,
-            op.name,
             size,
             (flat, offsets.reshape(-1).numpy()),
             (flat, firsts.reshape(-1).numpy()),
@@ -181,7 +180,7 @@ def _add_stride(op: Op, plane: Tensor, axis: int, step: int, line: str) -> None:
     labels = labels_of(plane).movedim(axis, 0)
     blocks = labels.reshape(labels.shape[0] // step, step, -1)
     pairs = (blocks.reshape(-1).numpy(), blocks[:, :1].expand_as(blocks).reshape(-1).numpy())
-    op.record.splits.append(Split(line, op.name, step, pairs, pairs))
+    op.record.splits.append(Split(line, step, pairs, pairs))
 
 
 def picked(op: Op) -> Sequence[Planes]:
