@@ -132,7 +132,7 @@ def effective_shape(module: nn.Module) -> tuple[int, ...]:
     return tuple(weight.shape) if isinstance(weight, Tensor) else ()
 
 
-def _weight_selection(module: nn.Module, selections: Selections) -> Mapping[int, Sources]:
+def _weight_selection(selections: Selections) -> Mapping[int, Sources]:
     """What happens to the computed weight: the selection of the tensor that has its shape."""
     for name in _WEIGHT_NAMES:
         if name in selections:
@@ -150,7 +150,7 @@ _WEIGHT_NAMES = (
 
 
 def _conv(module: nn.Module, selections: Selections) -> Attributes:
-    chosen = _weight_selection(module, selections)
+    chosen = _weight_selection(selections)
     shape = effective_shape(module)
     after = shape_after(shape, chosen)
     groups: int = module.groups  # type: ignore[assignment]
@@ -160,7 +160,7 @@ def _conv(module: nn.Module, selections: Selections) -> Attributes:
 
 
 def _transposed(module: nn.Module, selections: Selections) -> Attributes:
-    chosen = _weight_selection(module, selections)
+    chosen = _weight_selection(selections)
     shape = effective_shape(module)
     after = shape_after(shape, chosen)
     groups: int = module.groups  # type: ignore[assignment]
@@ -170,12 +170,12 @@ def _transposed(module: nn.Module, selections: Selections) -> Attributes:
 
 
 def _linear(module: nn.Module, selections: Selections) -> Attributes:
-    after = shape_after(effective_shape(module), _weight_selection(module, selections))
+    after = shape_after(effective_shape(module), _weight_selection(selections))
     return {"out_features": after[0], "in_features": after[1]}
 
 
 def _bilinear(module: nn.Module, selections: Selections) -> Attributes:
-    after = shape_after(effective_shape(module), _weight_selection(module, selections))
+    after = shape_after(effective_shape(module), _weight_selection(selections))
     return {"out_features": after[0], "in1_features": after[1], "in2_features": after[2]}
 
 
@@ -202,7 +202,7 @@ def _group_norm(module: nn.Module, selections: Selections) -> Attributes:
     channels: int = module.num_channels  # type: ignore[assignment]
     groups: int = module.num_groups  # type: ignore[assignment]
     _check_alike(module, selections)
-    chosen = _weight_selection(module, selections)
+    chosen = _weight_selection(selections)
     if 0 in chosen:
         groups = groups_after(chosen[0], channels, groups)
         channels = len(chosen[0])
@@ -211,16 +211,16 @@ def _group_norm(module: nn.Module, selections: Selections) -> Attributes:
 
 def _shape_norm(module: nn.Module, selections: Selections) -> Attributes:
     shape: tuple[int, ...] = module.normalized_shape  # type: ignore[assignment]
-    return {"normalized_shape": shape_after(shape, _weight_selection(module, selections))}
+    return {"normalized_shape": shape_after(shape, _weight_selection(selections))}
 
 
 def _prelu(module: nn.Module, selections: Selections) -> Attributes:
-    after = shape_after(effective_shape(module), _weight_selection(module, selections))
+    after = shape_after(effective_shape(module), _weight_selection(selections))
     return {"num_parameters": after[0]}
 
 
 def _embedding(module: nn.Module, selections: Selections) -> Attributes:
-    chosen = _weight_selection(module, selections)
+    chosen = _weight_selection(selections)
     if 0 in chosen:
         raise ValueError("rows of an embedding are words, not channels, and can't be cut")
     after = shape_after(effective_shape(module), chosen)

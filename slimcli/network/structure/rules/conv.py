@@ -38,7 +38,7 @@ def convolution(op: Op) -> Sequence[Planes]:
         return _refuse(op, "a convolution without a batch axis")
     inputs = _channel_plane(op, tensor)
     out_dim, in_dim = (1, 0) if transposed else (0, 1)
-    _count(op, groups)
+    _count(op)
     if (
         groups > 1
         and weight.shape[1] == 1
@@ -218,7 +218,7 @@ def _depthwise(op: Op, plane: Tensor | None, weight: Tensor, groups: int) -> Seq
     return [(out.view(shape),)]
 
 
-def _count(op: Op, groups: int) -> None:
+def _count(op: Op) -> None:
     tensor, weight = op.args[0], op.args[1]
     places = tensor.shape[2:] if op.args[6] else op.output.shape[2:]
     scale = tensor.shape[0] * math.prod(places) * math.prod(weight.shape[2:])

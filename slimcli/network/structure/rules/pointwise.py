@@ -26,7 +26,7 @@ from slimcli.network.structure.producing import weights_only
 from slimcli.network.structure.record import Record
 from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule
 
-_PROBES: dict[Any, tuple[bool, bool]] = {}
+_PROBES: dict[Any, bool] = {}
 
 
 def map_nodes(plane: Tensor, function: Callable[[int], int]) -> Tensor:
@@ -111,7 +111,7 @@ def _merge_group(
             return None
     _note_weights(op, tensors, group)
     if len(planes) == 1 and len(tensors) == 1:
-        keeps_zero, _ = probe(op, [0], tensors)
+        keeps_zero = probe(op, [0], tensors)
         if op.name in _JUMPING:
             return _jumped(op, planes[0], keeps_zero)
         if keeps_zero:
@@ -153,8 +153,8 @@ def _is_additive(op: Op, places: Sequence[int], tensors: Sequence[Tensor]) -> bo
         tried = [_evaluated(op, places, inner, a) for inner in (a, b, a + b)]
         found = [each.double() for each in tried if each is not None and each.is_floating_point()]
         is_sum = len(found) == 3 and bool(torch.isclose(found[0] + found[1], found[2]).all())
-        _PROBES[key] = (is_sum, True)
-    return _PROBES[key][0]
+        _PROBES[key] = is_sum
+    return _PROBES[key]
 
 
 def _own_sizes(tensor: Tensor) -> tuple[int, ...]:
@@ -167,8 +167,8 @@ def _own_sizes(tensor: Tensor) -> tuple[int, ...]:
 
 def _combined(op: Op, tensors: Sequence[Tensor], places: list[int], planes: list[Tensor]) -> Tensor:
     """Nodes of the result: what zeros in one operand, or in all of them, do."""
-    keeps_zero, _ = probe(op, places, tensors)
-    absorbs = tuple(probe(op, [place], tensors)[0] for place in places)
+    keeps_zero = probe(op, places, tensors)
+    absorbs = tuple(probe(op, [place], tensors) for place in places)
     others = len(tensors) > len(set(places))
     table = op.record.table
 
@@ -190,20 +190,19 @@ def _anything(record: Record) -> int:
     return record.table.add(Node(Kind.SOURCE, flags=(False,)))
 
 
-def probe(op: Op, zeros: Sequence[int], tensors: Sequence[Tensor]) -> tuple[bool, bool]:
+def probe(op: Op, zeros: Sequence[int], tensors: Sequence[Tensor]) -> bool:
     """Is the result zero if these operands are zero and the others anything? Found by trying.
 
-    Operands that the user's code made of zeros are zero in any case.
-
-    Returns:
-        (is zero, could be tried).
+    Operands that the user's code made of zeros are zero in any case. What can't be tried is not.
     """
     blank = [place for place, each in enumerate(tensors) if op.tracer.is_blank(each)]
     zeros = sorted({*zeros, *blank})
     dtypes = tuple(tensor.dtype for tensor in tensors)
     key = (_signature(op), tuple(zeros), dtypes)
     if key not in _PROBES:
-        _PROBES[key] = _try(op, zeros, tensors)
+        values = torch.tensor([0.7, -1.3, 2.1, 0.4], dtype=torch.float64)
+        result = _evaluated(op, zeros, torch.zeros_like(values), values)
+        _PROBES[key] = result is not None and not bool(result.any())
     return _PROBES[key]
 
 
@@ -214,12 +213,6 @@ def _signature(op: Op) -> tuple[str, str]:
         {k: v for k, v in op.kwargs.items() if not isinstance(v, (Tensor, torch.Generator))}
     )
     return op.func.name(), scalars
-
-
-def _try(op: Op, zeros: Sequence[int], tensors: Sequence[Tensor]) -> tuple[bool, bool]:
-    values = torch.tensor([0.7, -1.3, 2.1, 0.4], dtype=torch.float64)
-    result = _evaluated(op, zeros, torch.zeros_like(values), values)
-    return (False, False) if result is None else (not bool(result.any()), True)
 
 
 def _evaluated(op: Op, places: Sequence[int], inner: Tensor, outer: Tensor) -> Tensor | None:
