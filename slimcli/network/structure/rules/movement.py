@@ -13,15 +13,18 @@ from torch import Tensor
 
 from slimcli.network.nested import tensors_in
 from slimcli.network.structure import user_line
+from slimcli.network.structure.nodes import Kind, Node
 from slimcli.network.structure.planes import (
     active_axes,
     entries,
     labels_of,
+    pack,
     split_blocks,
     squeeze_equal,
     view,
 )
 from slimcli.network.structure.record import Least, Split
+from slimcli.network.structure.rules.pointwise import combine_nodes
 from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule
 
 ONE_PICKED = "single channels are picked"
@@ -142,6 +145,27 @@ def moved_planes(op: Op, planes: Planes) -> Sequence[Planes]:
         for index, each in enumerate(tensors_in(moved)):
             outputs[index] += (squeeze_equal(each),)
     return outputs
+
+
+def halves(op: Op) -> Sequence[Planes]:
+    """``glu``: the first half times the sigmoid of the second."""
+    tensor = op.args[0]
+    axis = op.arg(1, "dim", -1) % tensor.dim()
+    planes = op.planes(tensor)
+    if any(plane.shape[axis] == 1 for plane in planes):
+        return [planes]
+    result: Planes = NO_PLANES
+    for plane in planes:
+        half = plane.shape[axis] // 2
+        add_split(op, plane, axis, half, note_line(op, plane))
+        value, gate = plane.narrow(axis, 0, half), plane.narrow(axis, half, half)
+        op.record.join(value, gate)
+        nodes = combine_nodes(
+            [value.contiguous(), gate.contiguous()],
+            lambda parents: op.record.table.add(Node(Kind.COMBINE, parents, (True, False))),
+        )
+        result += (pack(labels_of(value), nodes),)
+    return [result]
 
 
 def sliced(op: Op) -> Sequence[Planes]:
@@ -273,6 +297,7 @@ RULES: dict[str, Rule] = {
     **_table(
         divided, "split split_with_sizes chunk unsafe_split unsafe_chunk split_with_sizes_copy"
     ),
+    "glu": halves,
     **_table(sliced, "slice narrow_copy"),
     **_table(picked, "select unbind"),
     **_table(shuffled, "channel_shuffle native_channel_shuffle"),

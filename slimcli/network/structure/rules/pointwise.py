@@ -24,7 +24,10 @@ from slimcli.network.structure.planes import (
 )
 from slimcli.network.structure.producing import weights_only
 from slimcli.network.structure.record import Record
-from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule
+from slimcli.network.structure.trace import Op, Planes, Rule
+
+Operand = tuple[int, Tensor]
+"""Number of a tensor among the arguments, and one of its planes."""
 
 _PROBES: dict[Any, bool] = {}
 
@@ -72,33 +75,36 @@ def pointwise(op: Op) -> Sequence[Planes]:
 
 def merged(op: Op, tensors: Sequence[Tensor], dims: int) -> Planes:
     """Merges the planes of all operands, broadcast to ``dims`` axes."""
-    operands: list[tuple[int, Tensor]] = []
-    more: list[tuple[int, Tensor]]
-    for index, tensor in enumerate(tensors):
-        for plane in op.planes(tensor):
-            operands.append((index, _lead(plane, dims)))
-    result: Planes = NO_PLANES
-    while operands:
-        group = [operands.pop(0)]
-        axes = set(active_axes(group[0][1]))
-        more = group
-        while more:
-            more = [each for each in operands if axes & set(active_axes(each[1]))]
-            group += more
-            operands = [each for each in operands if not axes & set(active_axes(each[1]))]
-            axes |= {axis for each in more for axis in active_axes(each[1])}
-        joined = _merge_group(op, tensors, group, axes)
-        result += (joined,) if joined is not None else NO_PLANES
-    return result
+    operands = [
+        (index, _lead(plane, dims))
+        for index, tensor in enumerate(tensors)
+        for plane in op.planes(tensor)
+    ]
+    joined = [_merge_group(op, tensors, group) for group in _sharing_axes(operands)]
+    return tuple(plane for plane in joined if plane is not None)
+
+
+def _sharing_axes(operands: Sequence[Operand]) -> list[list[Operand]]:
+    """Operands in groups: those of one group share axes, with each other or over others."""
+    groups: list[list[Operand]] = []
+    for operand in operands:
+        near = [group for group in groups if _axes(group) & _axes([operand])]
+        others = [group for group in groups if not _axes(group) & _axes([operand])]
+        groups = [*others, [*itertools.chain(*near), operand]]
+    return groups
+
+
+def _axes(group: Sequence[Operand]) -> set[int]:
+    """Along which any of these tells channels apart."""
+    return {axis for _, plane in group for axis in active_axes(plane)}
 
 
 def _lead(plane: Tensor, dims: int) -> Tensor:
     return plane.reshape([1] * (dims - plane.dim()) + list(plane.shape))
 
 
-def _merge_group(
-    op: Op, tensors: Sequence[Tensor], group: list[tuple[int, Tensor]], axes: set[int]
-) -> Tensor | None:
+def _merge_group(op: Op, tensors: Sequence[Tensor], group: list[Operand]) -> Tensor | None:
+    axes = _axes(group)
     made = op.record.table.is_made
     group = sorted(group, key=lambda each: made(int(each[1].reshape(-1)[0]) >> SHIFT))
     planes = [plane for _, plane in group]
@@ -135,7 +141,7 @@ def _jumped(op: Op, plane: Tensor, keeps_zero: bool) -> Tensor:
     return map_nodes(op.record, plane, node_of)
 
 
-def _note_weights(op: Op, tensors: Sequence[Tensor], group: list[tuple[int, Tensor]]) -> None:
+def _note_weights(op: Op, tensors: Sequence[Tensor], group: list[Operand]) -> None:
     """Remembers weights computed by f where f(a + b) is not f(a) + f(b)."""
     is_weight = weights_only(op)
     if all(is_weight(plane) for _, plane in group):
@@ -295,29 +301,6 @@ def masked(op: Op) -> Sequence[Planes]:
     return [planes, planes]
 
 
-def halves(op: Op) -> Sequence[Planes]:
-    """``glu``: the first half times the sigmoid of the second."""
-    tensor = op.args[0]
-    axis = op.arg(1, "dim", -1) % tensor.dim()
-    planes = op.planes(tensor)
-    if any(plane.shape[axis] == 1 for plane in planes):
-        return [planes]
-    from slimcli.network.structure.rules.movement import add_split, note_line
-
-    result: Planes = NO_PLANES
-    for plane in planes:
-        half = plane.shape[axis] // 2
-        add_split(op, plane, axis, half, note_line(op, plane))
-        value, gate = plane.narrow(axis, 0, half), plane.narrow(axis, half, half)
-        op.record.join(value, gate)
-        nodes = combine_nodes(
-            [value.contiguous(), gate.contiguous()],
-            lambda parents: op.record.table.add(Node(Kind.COMBINE, parents, (True, False))),
-        )
-        result += (pack(labels_of(value), nodes),)
-    return [result]
-
-
 _JUMPS = """
 eq ne lt le gt ge sign sgn signbit floor ceil trunc round frac heaviside remainder fmod floor_divide
 """
@@ -345,5 +328,4 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_LIKE.split(), like),
     **dict.fromkeys(_FILLED.split(), filled),
     "native_dropout": masked,
-    "glu": halves,
 }
