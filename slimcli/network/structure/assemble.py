@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from slimcli.network import fuse
+from slimcli.network import attributes, fuse
 from slimcli.network.cuts import Slot
 from slimcli.network.structure.exactness import UNREAD, Flow, flows
 from slimcli.network.structure.groups import Grouping, Indices, RawGroup, to_slot
@@ -81,9 +81,8 @@ def assemble(
 def is_site_norm(model: nn.Module, path: str) -> bool:
     """Can something be put right behind this norm? Exact batch norms and registered ones."""
     norm = model.get_submodule(path)
-    batch_norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
     registered = {*fuse.PLAIN_NORMS, *fuse.ACTIVATED_NORMS}
-    return type(norm) in batch_norms or type(norm).__name__ in registered
+    return type(norm) in attributes.BatchNorm or type(norm).__name__ in registered
 
 
 def _group(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -80,16 +80,13 @@ def joined(table: NodeTable, plane: Tensor) -> Tensor:
     for axis in active_axes(plane):
         if bool((labels == labels.narrow(axis, 0, 1)).all()):
             labels = labels.narrow(axis, 0, 1)
-            plane = pack(labels, _along(axis, nodes_of(plane), table.add))
+            plane = pack(labels, _along(axis, nodes_of(plane), table))
     return plane
 
 
-def _along(axis: int, nodes: Tensor, add: Callable[[Node], int]) -> Tensor:
+def _along(axis: int, nodes: Tensor, table: NodeTable) -> Tensor:
     """One node for all that lie along an axis."""
     rows, inverse = torch.unique(nodes.movedim(axis, -1).flatten(0, -2), dim=0, return_inverse=True)
-    new = [
-        row[0] if len(set(row)) == 1 else add(Node(Kind.JOIN, tuple(sorted(set(row)))))
-        for row in rows.tolist()
-    ]
+    new = [table.one_of(row) for row in rows.tolist()]
     shape = [1 if each == axis else size for each, size in enumerate(nodes.shape)]
     return torch.tensor(new)[inverse].reshape(shape)

@@ -79,6 +79,11 @@ class NodeTable:
             self._made.append(node == MADE_TO_MEASURE or (bool(made) and all(made)))
         return number
 
+    def one_of(self, numbers: Collection[int]) -> int:
+        """The node of what is one of these at each position."""
+        different = sorted(set(numbers))
+        return different[0] if len(different) == 1 else self.add(Node(Kind.JOIN, (*different,)))
+
     def is_made(self, number: int) -> bool:
         """Is the value computed from nothing but tensors made to measure?"""
         return self._made[number]

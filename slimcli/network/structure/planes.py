@@ -88,6 +88,11 @@ def broadcast(planes: Sequence[Tensor]) -> list[Tensor]:
     return [plane.expand(shape) for plane in planes]
 
 
+def with_leading_axes(plane: Tensor, dims: int) -> Tensor:
+    """The plane of the tensor where it is broadcast to as many axes."""
+    return plane.reshape([1] * (dims - plane.dim()) + list(plane.shape))
+
+
 def entries(plane: Tensor) -> Labels:
     """All different entries, sorted."""
     return distinct(plane.reshape(-1).numpy())

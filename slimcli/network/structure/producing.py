@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -103,6 +104,13 @@ def add_consumer(
             takes_constants,
             is_plain,
         )
+    )
+
+
+def add_sum(op: Op, plane: Tensor) -> None:
+    """Records that these channels are summed up without any weight."""
+    add_consumer(
+        op, "", plane, torch.zeros(2, 0, dtype=torch.int64), takes_constants=False, is_plain=False
     )
 
 

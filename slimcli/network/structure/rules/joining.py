@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slimcli.network.structure.nodes import Kind, Node
 from slimcli.network.structure.planes import active_axes, labels_of, pack
 from slimcli.network.structure.record import Record
 from slimcli.network.structure.rules.pointwise import combine_nodes
@@ -87,11 +86,7 @@ def _beside(record: Record, planes: list[Tensor]) -> Tensor:
         record.tie(planes[0], other, "channels meet fixed values")
     if len(planes) == 1:
         return planes[0]
-    add = record.table.add
-    nodes = combine_nodes(
-        [plane.contiguous() for plane in planes],
-        lambda parents: parents[0] if len(set(parents)) == 1 else add(Node(Kind.JOIN, parents)),
-    )
+    nodes = combine_nodes([plane.contiguous() for plane in planes], record.table.one_of)
     return pack(labels_of(planes[0]), nodes)
 
 

@@ -11,10 +11,17 @@ from torch import Tensor
 
 from slimcli.network.nested import tensors_in
 from slimcli.network.structure.nodes import Kind, Node
-from slimcli.network.structure.planes import active_axes, broadcast, entries, labels_of, pack
+from slimcli.network.structure.planes import (
+    active_axes,
+    broadcast,
+    labels_of,
+    pack,
+    with_leading_axes,
+)
 from slimcli.network.structure.producing import (
     add_consumer,
     add_producer,
+    add_sum,
     bias_behind,
     caller,
     is_made,
@@ -22,7 +29,7 @@ from slimcli.network.structure.producing import (
     takes_up,
     weights_only,
 )
-from slimcli.network.structure.record import Consumer, MacTerm
+from slimcli.network.structure.record import MacTerm
 from slimcli.network.structure.rules.conv import FIXED_INPUT, FIXED_WEIGHT
 from slimcli.network.structure.rules.norm import one_of_each
 from slimcli.network.structure.rules.pointwise import combine_nodes, map_nodes, pointwise, through
@@ -123,8 +130,8 @@ def multiply(op: Op, left: Any, right: Any, output: Tensor, bias: Any = None) ->
     right_planes = right.planes if isinstance(right, _Transposed) else op.planes(right)
     weight = right.weight if isinstance(right, _Transposed) else right
     dims = output.dim()
-    a = [_lead(plane, dims) for plane in left_planes]
-    b = [_lead(plane, dims) for plane in right_planes]
+    a = [with_leading_axes(plane, dims) for plane in left_planes]
+    b = [with_leading_axes(plane, dims) for plane in right_planes]
     if any(is_made(op, plane) for plane in [*a, *b]):
         op.freeze_planes([*a, *b], "a product with a tensor made as wide as another one")
         return NO_PLANES
@@ -176,10 +183,6 @@ def _side_by_side(op: Op, left: Tensor, right: Tensor) -> Tensor:
         ),
     )
     return pack(labels_of(left), nodes)
-
-
-def _lead(plane: Tensor, dims: int) -> Tensor:
-    return plane.reshape([1] * (dims - plane.dim()) + list(plane.shape))
 
 
 def _contract(
@@ -238,12 +241,7 @@ def _meet(op: Op, left: Tensor, right: Tensor, reason: str, *, absorbs: bool) ->
     wide = [each.contiguous() for each in broadcast([left, right])]
     add, flags = op.record.table.add, (absorbs, absorbs)
     nodes = combine_nodes(wide, lambda parents: add(Node(Kind.COMBINE, parents, flags)))
-    packed = entries(pack(labels_of(wide[0]), nodes))
-    empty = torch.zeros(0, dtype=torch.int64).numpy()
-    none = torch.zeros(2, 0, dtype=torch.int64).numpy()
-    op.record.consumers.append(
-        Consumer(op.record.next_order(), "", packed, empty, none, False, False)
-    )
+    add_sum(op, pack(labels_of(wide[0]), nodes))
     op.record.refuse_duplicates([left, right], reason)
 
 

@@ -6,7 +6,6 @@ Where one divides an axis with channels into blocks, the blocks must shrink toge
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from slimcli.network.structure.planes import (
     split_blocks,
     squeeze_equal,
     view,
+    with_leading_axes,
 )
 from slimcli.network.structure.record import Least, Split
 from slimcli.network.structure.rules.pointwise import combine_nodes
@@ -257,7 +257,7 @@ def repeated(op: Op) -> Sequence[Planes]:
     repeats = list(op.args[1])
     result: Planes = NO_PLANES
     for plane in op.planes(op.args[0]):
-        padded = plane.reshape([1] * (len(repeats) - plane.dim()) + list(plane.shape))
+        padded = with_leading_axes(plane, len(repeats))
         counts = [r if n > 1 else 1 for r, n in zip(repeats, padded.shape, strict=True)]
         result += (padded.repeat(counts),)
     return [result]
@@ -281,27 +281,35 @@ def nothing(op: Op) -> Sequence[Planes]:
     return []
 
 
-def _table(rule: Any, names: str) -> dict[str, Rule]:
-    return dict.fromkeys(names.split(), rule)
-
+_SAME = """
+clone contiguous detach alias lift lift_fresh lift_fresh_copy _to_copy to _conj _neg_view
+resolve_conj resolve_neg view_as _autocast_to_full_precision _autocast_to_reduced_precision positive
+"""
+_EXECUTED = """
+permute transpose t expand unsqueeze movedim moveaxis pixel_shuffle pixel_unshuffle
+"""
+_VIEWS = """
+view _unsafe_view reshape _reshape_alias unflatten flatten
+"""
+_DIVISIONS = """
+split split_with_sizes chunk unsafe_split unsafe_chunk split_with_sizes_copy
+"""
+_SAYING_NOTHING = """
+_local_scalar_dense is_same_size sym_size is_nonzero equal
+"""
 
 RULES: dict[str, Rule] = {
-    **_table(same, "clone contiguous detach alias lift lift_fresh lift_fresh_copy _to_copy to"),
-    **_table(same, "_conj _neg_view resolve_conj resolve_neg view_as _autocast_to_full_precision"),
-    **_table(same, "_autocast_to_reduced_precision positive"),
+    **dict.fromkeys(_SAME.split(), same),
     "as_strided": restrided,
     "squeeze": squeezed,
-    **_table(executed, "permute transpose t expand unsqueeze movedim moveaxis"),
-    **_table(executed, "pixel_shuffle pixel_unshuffle"),
-    **_table(viewed, "view _unsafe_view reshape _reshape_alias unflatten flatten"),
-    **_table(
-        divided, "split split_with_sizes chunk unsafe_split unsafe_chunk split_with_sizes_copy"
-    ),
+    **dict.fromkeys(_EXECUTED.split(), executed),
+    **dict.fromkeys(_VIEWS.split(), viewed),
+    **dict.fromkeys(_DIVISIONS.split(), divided),
     "glu": halves,
-    **_table(sliced, "slice narrow_copy"),
-    **_table(picked, "select unbind"),
-    **_table(shuffled, "channel_shuffle native_channel_shuffle"),
-    **_table(repeated, "repeat"),
-    **_table(unfolded, "unfold"),
-    **_table(nothing, "_local_scalar_dense is_same_size sym_size is_nonzero equal"),
+    **dict.fromkeys(("slice", "narrow_copy"), sliced),
+    **dict.fromkeys(("select", "unbind"), picked),
+    **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), shuffled),
+    "repeat": repeated,
+    "unfold": unfolded,
+    **dict.fromkeys(_SAYING_NOTHING.split(), nothing),
 }

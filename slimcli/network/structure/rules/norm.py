@@ -5,24 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from slimcli.network import attributes
 from slimcli.network.nested import tensors_in
 from slimcli.network.structure.nodes import Kind, Node
 from slimcli.network.structure.planes import (
-    Labels,
     active_axes,
     axis_entries,
-    entries,
     labels_of,
     nodes_of,
     pack,
 )
-from slimcli.network.structure.record import Consumer, Record
+from slimcli.network.structure.producing import add_sum
+from slimcli.network.structure.record import Record
 from slimcli.network.structure.rules.pointwise import arbitrary, combine_nodes, through
 from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule
-
-BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
 def channel_rows(op: Op, plane: Tensor, axis: int) -> Tensor:
@@ -54,7 +52,7 @@ def batch_norm(op: Op) -> Sequence[Planes]:
     """Per-channel statistics along axis 1; its parameters and statistics belong to the channels."""
     tensor = op.args[0]
     path, module = op.tracer.calls.top()
-    is_module = isinstance(module, BATCH_NORMS)
+    is_module = isinstance(module, attributes.BatchNorm)
     if is_module:
         op.tracer.calls.normed(tensor, path)
     measured = _measures(op)
@@ -164,13 +162,8 @@ def across(op: Op, planes: Planes, axes: set[int], reason: str) -> Planes:
 
 
 def _joined_nodes(op: Op, plane: Tensor, axis: int) -> Tensor:
-    add = op.record.table.add
-    count = plane.shape[axis]
-    pieces = [plane.narrow(axis, each, 1).contiguous() for each in range(count)]
-    nodes = combine_nodes(
-        pieces, lambda p: p[0] if len(set(p)) == 1 else add(Node(Kind.JOIN, tuple(sorted(set(p)))))
-    )
-    return pack(labels_of(pieces[0]), nodes)
+    pieces = [plane.narrow(axis, each, 1).contiguous() for each in range(plane.shape[axis])]
+    return pack(labels_of(pieces[0]), combine_nodes(pieces, op.record.table.one_of))
 
 
 def reduced(op: Op) -> Sequence[Planes]:
@@ -183,7 +176,8 @@ def reduced(op: Op) -> Sequence[Planes]:
     if _sums_up(op):
         consumed = [p for p in planes if set(active_axes(p)) and set(active_axes(p)) <= axes]
         for plane in consumed:
-            _consume(op, plane)
+            add_sum(op, plane)  # zeros may go, equal numbers can't be merged
+            op.record.refuse_duplicates([plane], reason)
         planes = tuple(p for p in planes if all(p is not each for each in consumed))
     result: Planes = NO_PLANES
     for plane in across(op, planes, axes, reason):
@@ -213,30 +207,6 @@ def _with_places(op: Op, planes: Planes) -> Sequence[Planes]:
     if len(results) == 2 and op.name in _PLACES.split():
         results[1] = arbitrary(op, planes)
     return results
-
-
-def _consume(op: Op, plane: Tensor) -> None:
-    """A sum over channels: zero ones may go; equal ones can't be merged, constants can't either."""
-    op.record.consumers.append(
-        Consumer(
-            op.record.next_order(),
-            "",
-            entries(plane),
-            _no_labels(),
-            _no_pairs(),
-            False,
-            False,
-        )
-    )
-    op.record.refuse_duplicates([plane], f"{op.name.removeprefix('linalg_')} over channels")
-
-
-def _no_labels() -> Labels:
-    return torch.zeros(0, dtype=torch.int64).numpy()
-
-
-def _no_pairs() -> Labels:
-    return torch.zeros(2, 0, dtype=torch.int64).numpy()
 
 
 def _node_of_reduction(op: Op, plane: Tensor) -> Tensor:

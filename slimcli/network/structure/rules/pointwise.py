@@ -21,6 +21,7 @@ from slimcli.network.structure.planes import (
     labels_of,
     nodes_of,
     pack,
+    with_leading_axes,
 )
 from slimcli.network.structure.producing import weights_only
 from slimcli.network.structure.record import Record
@@ -76,7 +77,7 @@ def pointwise(op: Op) -> Sequence[Planes]:
 def merged(op: Op, tensors: Sequence[Tensor], dims: int) -> Planes:
     """Merges the planes of all operands, broadcast to ``dims`` axes."""
     operands = [
-        (index, _lead(plane, dims))
+        (index, with_leading_axes(plane, dims))
         for index, tensor in enumerate(tensors)
         for plane in op.planes(tensor)
     ]
@@ -97,10 +98,6 @@ def _sharing_axes(operands: Sequence[Operand]) -> list[list[Operand]]:
 def _axes(group: Sequence[Operand]) -> set[int]:
     """Along which any of these tells channels apart."""
     return {axis for _, plane in group for axis in active_axes(plane)}
-
-
-def _lead(plane: Tensor, dims: int) -> Tensor:
-    return plane.reshape([1] * (dims - plane.dim()) + list(plane.shape))
 
 
 def _merge_group(op: Op, tensors: Sequence[Tensor], group: list[Operand]) -> Tensor | None:
@@ -250,7 +247,7 @@ def _as(dtype: torch.dtype, values: Tensor) -> Tensor:
 def copied(op: Op) -> Sequence[Planes]:
     """``copy_``: the target takes the labels of the source, broadcast."""
     target, source = op.args[0], op.args[1]
-    planes = tuple(_lead(plane, target.dim()) for plane in op.planes(source))
+    planes = tuple(with_leading_axes(plane, target.dim()) for plane in op.planes(source))
     return [planes]
 
 

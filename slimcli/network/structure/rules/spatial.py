@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -125,10 +124,6 @@ def _image_axes(name: str) -> int:
     return int(found.group(1)) if found else 2
 
 
-def _names(text: str, rule: Any) -> dict[str, Rule]:
-    return dict.fromkeys(text.split(), rule)
-
-
 _PASSING = """
 max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices
 max_pool3d_with_indices adaptive_avg_pool1d adaptive_max_pool1d _adaptive_avg_pool2d
@@ -141,12 +136,12 @@ replication_pad1d replication_pad2d replication_pad3d
 """
 
 RULES: dict[str, Rule] = {
-    **_names(_PASSING, passing),
-    **_names("avg_pool1d avg_pool2d avg_pool3d", averaged),
-    **_names("grid_sampler_2d grid_sampler_3d", sampled),
-    **_names("torchvision::roi_align torchvision::roi_pool", regions),
+    **dict.fromkeys(_PASSING.split(), passing),
+    **dict.fromkeys(("avg_pool1d", "avg_pool2d", "avg_pool3d"), averaged),
+    **dict.fromkeys(("grid_sampler_2d", "grid_sampler_3d"), sampled),
+    **dict.fromkeys(("torchvision::roi_align", "torchvision::roi_pool"), regions),
     "constant_pad_nd": padded,
-    **_names("max_unpool2d max_unpool3d", unpooled),
+    **dict.fromkeys(("max_unpool2d", "max_unpool3d"), unpooled),
     "im2col": im2col,
     "col2im": folded,
 }
