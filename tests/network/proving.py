@@ -11,7 +11,7 @@ from slimcli.network import surgery
 from slimcli.network.copying import deep_copy
 from slimcli.network.example import Example
 from slimcli.network.structure import Group, Structure, analyze, zero_channels
-from slimcli.network.structure.edits import equalize_channels
+from slimcli.network.structure.edits import carry_out, equals
 from slimcli.network.structure.modes import output_tensors
 from slimcli.network.structure.precision import to_dtype
 from slimcli.network.structure.unequal import unequal
@@ -69,7 +69,7 @@ def merge_difference(model: nn.Module, example: Example, group: Group) -> float:
     """Difference that merging pairs of equal channels of a group makes."""
     twins, half = deep_copy(model), group.size // 2
     clusters = [[channel, channel + half] for channel in range(half)]
-    equalize_channels(twins, group, clusters)
+    carry_out(equals(twins, group, clusters))
     before = outputs(twins, example)
     surgery.apply(twins, [group.merge(clusters)], example=example)
     return difference(before, outputs(twins, example))

@@ -19,7 +19,7 @@ from slimcli.network.cuts import Cut
 from slimcli.network.example import Example
 from slimcli.network.structure import Structure, analyze, select_groups, zero_channels
 from slimcli.network.structure.analyze import trace
-from slimcli.network.structure.edits import carry_out, equalize_channels
+from slimcli.network.structure.edits import carry_out, equals
 from slimcli.network.structure.modes import output_tensors
 from slimcli.network.structure.recheck import first_disorder
 from slimcli.network.structure.record import Record
@@ -110,7 +110,7 @@ def test_equal_channels_are_merged_exactly_where_it_is_promised(name: str) -> No
         twins = copy.deepcopy(model)
         last = group.size - 1
         clusters = [[0, last], *([channel] for channel in range(1, last))]
-        equalize_channels(twins, group, clusters)
+        carry_out(equals(twins, group, clusters))
         before = outputs(twins, example)
         surgery.apply(twins, [group.merge(clusters)], example=example)
         assert difference(before, outputs(twins, example)) <= EXACT, group.name

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from slimcli.network import surgery
 from slimcli.network.example import Example
 from slimcli.network.structure import analyze, zero_channels
-from slimcli.network.structure.edits import equalize_channels
+from slimcli.network.structure.edits import carry_out, equals
 from slimcli.network.structure.unequal import unequal
 
 EXACT = 1e-10
@@ -291,7 +291,7 @@ def test_any_network_is_cut_exactly_or_left_alone(seed: int, steps: int) -> None
             cuts.append(group.cut(order[:keep]))
         elif group.is_prunable:
             clusters = sorted(sorted(order[start::keep]) for start in range(keep))
-            equalize_channels(model, group, clusters)
+            carry_out(equals(model, group, clusters))
             cuts.append(group.merge(clusters))
     with torch.no_grad():
         before = model(batch)

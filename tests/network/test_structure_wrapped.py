@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from slimcli.network import surgery
 from slimcli.network.example import Example
 from slimcli.network.structure import Group, Structure, analyze, zero_channels
-from slimcli.network.structure.edits import equalize_channels
+from slimcli.network.structure.edits import carry_out, equals
 from slimcli.network.structure.unequal import unequal
 
 from . import structures
@@ -128,7 +128,7 @@ def test_classes_and_sharing_of_the_users_layers_survive_a_cut() -> None:
     both, left = structure.group("a"), structure.group("left")
     assert both.zero_reason == "a removed channel would arrive at twice as different constants"
     pairs = [[channel, channel + 8] for channel in range(8)]
-    equalize_channels(model, both, pairs)
+    carry_out(equals(model, both, pairs))
     zero_channels(model, left, range(3, 12))
     before = outputs(model, example)
     surgery.apply(model, [both.merge(pairs), left.cut([0, 1, 2])], example=example)

@@ -76,11 +76,6 @@ def zero_channels(model: nn.Module, group: Group, channels: Sequence[int]) -> No
     carry_out(zeros(model, group, channels))
 
 
-def equalize_channels(model: nn.Module, group: Group, clusters: Sequence[Sequence[int]]) -> None:
-    """Gives all channels of each cluster the numbers of its first one, in place."""
-    carry_out(equals(model, group, clusters))
-
-
 def carry_out(edits: Iterable[Edit]) -> None:
     """Does them to the tensors they name."""
     with torch.no_grad():
