@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from slimcli.network.structure import Structure, analyze
 
-from .proving import EXACT, merge_difference, prepared, prunable, zeroed_and_cut
+from .proving import EXACT, check_labels, merge_difference, prepared, prunable, zeroed_and_cut
 from .structures import Net, conv, conv_bn, image
 
 Function = Callable[[Tensor, Tensor], Tensor]
@@ -68,6 +68,7 @@ def proven(model: nn.Module, batch: Tensor | None = None) -> Structure:
     model, example = prepared(model, image() if batch is None else batch)
     structure = analyze(model, example)
     assert structure.notes == ()
+    check_labels(structure, model, example)
     for seed in range(4):
         assert zeroed_and_cut(model, example, prunable(structure), seed)[0] <= EXACT
     for group in structure.groups:

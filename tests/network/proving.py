@@ -21,6 +21,9 @@ from . import structures
 EXACT = 1e-10
 """Relative to the largest output, float64: a thousand times the rounding seen (3e-14)."""
 
+TRIED = "a trial cut failed"
+"""Part of a reason that a trial gave."""
+
 
 def call(model: nn.Module, batch: Any) -> Any:
     return model(batch)
@@ -73,6 +76,20 @@ def merge_difference(model: nn.Module, example: Example, group: Group) -> float:
     before = outputs(twins, example)
     surgery.apply(twins, [group.merge(clusters)], example=example)
     return difference(before, outputs(twins, example))
+
+
+def check_labels(structure: Structure, model: nn.Module, example: Example) -> None:
+    """The labels alone say the same of every group, but for what only a trial can find.
+
+    A group that a rule promises too much of would be frozen by the trial, and nobody would notice.
+    """
+    alone = {group.name: group for group in analyze(model, example, trial=False).groups}
+    for group in structure.groups:
+        if TRIED in group.zero_reason + group.duplicate_reason:
+            continue
+        labelled = alone[group.name]
+        assert (labelled.size, labelled.zero_reason) == (group.size, group.zero_reason)
+        assert labelled.duplicate_reason == group.duplicate_reason
 
 
 def prunable(structure: Structure) -> list[Group]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from slimcli.network.structure import analyze
 
-from .proving import EXACT, merge_difference, prepared, prunable, zeroed_and_cut
+from .proving import EXACT, check_labels, merge_difference, prepared, prunable, zeroed_and_cut
 from .structures import Net, conv, conv_bn, image
 
 
@@ -352,6 +352,7 @@ def test_what_is_cut_and_what_stays(name: str) -> None:
     model, example = prepared(case.build(), case.batch())
     structure = analyze(model, example)
     assert structure.notes == ()
+    check_labels(structure, model, example)
     others = {group.name for group in structure.groups} - {"stem.1", "head"}
     assert [g.name for g in prunable(structure) if g.name != "stem.1"] == case.zero
     assert [g.name for g in structure.groups if g.is_prunable and not g.exact_zero] == case.merge
