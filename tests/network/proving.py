@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from slimcli.network.structure import Group, Structure, analyze, zero_channels
 from slimcli.network.structure.edits import carry_out, equals
 from slimcli.network.structure.modes import output_tensors
 from slimcli.network.structure.precision import to_dtype
+from slimcli.network.structure.situations import other_batches
 from slimcli.network.structure.unequal import unequal
 
 from . import structures
@@ -55,17 +58,32 @@ def difference(left: list[Tensor], right: list[Tensor]) -> float:
 def zeroed_and_cut(
     model: nn.Module, example: Example, groups: list[Group], seed: int
 ) -> tuple[float, float]:
-    """Difference of zeroed and cut, and of zeroed and the model as it was."""
+    """Difference of zeroed and cut on any batch, and of zeroed and the model as it was."""
     random = torch.Generator().manual_seed(seed)
     other, cuts = deep_copy(model), []
     for group in groups:
-        count = int(torch.randint(group.least, group.size, (), generator=random))
+        uniform = int(torch.randint(group.least, group.size, (), generator=random))
+        count = (uniform, group.least, 2 ** (uniform.bit_length() - 1), uniform)[seed % 4]
+        count = max(count, group.least)
         order = torch.randperm(group.size, generator=random).tolist()
         zero_channels(other, group, order[count:])
         cuts.append(group.cut(order[:count]))
-    zeroed = outputs(other, example)
+    examples = [example, *other_examples(other, example)]
+    zeroed = [outputs(other, each) for each in examples]
     surgery.apply(other, cuts, example=example)
-    return difference(zeroed, outputs(other, example)), difference(zeroed, outputs(model, example))
+    wrong = max(difference(a, outputs(other, b)) for a, b in zip(zeroed, examples, strict=True))
+    return wrong, difference(zeroed[0], outputs(model, example))
+
+
+def other_examples(model: nn.Module, example: Example) -> Iterator[Example]:
+    """Other batches that the model accepts: of other sizes, another number of samples."""
+    for batch in other_batches(example.batch):
+        another = dataclasses.replace(example, batch=batch)
+        try:
+            outputs(model, another)
+        except (RuntimeError, ValueError, IndexError, AssertionError):
+            continue
+        yield another
 
 
 def merge_difference(model: nn.Module, example: Example, group: Group) -> float:
