@@ -135,7 +135,7 @@ def _jumped(op: Op, plane: Tensor, keeps_zero: bool) -> Tensor:
             return table.add(Node(Kind.JUMP, (node,), keeps_zero=keeps_zero))
         return node if keeps_zero else table.add(Node(Kind.MAP, (node,), keeps_zero=False))
 
-    return map_nodes(op.record, plane, node_of)
+    return map_nodes(plane, node_of)
 
 
 def _note_weights(op: Op, tensors: Sequence[Tensor], group: list[Operand]) -> None:
