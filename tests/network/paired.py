@@ -29,17 +29,20 @@ class Paired(Net):
         return self.b(self.between(self.a(x), self.side(x)))
 
 
-class Sized(nn.Module):
-    """The same without another path to the function, for layers over the last axis."""
+class Between(Net):
+    """A conv, something, a rectifier, a conv."""
 
-    def __init__(self, between: Function, width: int = 16) -> None:
-        super().__init__()
-        self.a, self.side = nn.Linear(8, 16), nn.Linear(8, 16)
-        self.b, self.head = nn.Linear(width, 12), nn.Linear(12, 5)
-        self.between = between
+    def __init__(self, *layers: nn.Module, width: int = 16) -> None:
+        super().__init__(12)
+        self.a, self.layers, self.b = conv(8, 16), nn.ModuleList(layers), conv_bn(width, 12)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(F.relu(self.b(self.between(self.a(x), self.side(x)))))
+    def body(self, x: Tensor) -> Tensor:
+        return self.b(F.relu(self.between(self.a(x))))
+
+    def between(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
 
 
 @dataclasses.dataclass(frozen=True)

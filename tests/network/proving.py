@@ -90,6 +90,7 @@ def merge_difference(model: nn.Module, example: Example, group: Group) -> float:
     """Difference that merging pairs of equal channels of a group makes."""
     twins, half = deep_copy(model), group.size // 2
     clusters = [[channel, channel + half] for channel in range(half)]
+    clusters += [[group.size - 1]] if group.size % 2 else []
     carry_out(equals(twins, group, clusters))
     before = outputs(twins, example)
     surgery.apply(twins, [group.merge(clusters)], example=example)

@@ -107,7 +107,7 @@ def test_a_norm_that_activates_keeps_its_activation():
     assert type(model[1]) is nn.SiLU
 
 
-class Scaled(nn.Conv2d):
+class Doubled(nn.Conv2d):
     """Computes with another weight than it holds."""
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -120,7 +120,7 @@ class Scaled(nn.Conv2d):
         (nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8, track_running_stats=False), "no running statistics"),
         (nn.Conv2d(4, 8, 1), nn.GroupNorm(2, 8), "GroupNorm is no batch norm"),
         (nn.Conv2d(4, 8, 1), nn.BatchNorm2d(6), "8 outputs and the norm 6 channels"),
-        (Scaled(4, 8, 1), nn.BatchNorm2d(8), "Scaled is no plain conv"),
+        (Doubled(4, 8, 1), nn.BatchNorm2d(8), "Doubled is no plain conv"),
         (
             nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 8, 1)),
             nn.BatchNorm2d(8),

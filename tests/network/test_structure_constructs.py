@@ -14,24 +14,9 @@ from torch import Tensor, nn
 
 from slimcli.network.structure import analyze
 
+from .paired import Between
 from .proving import EXACT, check_labels, merge_difference, prepared, prunable, zeroed_and_cut
 from .structures import Net, conv, conv_bn, image
-
-
-class Between(Net):
-    """A conv, something, a conv."""
-
-    def __init__(self, *layers: nn.Module, width: int = 16) -> None:
-        super().__init__(12)
-        self.a, self.layers, self.b = conv(8, 16), nn.ModuleList(layers), conv_bn(width, 12)
-
-    def body(self, x: Tensor) -> Tensor:
-        return self.b(F.relu(self.between(self.a(x))))
-
-    def between(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
 
 
 class ChannelsLast(Between):

@@ -19,7 +19,7 @@ from . import structures
 from .proving import EXACT, call, prepared, prunable, zeroed_and_cut
 
 
-class Scaled(nn.Module):
+class DividedByWidth(nn.Module):
     """Divides by its width in front of a trained norm whose first mean is positive."""
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Scaled(nn.Module):
 
 def test_a_trained_norm_does_not_silence_what_a_trial_must_see() -> None:
     torch.manual_seed(0)
-    model = Scaled().double().eval()
+    model = DividedByWidth().double().eval()
     batch = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     structure = analyze(model, Example(batch, call))
     assert [group.name for group in prunable(structure)] == ["norm"]

@@ -17,14 +17,14 @@ from . import structures
 from .proving import EXACT, merge_difference, network, prepared, prunable, zeroed_and_cut
 
 
-class Scaled(structures.Net):
+class ScaledAttention(structures.Net):
     """Attention whose scale follows the number of channels, so that cutting changes it.
 
     Args:
         end: What becomes of the attended features and of the features they are made from.
     """
 
-    def __init__(self, end: Callable[[Scaled, Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, end: Callable[[ScaledAttention, Tensor, Tensor], Tensor]) -> None:
         super().__init__(8)
         self.query, self.key = nn.Conv2d(8, 12, 1), nn.Conv2d(8, 12, 1)
         self.gate, self.router = nn.Parameter(torch.zeros(1)), nn.Linear(8, 6)
@@ -37,30 +37,30 @@ class Scaled(structures.Net):
         return self.end(self, (value @ weights.transpose(1, 2)).mean(2), value.mean(2))
 
 
-def gated(net: Scaled, attended: Tensor, x: Tensor) -> Tensor:
+def gated(net: ScaledAttention, attended: Tensor, x: Tensor) -> Tensor:
     return net.head(x + net.gate * attended)
 
 
-def masked(net: Scaled, attended: Tensor, x: Tensor) -> Tensor:
+def masked(net: ScaledAttention, attended: Tensor, x: Tensor) -> Tensor:
     hidden = torch.tensor([True, False, False, False, False])
     return net.head(attended).masked_fill(hidden, -math.inf)
 
 
-def routed(net: Scaled, attended: Tensor, x: Tensor) -> Tensor:
+def routed(net: ScaledAttention, attended: Tensor, x: Tensor) -> Tensor:
     weight, index = net.router(x).topk(2, -1)
     return net.head(attended) * weight.sum(-1, keepdim=True) + index.sum(-1, keepdim=True)
 
 
-def classes(net: Scaled, attended: Tensor, x: Tensor) -> Tensor:
+def classes(net: ScaledAttention, attended: Tensor, x: Tensor) -> Tensor:
     return net.head(attended).argmax(-1)
 
 
 @pytest.mark.parametrize("end", [gated, masked, routed, classes], ids=lambda end: end.__name__)
 def test_a_scale_by_the_number_of_channels_is_found_behind(
-    end: Callable[[Scaled, Tensor, Tensor], Tensor],
+    end: Callable[[ScaledAttention, Tensor, Tensor], Tensor],
 ) -> None:
     torch.manual_seed(0)
-    model, example = prepared(Scaled(end), structures.image())
+    model, example = prepared(ScaledAttention(end), structures.image())
     with torch.no_grad():
         model.gate.zero_()
     group = analyze(model, example).group("query")

@@ -17,7 +17,7 @@ TURN = torch.tensor([[[0.8, 0.6, 0.1], [-0.6, 0.8, 0.3]]]).double().expand(2, 2,
 MASK = torch.rand(16, 16, generator=torch.Generator().manual_seed(0)) > 0.5
 
 
-def windows(x: Tensor) -> Tensor:
+def pixels(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)
 
 
@@ -38,27 +38,27 @@ PRODUCTS = {
     ),
     "positions weigh positions": Case(
         lambda x, y: (
-            x.flatten(2) @ torch.softmax(windows(y.mean(1, True)) @ y.sum(1, True).flatten(2), -1)
+            x.flatten(2) @ torch.softmax(pixels(y.mean(1, True)) @ y.sum(1, True).flatten(2), -1)
         ).view_as(x),
         frozen={"side": "mean over channels"},
         zero=ONE,
     ),
     "distances between positions": Case(
-        lambda x, y: x * torch.cdist(windows(x), windows(y)).mean(2).view(2, 1, 16, 16),
+        lambda x, y: x * torch.cdist(pixels(x), pixels(y)).mean(2).view(2, 1, 16, 16),
         ONE,
         only_zero=("a",),
     ),
     "distances of many positions": Case(
-        lambda x, y: x * torch.cdist(windows(x), windows(y), p=1.0).mean(2).view(2, 1, 16, 16),
+        lambda x, y: x * torch.cdist(pixels(x), pixels(y), p=1.0).mean(2).view(2, 1, 16, 16),
         ONE,
         only_zero=("a",),
     ),
     "distances to one number": Case(
-        lambda x, y: x * torch.cdist(windows(x), windows(y.exp())).mean(2).view(2, 1, 16, 16),
+        lambda x, y: x * torch.cdist(pixels(x), pixels(y.exp())).mean(2).view(2, 1, 16, 16),
         frozen={"a": "a removed channel would arrive at a sum over channels as a constant"},
     ),
     "distances to fixed places": Case(
-        lambda x, _: x * torch.cdist(windows(x), torch.ones(2, 3, 16).double()).mean(),
+        lambda x, _: x * torch.cdist(pixels(x), torch.ones(2, 3, 16).double()).mean(),
         frozen={"a": "it reads a tensor of fixed size"},
     ),
     "distances between channels": Case(

@@ -17,10 +17,10 @@ from slimcli.network.structure import Structure, analyze
 from . import structures
 from .proving import EXACT, difference, outputs, prepared, zero_channels, zeroed_and_cut
 
-Question = Callable[["Residual", Tensor, Tensor], Any]
+Question = Callable[["AddedOnYes", Tensor, Tensor], Any]
 
 
-class Residual(structures.Net):
+class AddedOnYes(structures.Net):
     """Adds the input of ``b`` to its output where a question is answered by yes."""
 
     def __init__(self, asks: Question) -> None:
@@ -53,7 +53,7 @@ NUMBERS: dict[str, Question] = {
 
 def analysed(asks: Question) -> tuple[nn.Module, Any, Structure]:
     torch.manual_seed(0)
-    model, example = prepared(Residual(asks), structures.image())
+    model, example = prepared(AddedOnYes(asks), structures.image())
     return model, example, analyze(model, example)
 
 

@@ -51,7 +51,7 @@ def chain_cut(kept: tuple, names: tuple[str, str, str] = ("0", "1", "3")) -> Cut
     return cut(*slots, (f"{last}.weight", 1, kept))
 
 
-def zero_channels(model: nn.Sequential, channels: tuple[int, ...]) -> None:
+def zero_behind_norm(model: nn.Sequential, channels: tuple[int, ...]) -> None:
     with torch.no_grad():
         for channel in channels:
             model[1].weight[channel] = 0
@@ -63,7 +63,7 @@ def zero_channels(model: nn.Sequential, channels: tuple[int, ...]) -> None:
 
 def test_cutting_zero_channels_leaves_the_function():
     model = chain().eval()
-    zero_channels(model, (1, 3))
+    zero_behind_norm(model, (1, 3))
     batch = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     before = model(batch)
     surgery.apply(model, [chain_cut(keep(0, 2))])
@@ -319,7 +319,7 @@ def test_one_step_after_the_cut_equals_the_step_of_the_masked_model(name):
     batch = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     for _ in range(3):
         train_step(model, optimizer, batch)
-    zero_channels(model, (1, 3))
+    zero_behind_norm(model, (1, 3))
     masked = copy.deepcopy(model)
     mirrored = OPTIMIZERS[name](
         [{"params": list(masked[:2].parameters())}, {"params": list(masked[2:].parameters())}]
@@ -447,7 +447,7 @@ def depthwise_cut(kept: tuple, removed: tuple[int, ...], consumer_dim: int = 1) 
 )
 def test_a_removed_constant_goes_into_the_bias(consumer, dim):
     model = depthwise_network(consumer)
-    zero_channels(model, (1, 3))
+    zero_behind_norm(model, (1, 3))
     example = Example(torch.randn(2, 3, 8, 8, dtype=torch.float64), run)
     before = example.run(model.eval())
     model.train()
@@ -467,7 +467,7 @@ def test_a_removed_constant_goes_into_the_bias(consumer, dim):
 
 def test_a_bias_that_appeared_follows_the_next_cut_of_its_layer():
     model = depthwise_network(nn.Conv2d(4, 5, 1, bias=False))
-    zero_channels(model, (1,))
+    zero_behind_norm(model, (1,))
     example = Example(torch.randn(2, 3, 8, 8, dtype=torch.float64), run)
     both = [depthwise_cut(keep(0, 2, 3), (1,)), cut(("6.weight", 0, keep(0, 4)))]
     before = example.run(copy.deepcopy(model).eval())[:, [0, 4]]
@@ -500,7 +500,7 @@ def test_a_linear_consumer_takes_up_constants():
 )
 def test_a_consumer_that_cannot_take_up_a_constant_is_refused(consumer, message):
     model = depthwise_network(consumer)
-    zero_channels(model, (1, 3))
+    zero_behind_norm(model, (1, 3))
     example = Example(torch.randn(2, 3, 8, 8, dtype=torch.float64), run)
     with pytest.raises(RunError, match=message):
         surgery.apply(model, [depthwise_cut(keep(0, 2), (1, 3))], example=example)
@@ -550,7 +550,7 @@ def test_constants_without_an_example_are_refused():
 def test_a_fresh_model_takes_the_shapes_and_state_of_a_cut_one():
     model = depthwise_network(nn.Conv2d(4, 5, 1, bias=False))
     fresh = copy.deepcopy(model)
-    zero_channels(model, (1, 3))
+    zero_behind_norm(model, (1, 3))
     example = Example(torch.randn(2, 3, 8, 8, dtype=torch.float64), run)
     surgery.apply(model, [depthwise_cut(keep(0, 2), (1, 3))], example=example)
     stored = surgery.layout(model)
