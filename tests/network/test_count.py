@@ -29,11 +29,11 @@ def macs(model: nn.Module, *shape: int):
         (nn.ReLU(), (4, 3), 0),
     ],
 )
-def test_one_layer_costs_what_a_hand_count_says(layer, shape, expected):
+def test_one_layer_costs_what_a_hand_count_says(layer, shape, expected) -> None:
     assert macs(layer, *shape).total == expected
 
 
-def test_attention_costs_its_projections_and_products():
+def test_attention_costs_its_projections_and_products() -> None:
     class SelfAttention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -46,14 +46,14 @@ def test_attention_costs_its_projections_and_products():
     assert macs(SelfAttention(), 3, 5, 8).total == projections + products
 
 
-def test_modules_are_counted_by_path_with_what_they_contain():
+def test_modules_are_counted_by_path_with_what_they_contain() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.Sequential(nn.ReLU(), nn.Linear(6, 2)))
     count = macs(model, 5, 4)
     assert count.by_module == {"": 36, "0": 24, "1": 12, "1.1": 12}
     assert count.total == 36
 
 
-def test_counting_leaves_modes_and_statistics():
+def test_counting_leaves_modes_and_statistics() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     model[0].eval()
     macs(model, 2, 3, 4, 4)
@@ -61,13 +61,13 @@ def test_counting_leaves_modes_and_statistics():
     assert model[1].num_batches_tracked == 0
 
 
-def test_resnet50_at_224_costs_4_089_giga():
+def test_resnet50_at_224_costs_4_089_giga() -> None:
     from torchvision.models import resnet50
 
     assert macs(resnet50(), 1, 3, 224, 224).total == 4_089_184_256
 
 
-def test_shared_parameters_count_once():
+def test_shared_parameters_count_once() -> None:
     first, second = nn.Linear(3, 3), nn.Linear(3, 3)
     second.weight = first.weight
     assert count_params(nn.Sequential(first, second)) == 9 + 3 + 3
@@ -85,10 +85,10 @@ def test_shared_parameters_count_once():
         ((np.zeros((4, 3)), np.zeros(4)), 4),
     ],
 )
-def test_the_number_of_samples_is_read_from_the_batch(batch, samples):
+def test_the_number_of_samples_is_read_from_the_batch(batch, samples) -> None:
     assert samples_in(batch) == samples
 
 
-def test_a_batch_without_tensors_has_no_number_of_samples():
+def test_a_batch_without_tensors_has_no_number_of_samples() -> None:
     with pytest.raises(ValueError, match="no tensor"):
         samples_in(({}, 3))

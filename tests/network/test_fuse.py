@@ -52,7 +52,7 @@ def pair(kind: str, groups: int, bias: bool, affine: bool) -> tuple[nn.Sequentia
 
 
 @pytest.mark.parametrize("kind", CONVS)
-def test_folding_a_norm_keeps_the_function(kind):
+def test_folding_a_norm_keeps_the_function(kind) -> None:
     for groups, bias, affine in itertools.product((1, 2, 4), (False, True), (False, True)):
         model, batch = pair(kind, groups, bias, affine)
         expected = model(batch)
@@ -61,7 +61,7 @@ def test_folding_a_norm_keeps_the_function(kind):
         assert type(model[1]) is nn.Identity
 
 
-def test_a_linear_layer_takes_up_its_norm():
+def test_a_linear_layer_takes_up_its_norm() -> None:
     model = nn.Sequential(nn.Linear(4, 6), shaken(nn.BatchNorm1d(6))).double().eval()
     batch = torch.randn(3, 4, dtype=torch.float64)
     expected = model(batch)
@@ -69,7 +69,7 @@ def test_a_linear_layer_takes_up_its_norm():
     torch.testing.assert_close(model(batch), expected, rtol=EXACT, atol=EXACT)
 
 
-def test_half_precision_is_folded_in_float64_and_keeps_its_dtype():
+def test_half_precision_is_folded_in_float64_and_keeps_its_dtype() -> None:
     conv, norm = nn.Conv2d(4, 8, 3), shaken(nn.BatchNorm2d(8))
     wide, _ = fuse.fuse_conv_norm(copy.deepcopy(conv).double(), copy.deepcopy(norm).double())
     weight, bias = fuse.fuse_conv_norm(conv, norm)
@@ -77,14 +77,14 @@ def test_half_precision_is_folded_in_float64_and_keeps_its_dtype():
     torch.testing.assert_close(weight, wide.float(), rtol=1e-6, atol=0.0)
 
 
-def test_fusing_leaves_both_layers_as_they_were():
+def test_fusing_leaves_both_layers_as_they_were() -> None:
     model, _ = pair("conv2d", 1, True, True)
     before = copy.deepcopy(model.state_dict())
     fuse.fuse_conv_norm(model[0], model[1])
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_a_frozen_norm_of_torchvision_is_folded():
+def test_a_frozen_norm_of_torchvision_is_folded() -> None:
     from torchvision.ops import FrozenBatchNorm2d
 
     norm = FrozenBatchNorm2d(8)
@@ -96,7 +96,7 @@ def test_a_frozen_norm_of_torchvision_is_folded():
     torch.testing.assert_close(model(batch), expected, rtol=EXACT, atol=EXACT)
 
 
-def test_a_norm_that_activates_keeps_its_activation():
+def test_a_norm_that_activates_keeps_its_activation() -> None:
     timm_layers = pytest.importorskip("timm.layers")
     norm = shaken(timm_layers.BatchNormAct2d(8, act_layer=nn.SiLU))
     model = nn.Sequential(nn.Conv2d(4, 8, 3), norm).double().eval()
@@ -128,21 +128,21 @@ class Doubled(nn.Conv2d):
         ),
     ],
 )
-def test_what_cannot_be_folded_is_refused(conv, norm, message):
+def test_what_cannot_be_folded_is_refused(conv, norm, message) -> None:
     model = nn.Sequential(conv, norm)
     with pytest.raises(RunError, match=message):
         fuse.fold_pairs(model, [("0", "1")])
     assert model[1] is norm
 
 
-def test_a_layer_that_runs_twice_is_no_pair():
+def test_a_layer_that_runs_twice_is_no_pair() -> None:
     conv, norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
     for model in (nn.Sequential(conv, norm, conv), nn.Sequential(conv, norm, nn.ReLU(), norm)):
         example = Example(torch.randn(2, 4, 5, 5), lambda module, batch: module(batch))
         assert analyze(model, example).conv_batch_norms == ()
 
 
-def test_a_layer_under_two_names_that_runs_once_is_folded_under_both():
+def test_a_layer_under_two_names_that_runs_once_is_folded_under_both() -> None:
     class Named(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -162,14 +162,14 @@ def test_a_layer_under_two_names_that_runs_once_is_folded_under_both():
     assert torch.allclose(model(images), before, rtol=0, atol=1e-12)
 
 
-def test_a_tied_weight_is_refused():
+def test_a_tied_weight_is_refused() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))
     model[2].weight = model[0].weight
     with pytest.raises(RunError, match=r"0\.weight and 2\.weight are one"):
         fuse.fold_pairs(model, [("0", "1")])
 
 
-def test_a_conv_in_two_pairs_is_refused():
+def test_a_conv_in_two_pairs_is_refused() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4))
     with pytest.raises(RunError, match="this conv is in two pairs"):
         fuse.fold_pairs(model, [("0", "1"), ("0", "2")])
@@ -177,7 +177,7 @@ def test_a_conv_in_two_pairs_is_refused():
 
 @pytest.mark.parametrize("kind", CONVS)
 @pytest.mark.parametrize("groups", [1, 2])
-def test_a_matrix_behind_a_layer_goes_into_it(kind, groups):
+def test_a_matrix_behind_a_layer_goes_into_it(kind, groups) -> None:
     model, batch = pair(kind, groups, True, True)
     blocks = [torch.randn(3, 8 // groups, dtype=torch.float64) for _ in range(groups)]
     matrix = torch.block_diag(*blocks)
@@ -190,14 +190,14 @@ def test_a_matrix_behind_a_layer_goes_into_it(kind, groups):
     torch.testing.assert_close(conv(batch), expected, rtol=EXACT, atol=EXACT)
 
 
-def test_a_matrix_that_mixes_groups_is_refused():
+def test_a_matrix_that_mixes_groups_is_refused() -> None:
     with pytest.raises(ValueError, match="different groups"):
         fuse.mix_outputs(torch.ones(4, 1, 1), torch.ones(4), torch.ones(4, 4), groups=2)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_a_pointwise_conv_goes_into_the_next(groups, kernel):
+def test_a_pointwise_conv_goes_into_the_next(groups, kernel) -> None:
     torch.manual_seed(0)
     first = nn.Conv2d(4, 6, 1, groups=groups).double()
     second = nn.Conv2d(6, 8, kernel, stride=2, groups=groups).double()
@@ -210,7 +210,7 @@ def test_a_pointwise_conv_goes_into_the_next(groups, kernel):
 
 
 @pytest.mark.parametrize(("small", "large"), [((1, 3), (3, 3)), ((1, 1), (5, 7)), ((3, 3), (3, 3))])
-def test_a_padded_kernel_sees_what_the_small_one_saw(small, large):
+def test_a_padded_kernel_sees_what_the_small_one_saw(small, large) -> None:
     weight = torch.randn(2, 3, *small, dtype=torch.float64)
     batch = torch.randn(1, 3, 9, 9, dtype=torch.float64)
     wide = fuse.pad_kernel(weight, large)
@@ -220,7 +220,7 @@ def test_a_padded_kernel_sees_what_the_small_one_saw(small, large):
 
 
 @pytest.mark.parametrize("large", [(4, 3), (1, 3)])
-def test_a_kernel_without_a_common_centre_is_refused(large):
+def test_a_kernel_without_a_common_centre_is_refused(large) -> None:
     with pytest.raises(ValueError, match="no place in the centre"):
         fuse.pad_kernel(torch.ones(1, 1, 3, 3), large)
 
@@ -233,7 +233,7 @@ def batches(dimensions: int) -> list[Example]:
 
 
 @pytest.mark.parametrize("kind", CONVS)
-def test_a_norm_put_back_changes_nothing_in_eval_mode_and_little_in_train_mode(kind):
+def test_a_norm_put_back_changes_nothing_in_eval_mode_and_little_in_train_mode(kind) -> None:
     model, _ = pair(kind, 1, True, True)
     fuse.fold_pairs(model, [("0", "1")])
     examples = batches(CONVS[kind][2])
@@ -256,13 +256,13 @@ def test_a_norm_put_back_changes_nothing_in_eval_mode_and_little_in_train_mode(k
     torch.testing.assert_close(received, wider, rtol=EPSILON_OF_NORM, atol=EPSILON_OF_NORM)
 
 
-def test_a_norm_goes_only_where_an_identity_is():
+def test_a_norm_goes_only_where_an_identity_is() -> None:
     model, _ = pair("conv2d", 1, True, True)
     with pytest.raises(RunError, match="1 is no Identity"):
         insert_norms(model, [("0", "1")], batches(2))
 
 
-def test_folding_and_putting_back_twice_is_stable():
+def test_folding_and_putting_back_twice_is_stable() -> None:
     model, batch = pair("conv2d", 2, False, True)
     expected = model(batch)
     for _ in range(2):
@@ -271,7 +271,7 @@ def test_folding_and_putting_back_twice_is_stable():
     torch.testing.assert_close(model.eval()(batch), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_single_precision_stays_close():
+def test_single_precision_stays_close() -> None:
     model, batch = pair("conv2d", 1, False, True)
     model, batch = model.float(), batch.float()
     expected = model(batch)

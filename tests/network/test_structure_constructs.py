@@ -331,7 +331,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_cut_and_what_stays(name: str) -> None:
+def test_groups_are_cut_merged_or_frozen_as_the_table_says(name: str) -> None:
     case = CASES[name]
     torch.manual_seed(0)
     model, example = prepared(case.build(), case.batch())
@@ -349,7 +349,7 @@ def test_what_is_cut_and_what_stays(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_equal_channels_merge(name: str) -> None:
+def test_merging_equal_channels_changes_nothing_where_it_is_promised(name: str) -> None:
     case = CASES[name]
     torch.manual_seed(0)
     model, example = prepared(case.build(), case.batch())

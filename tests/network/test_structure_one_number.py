@@ -89,12 +89,12 @@ def image_like(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_one_number_stays_one_number(name: str) -> None:
+def test_a_bias_takes_up_one_number_behind_what_keeps_it_one(name: str) -> None:
     torch.manual_seed(0)
     check_paired(Case(KEPT[name], {"a": 16}), Absorbing(KEPT[name]))
 
 
 @pytest.mark.parametrize("name", LOST)
-def test_one_number_becomes_several(name: str) -> None:
+def test_no_channel_is_cut_where_one_number_becomes_several(name: str) -> None:
     torch.manual_seed(0)
     check_paired(Case(LOST[name], merge=("a",)), Absorbing(LOST[name]))

@@ -264,7 +264,7 @@ def tensors(group: Group) -> list[str]:
     return sorted(slot.tensor for slot in group.producers)
 
 
-def test_pooling_to_a_pixel_in_channels_last_keeps_its_channels():
+def test_pooling_to_a_pixel_in_channels_last_keeps_its_channels() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)
@@ -274,7 +274,7 @@ def test_pooling_to_a_pixel_in_channels_last_keeps_its_channels():
     assert next((each.name, each.zero_reason) for each in structure.groups) == ("0", "")
 
 
-def test_memory_that_is_read_in_another_order_freezes():
+def test_memory_that_is_read_in_another_order_freezes() -> None:
     class Transposed(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -206,7 +206,7 @@ CASES = {
 
 @pytest.mark.filterwarnings("ignore:index_reduce")
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_cut_through_an_index(name: str) -> None:
+def test_a_group_is_cut_through_an_index_exactly_where_the_table_says(name: str) -> None:
     check_case(CASES[name])
 
 

@@ -135,17 +135,17 @@ IMAGES = {
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_what_is_cut_through_a_product(name: str) -> None:
+def test_a_group_is_cut_through_a_product_exactly_where_the_table_says(name: str) -> None:
     check_case(PRODUCTS[name])
 
 
 @pytest.mark.parametrize("name", POINTWISE)
-def test_what_is_cut_through_masks_and_choices(name: str) -> None:
+def test_a_group_is_cut_through_masks_and_choices_exactly_where_the_table_says(name: str) -> None:
     check_case(POINTWISE[name])
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_what_is_cut_through_windows_and_grids(name: str) -> None:
+def test_a_group_is_cut_through_windows_and_grids_exactly_where_the_table_says(name: str) -> None:
     check_case(IMAGES[name])
 
 

@@ -45,5 +45,5 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_cut_through_a_turn(name: str) -> None:
+def test_a_group_is_cut_through_a_turn_exactly_where_the_table_says(name: str) -> None:
     check_case(CASES[name])

@@ -61,7 +61,7 @@ def zero_behind_norm(model: nn.Sequential, channels: tuple[int, ...]) -> None:
 # --- tensors and attributes ------------------------------------------------------------------
 
 
-def test_cutting_zero_channels_leaves_the_function():
+def test_cutting_zero_channels_leaves_the_function() -> None:
     model = chain().eval()
     zero_behind_norm(model, (1, 3))
     batch = torch.randn(2, 3, 8, 8, dtype=torch.float64)
@@ -71,7 +71,7 @@ def test_cutting_zero_channels_leaves_the_function():
     assert model[0].out_channels == model[1].num_features == model[3].in_channels == 2
 
 
-def test_merging_equal_channels_sums_the_consumer_and_leaves_the_function():
+def test_merging_equal_channels_sums_the_consumer_and_leaves_the_function() -> None:
     model = chain().eval()
     with torch.no_grad():
         for tensor in (*model[0].parameters(), *model[1].parameters()):
@@ -87,7 +87,7 @@ def test_merging_equal_channels_sums_the_consumer_and_leaves_the_function():
     torch.testing.assert_close(model(batch), before, rtol=EXACT, atol=EXACT)
 
 
-def test_cuts_of_one_call_mean_the_original_indices_on_the_same_dimension():
+def test_cuts_of_one_call_mean_the_original_indices_on_the_same_dimension() -> None:
     layer = nn.Linear(6, 2)
     old = layer.weight.detach().clone()
     surgery.apply(
@@ -97,7 +97,7 @@ def test_cuts_of_one_call_mean_the_original_indices_on_the_same_dimension():
     assert layer.in_features == 4
 
 
-def test_cuts_of_two_dimensions_of_one_tensor_compose():
+def test_cuts_of_two_dimensions_of_one_tensor_compose() -> None:
     layer = nn.Linear(6, 4)
     old, old_bias = layer.weight.detach().clone(), layer.bias.detach().clone()
     surgery.apply(layer, [cut(("weight", 1, keep(0, 5))), cut(("weight", 0, keep(3)))])
@@ -105,7 +105,7 @@ def test_cuts_of_two_dimensions_of_one_tensor_compose():
     assert torch.equal(layer.bias, old_bias[[3]])  # no slot named it
 
 
-def test_new_parameters_are_new_objects_that_keep_requires_grad_and_marks():
+def test_new_parameters_are_new_objects_that_keep_requires_grad_and_marks() -> None:
     layer = nn.Linear(3, 4)
     layer.weight.requires_grad_(False)
     layer.weight.no_decay = True
@@ -121,7 +121,7 @@ def test_new_parameters_are_new_objects_that_keep_requires_grad_and_marks():
     assert layer.bias.grad is None
 
 
-def test_a_tied_weight_stays_tied_and_both_layers_learn_their_size():
+def test_a_tied_weight_stays_tied_and_both_layers_learn_their_size() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -135,7 +135,7 @@ def test_a_tied_weight_stays_tied_and_both_layers_learn_their_size():
     assert model.encoder.out_features == model.decoder.out_features == 2
 
 
-def test_a_tensor_named_by_two_of_its_names_is_cut_once():
+def test_a_tensor_named_by_two_of_its_names_is_cut_once() -> None:
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({"first": shared, "second": shared})
     surgery.apply(
@@ -147,7 +147,7 @@ def test_a_tensor_named_by_two_of_its_names_is_cut_once():
 
 @pytest.mark.parametrize("wrap", [parametrizations.weight_norm, nn.utils.weight_norm])
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
-def test_a_parametrized_weight_is_cut_through_its_originals(wrap):
+def test_a_parametrized_weight_is_cut_through_its_originals(wrap) -> None:
     layer = wrap(nn.Linear(3, 4).double())
     names = [name for name, _ in layer.named_parameters() if name != "bias"]
     batch = torch.randn(2, 3, dtype=torch.float64)
@@ -158,7 +158,7 @@ def test_a_parametrized_weight_is_cut_through_its_originals(wrap):
     assert layer.out_features == 2
 
 
-def test_buffers_that_are_not_saved_and_bare_parameters_are_cut():
+def test_buffers_that_are_not_saved_and_bare_parameters_are_cut() -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -174,7 +174,7 @@ def test_buffers_that_are_not_saved_and_bare_parameters_are_cut():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_memory_format_and_dtype_are_kept(dtype, kernel):
+def test_memory_format_and_dtype_are_kept(dtype, kernel) -> None:
     layer = nn.Conv2d(4, 6, kernel).to(dtype=dtype, memory_format=torch.channels_last)
     surgery.apply(layer, [cut(("weight", 0, keep(0, 2, 5)), ("weight", 1, keep(1, 2)))])
     assert layer.weight.dtype is dtype
@@ -214,14 +214,14 @@ def layer_cases() -> list:
 
 
 @pytest.mark.parametrize(("layer", "slots", "expected"), layer_cases())
-def test_attributes_follow_the_shapes(layer, slots, expected):
+def test_attributes_follow_the_shapes(layer, slots, expected) -> None:
     surgery.apply(layer, [cut(*slots)])
     assert {name: getattr(layer, name) for name in expected} == expected
     if isinstance(layer, nn.BatchNorm1d):
         assert layer(torch.randn(3, 2)).shape == (3, 2)
 
 
-def test_a_subclass_of_a_torch_layer_is_refreshed_too():
+def test_a_subclass_of_a_torch_layer_is_refreshed_too() -> None:
     class Mine(nn.Conv2d):
         pass
 
@@ -232,7 +232,7 @@ def test_a_subclass_of_a_torch_layer_is_refreshed_too():
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_a_transposed_conv_loses_exactly_the_outputs_that_are_cut(groups):
+def test_a_transposed_conv_loses_exactly_the_outputs_that_are_cut(groups) -> None:
     layer = nn.ConvTranspose2d(4, 8, 3, groups=groups).double()
     per_group = 8 // groups
     batch = torch.randn(1, 4, 5, 5, dtype=torch.float64)
@@ -242,7 +242,7 @@ def test_a_transposed_conv_loses_exactly_the_outputs_that_are_cut(groups):
     torch.testing.assert_close(layer(batch), before[:, left], rtol=EXACT, atol=EXACT)
 
 
-def test_attention_is_cut_in_all_its_parts():
+def test_attention_is_cut_in_all_its_parts() -> None:
     layer = nn.MultiheadAttention(8, 2, batch_first=True)
     kept = keep(0, 1, 4, 5)
     rows = keep(*[block * 8 + each[0] for block in range(3) for each in kept])
@@ -279,14 +279,14 @@ def test_attention_is_cut_in_all_its_parts():
         (nn.MultiheadAttention(4, 2), [("in_proj_weight", 1, keep(0, 1))], "share one width"),
     ],
 )
-def test_a_cut_that_does_not_fit_changes_nothing(layer, slots, message):
+def test_a_cut_that_does_not_fit_changes_nothing(layer, slots, message) -> None:
     before = copy.deepcopy(layer.state_dict())
     with pytest.raises(RunError, match=message):
         surgery.apply(layer, [cut(*slots)])
     assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
 
 
-def test_a_norm_whose_tensors_would_differ_in_length_is_refused():
+def test_a_norm_whose_tensors_would_differ_in_length_is_refused() -> None:
     with pytest.raises(RunError, match="running_mean and weight"):
         surgery.apply(nn.BatchNorm2d(4), [cut(("weight", 0, keep(0, 1)), ("bias", 0, keep(0, 1)))])
 
@@ -311,7 +311,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: torch.
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_one_step_after_the_cut_equals_the_step_of_the_masked_model(name):
+def test_one_step_after_the_cut_equals_the_step_of_the_masked_model(name) -> None:
     """Channels at zero behind a ReLU get no gradient, so cut and masked models train alike."""
     model = chain().eval()
     groups = [{"params": list(model[:2].parameters())}, {"params": list(model[2:].parameters())}]
@@ -335,7 +335,7 @@ def test_one_step_after_the_cut_equals_the_step_of_the_masked_model(name):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_groups_hold_the_new_parameters_in_the_old_order_with_fitting_state(name):
+def test_groups_hold_the_new_parameters_in_the_old_order_with_fitting_state(name) -> None:
     model = chain()
     optimizer = OPTIMIZERS[name](model.parameters())
     train_step(model, optimizer, torch.randn(2, 3, 8, 8, dtype=torch.float64))
@@ -349,7 +349,7 @@ def test_groups_hold_the_new_parameters_in_the_old_order_with_fitting_state(name
         assert shapes == {parameter.shape}
 
 
-def test_summed_entries_have_summed_momentum():
+def test_summed_entries_have_summed_momentum() -> None:
     layer = nn.Linear(3, 2, bias=False)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
     layer(torch.tensor([[1.0, 2.0, 4.0]])).sum().backward()
@@ -358,7 +358,7 @@ def test_summed_entries_have_summed_momentum():
     assert optimizer.state[layer.weight]["momentum_buffer"].tolist() == [[5.0, 2.0], [5.0, 2.0]]
 
 
-def test_master_weights_in_another_precision_follow():
+def test_master_weights_in_another_precision_follow() -> None:
     layer = nn.Linear(3, 4).half()
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     master = layer.weight.detach().float()
@@ -370,7 +370,7 @@ def test_master_weights_in_another_precision_follow():
     assert (state["step"].item(), state["name"]) == (3.0, "x")
 
 
-def test_averages_over_a_dimension_follow_in_the_other():
+def test_averages_over_a_dimension_follow_in_the_other() -> None:
     layer = nn.Linear(6, 4)
     optimizer = torch.optim.Adafactor(layer.parameters())
     layer(torch.randn(5, 6)).square().sum().backward()
@@ -380,7 +380,7 @@ def test_averages_over_a_dimension_follow_in_the_other():
     assert shapes == {"row_var": (2, 1), "col_var": (1, 6)}
 
 
-def test_state_that_cannot_follow_is_refused_before_anything_changes():
+def test_state_that_cannot_follow_is_refused_before_anything_changes() -> None:
     layer = nn.Linear(3, 4)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     optimizer.state[layer.weight] = {"flat": torch.zeros(12)}
@@ -389,7 +389,7 @@ def test_state_that_cannot_follow_is_refused_before_anything_changes():
     assert layer.weight.shape == (4, 3)
 
 
-def test_lbfgs_is_refused():
+def test_lbfgs_is_refused() -> None:
     layer = nn.Linear(3, 4)
     with pytest.raises(RunError, match="LBFGS"):
         surgery.apply(
@@ -397,7 +397,7 @@ def test_lbfgs_is_refused():
         )
 
 
-def test_state_that_is_a_list_of_tensors_is_refused():
+def test_state_that_is_a_list_of_tensors_is_refused() -> None:
     layer = nn.Linear(3, 4)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     optimizer.state[layer.weight]["history"] = [torch.zeros(4, 3)]
@@ -445,7 +445,7 @@ def depthwise_cut(kept: tuple, removed: tuple[int, ...], consumer_dim: int = 1) 
         (nn.ConvTranspose2d(4, 5, 1), 0),
     ],
 )
-def test_a_removed_constant_goes_into_the_bias(consumer, dim):
+def test_a_removed_constant_goes_into_the_bias(consumer, dim) -> None:
     model = depthwise_network(consumer)
     zero_behind_norm(model, (1, 3))
     example = Example(torch.randn(2, 3, 8, 8, dtype=torch.float64), run)
@@ -465,7 +465,7 @@ def test_a_removed_constant_goes_into_the_bias(consumer, dim):
     assert group["names"] == [*dict(model.named_parameters()), "later"]
 
 
-def test_a_bias_that_appeared_follows_the_next_cut_of_its_layer():
+def test_a_bias_that_appeared_follows_the_next_cut_of_its_layer() -> None:
     model = depthwise_network(nn.Conv2d(4, 5, 1, bias=False))
     zero_behind_norm(model, (1,))
     example = Example(torch.randn(2, 3, 8, 8, dtype=torch.float64), run)
@@ -477,7 +477,7 @@ def test_a_bias_that_appeared_follows_the_next_cut_of_its_layer():
     torch.testing.assert_close(example.run(model), before[:, [1]], rtol=EXACT, atol=EXACT)
 
 
-def test_a_linear_consumer_takes_up_constants():
+def test_a_linear_consumer_takes_up_constants() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 2, bias=False)).double()
     with torch.no_grad():
         model[0].weight[2] = 0
@@ -498,7 +498,7 @@ def test_a_linear_consumer_takes_up_constants():
         (nn.ConvTranspose2d(4, 5, 3), "a pattern, not a constant"),
     ],
 )
-def test_a_consumer_that_cannot_take_up_a_constant_is_refused(consumer, message):
+def test_a_consumer_that_cannot_take_up_a_constant_is_refused(consumer, message) -> None:
     model = depthwise_network(consumer)
     zero_behind_norm(model, (1, 3))
     example = Example(torch.randn(2, 3, 8, 8, dtype=torch.float64), run)
@@ -507,14 +507,14 @@ def test_a_consumer_that_cannot_take_up_a_constant_is_refused(consumer, message)
     assert model[0].out_channels == 4
 
 
-def test_a_channel_that_is_not_constant_is_refused():
+def test_a_channel_that_is_not_constant_is_refused() -> None:
     model = depthwise_network(nn.Conv2d(4, 5, 1))
     example = Example(torch.randn(2, 3, 8, 8, dtype=torch.float64), run)
     with pytest.raises(RunError, match="do not arrive as constants"):
         surgery.apply(model, [depthwise_cut(keep(0, 2), (1, 3))], example=example)
 
 
-def test_a_consumer_that_sees_two_constants_is_refused():
+def test_a_consumer_that_sees_two_constants_is_refused() -> None:
     layer = nn.Linear(2, 2).double()
     model = nn.ModuleDict({"layer": layer})
     batch = torch.ones(3, 2, dtype=torch.float64)
@@ -524,7 +524,7 @@ def test_a_consumer_that_sees_two_constants_is_refused():
         surgery.apply(model, [once], example=twice)
 
 
-def test_a_grouped_consumer_takes_up_a_constant_in_the_right_group():
+def test_a_grouped_consumer_takes_up_a_constant_in_the_right_group() -> None:
     layer = nn.Conv2d(4, 6, 1, groups=2).double()
     batch = torch.randn(2, 4, 3, 3, dtype=torch.float64)
     batch[:, 0], batch[:, 2] = 3.0, -2.0
@@ -539,7 +539,7 @@ def test_a_grouped_consumer_takes_up_a_constant_in_the_right_group():
     torch.testing.assert_close(layer(batch[:, [1, 3]]), before, rtol=EXACT, atol=EXACT)
 
 
-def test_constants_without_an_example_are_refused():
+def test_constants_without_an_example_are_refused() -> None:
     with pytest.raises(RunError, match="no example"):
         surgery.apply(nn.Linear(2, 2), [cut(constants=[Constant("", (0,))])])
 
@@ -547,7 +547,7 @@ def test_constants_without_an_example_are_refused():
 # --- shapes as data ----------------------------------------------------------------------------
 
 
-def test_a_fresh_model_takes_the_shapes_and_state_of_a_cut_one():
+def test_a_fresh_model_takes_the_shapes_and_state_of_a_cut_one() -> None:
     model = depthwise_network(nn.Conv2d(4, 5, 1, bias=False))
     fresh = copy.deepcopy(model)
     zero_behind_norm(model, (1, 3))
@@ -562,7 +562,7 @@ def test_a_fresh_model_takes_the_shapes_and_state_of_a_cut_one():
         assert again[3].groups == 2
 
 
-def test_ambiguous_groups_need_the_attributes():
+def test_ambiguous_groups_need_the_attributes() -> None:
     model = nn.Conv2d(8, 8, 1, groups=4)
     surgery.apply(model, [cut(("weight", 0, keep(0, 2, 4, 6)))])
     stored = surgery.layout(model)
@@ -574,7 +574,7 @@ def test_ambiguous_groups_need_the_attributes():
 
 
 @pytest.mark.parametrize("shapes", [{"other": [1]}, {"weight": [4]}, {"deep.weight": [4, 4]}])
-def test_shapes_of_another_model_are_refused(shapes):
+def test_shapes_of_another_model_are_refused(shapes) -> None:
     with pytest.raises(RunError):
         surgery.reshape_to(nn.Linear(4, 4), shapes)
 
@@ -595,7 +595,7 @@ def selections(draw: st.DrawFn, size: int) -> tuple[tuple[int, ...], ...]:
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_select_equals_indexing_by_hand(data):
+def test_select_equals_indexing_by_hand(data) -> None:
     shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
     tensor = torch.arange(float(torch.Size(shape).numel()), dtype=torch.float64).reshape(shape)
     sources = {dim: data.draw(selections(shape[dim])) for dim in range(len(shape))}
@@ -608,7 +608,7 @@ def test_select_equals_indexing_by_hand(data):
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_cuts_of_disjoint_channels_compose_as_one_after_the_other(data):
+def test_cuts_of_disjoint_channels_compose_as_one_after_the_other(data) -> None:
     """Two groups meet in one dimension, as behind a concat: each cut keeps the other's entries."""
     left, right = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))
     first = data.draw(selections(left))
@@ -622,7 +622,7 @@ def test_cuts_of_disjoint_channels_compose_as_one_after_the_other(data):
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_apply_equals_indexing_by_hand_on_every_tensor(data):
+def test_apply_equals_indexing_by_hand_on_every_tensor(data) -> None:
     model = chain()
     keeps = {name: data.draw(selections(size)) for name, size in (("a", 4), ("b", 5), ("c", 3))}
     kept = tuple((each[0],) for each in keeps["a"])
@@ -646,7 +646,7 @@ def test_apply_equals_indexing_by_hand_on_every_tensor(data):
         torch.testing.assert_close(tensor, expected[name], rtol=EXACT, atol=EXACT, msg=name)
 
 
-def test_gradient_hooks_of_parameters_go_on_after_a_cut_and_can_still_be_removed():
+def test_gradient_hooks_of_parameters_go_on_after_a_cut_and_can_still_be_removed() -> None:
     model, seen, gradients = chain().eval(), [], []
     doubled = model[0].weight.register_hook(lambda gradient: 2 * gradient)
     model[0].weight.register_post_accumulate_grad_hook(lambda each: seen.append(each.shape))
@@ -661,7 +661,7 @@ def test_gradient_hooks_of_parameters_go_on_after_a_cut_and_can_still_be_removed
     torch.testing.assert_close(gradients[0], 2 * gradients[1], rtol=EXACT, atol=EXACT)
 
 
-def test_a_bias_made_by_a_cut_has_a_momentum_where_one_step_takes_all_of_them():
+def test_a_bias_made_by_a_cut_has_a_momentum_where_one_step_takes_all_of_them() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(
         *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Sigmoid()),

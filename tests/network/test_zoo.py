@@ -44,7 +44,7 @@ NETWORKS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
-def test_zeroed_equals_cut_the_files_load_and_training_goes_on(tmp_path: Path, name: str):
+def test_zeroed_equals_cut_the_files_load_and_training_goes_on(tmp_path: Path, name: str) -> None:
     case = zoo_build.build(name)
     before = {key: value.clone() for key, value in case.model.state_dict().items()}
     row, structure, cut = zoo_measure.measure_ours(case)
