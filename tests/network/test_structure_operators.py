@@ -288,3 +288,23 @@ def test_memory_that_is_read_in_another_order_freezes() -> None:
     example = Example(torch.rand(2, 3, 8, 8), lambda network, data: network(data))
     first = analyze(Transposed(), example).groups[0]
     assert first.frozen_reason.startswith("as_strided reads memory in an order of its own at ")
+
+
+class Whole(nn.Module):
+    """Its forward runs in inference mode, in which torch takes no operator apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(8, 16), nn.Linear(16, 12), nn.Linear(12, 5)
+
+    @torch.inference_mode()
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.selu(self.a(x).flatten(0, 1).clip(-1, 1)).unflatten(0, x.shape[:2])
+        left, right = self.b(y).movedim(1, 2).contiguous().reshape(2, -1, 2, 3).chunk(2, 3)
+        return self.head(F.max_pool2d(left, (1, 2)).flatten(2).mean(2) * right.mean((2, 3)))
+
+
+def test_operators_that_arrive_whole_in_inference_mode_are_followed() -> None:
+    torch.manual_seed(0)
+    structure = proven(Whole(), torch.randn(2, 6, 8))
+    assert [group.name for group in prunable(structure)] == ["a", "b"]

@@ -1,4 +1,8 @@
-"""What each operator does to the channels that pass it, one file a family."""
+"""What each operator does to the channels that pass it, one file a family.
+
+Some of them, like ``reshape`` or ``selu``, are made of others, and arrive only where a forward
+switches to inference mode, in which torch takes nothing apart.
+"""
 
 from slimcli.network.structure.rules import (
     conv,
