@@ -60,7 +60,9 @@ def test_a_layer_that_did_not_run_is_in_the_table_and_in_the_notes() -> None:
     assert row.frozen_reason == "it did not run on the example"
     unseen, other_ways = structure.notes
     assert unseen.startswith("did not run on the example: c.0, c.1; ")
-    assert "reads values of the batch at network/test_structure_left_alone.py:" in other_ways
+    assert (
+        "reads values of the batch, or dice, at network/test_structure_left_alone.py:" in other_ways
+    )
 
 
 class Optional(nn.Module):

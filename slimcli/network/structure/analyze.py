@@ -16,7 +16,7 @@ from slimcli.network.structure.modes import (
     without_fast_path,
 )
 from slimcli.network.structure.record import Record
-from slimcli.network.structure.remembering import Memory, attributes_of, forgotten_by_code
+from slimcli.network.structure.remembering import Memory, attributes_of, emptied_caches
 from slimcli.network.structure.run import run_traced
 from slimcli.network.structure.search import try_cuts
 from slimcli.network.structure.shapes import told_widths
@@ -51,7 +51,7 @@ def analyze(model: nn.Module, example: Example, *, trial: bool = True) -> Struct
         samples = samples_in(example.batch)
     except ValueError:
         samples = 1
-    with forgotten_by_code(model), without_collector():
+    with emptied_caches(model), without_collector():
         try:
             traced = trace(model, example)
         except Exception as error:  # of the model, or of an operator that no mode can look into
@@ -59,7 +59,7 @@ def analyze(model: nn.Module, example: Example, *, trial: bool = True) -> Struct
         if not trial:
             groups = build(traced.record, first_choices(traced.record), ())
             return assemble(model, traced.record, groups, traced.norm_after, samples, traced.notes)
-    with forgotten_by_code(model):
+    with emptied_caches(model):
         return try_cuts(model, example, traced, samples)
 
 

@@ -9,13 +9,16 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from slimcli.network.nested import tensors_in
+from slimcli.network.structure.memory import memory_of
+
 
 @dataclass
 class Calls:
     """The modules that are running, and what is needed to find pairs of a conv and a norm.
 
     Attributes:
-        given: What each of them was called with.
+        given: Memory of the tensors that each of them was called with; emptied as one is written.
         outputs: Tensor -> (key of its producer, number of the call).
         uses: Number of the call -> how often its output was used.
         norms: Number of the call -> path of the norm that used it.
@@ -24,7 +27,7 @@ class Calls:
     """
 
     stack: list[tuple[str, nn.Module]] = field(default_factory=list)
-    given: list[Any] = field(default_factory=list)
+    given: list[set[int | None]] = field(default_factory=list)
     outputs: MutableMapping[Tensor, tuple[str, int]] = field(default_factory=WeakIdKeyDictionary)
     uses: dict[int, int] = field(default_factory=dict)
     norms: dict[int, str] = field(default_factory=dict)
@@ -35,6 +38,21 @@ class Calls:
     def top(self) -> tuple[str, nn.Module | None]:
         """Path and module of the innermost running module."""
         return self.stack[-1] if self.stack else ("", None)
+
+    def enter(self, path: str, module: nn.Module, value: Any) -> None:
+        """A module starts to run, called with this."""
+        self.stack.append((path, module))
+        self.given.append({memory_of(each) for each in tensors_in(value)})
+
+    def leave(self) -> str:
+        """The innermost one is done; its path."""
+        self.given.pop()
+        return self.stack.pop()[0]
+
+    def note_write(self, tensor: Tensor) -> None:
+        """A tensor is written: a module that it was given to does not read what it was given."""
+        if self.given and memory_of(tensor) in self.given[-1]:
+            self.given[-1].clear()
 
     def produced(self, tensor: Tensor, key: str) -> None:
         """Remembers the output of a mixing op."""

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimcli.network.nested import tensors_in
-from slimcli.network.structure.operators import base_name
-from slimcli.network.structure.trace import ORDER_DEPENDENT
+from slimcli.network.structure.operators import ORDER_DEPENDENT, base_name
 
 LIMITS = {torch.float64: 1e-11, torch.float32: 1e-3}
 """Largest difference, relative to the largest output: far above rounding, far below an error.

@@ -107,7 +107,7 @@ def other_ways(record: Record) -> list[str]:
         return []
     more = f" and in {len(lines) - 1} more lines" if len(lines) > 1 else ""
     return [
-        f"the code reads values of the batch at {lines[0]}{more}: "
+        f"the code reads values of the batch, or dice, at {lines[0]}{more}: "
         "what it does with other values was tried only as far as the example takes it"
     ]
 

@@ -32,6 +32,21 @@ def base_name(func: Any) -> tuple[str, bool]:
     return (base if space == "aten" else f"{space}::{base}"), in_place
 
 
+ORDER_DEPENDENT = frozenset(
+    ("nonzero", "masked_select", "topk", "sort", "argsort", "unique2", "torchvision::nms")
+)
+
+READING = frozenset(("_local_scalar_dense", "is_nonzero", "equal"))
+"""Python gets a value."""
+
+_LIKE = """
+empty_like zeros_like ones_like full_like rand_like randn_like randint_like
+new_empty new_zeros new_ones new_full
+"""
+ASKING_FOR_SHAPES = frozenset(_LIKE.split())
+"""These ask a tensor for its shape, not for its values."""
+
+
 def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """Arguments into which an operator writes."""
     told, averages = _writes(func)

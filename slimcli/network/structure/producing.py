@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from slimcli.network.nested import tensors_in
 from slimcli.network.structure.memory import memory_of
 from slimcli.network.structure.nodes import Kind, Node
 from slimcli.network.structure.planes import (
@@ -68,8 +67,8 @@ def only_plane(op: Op, tensor: Tensor, axis: int) -> Tensor | None:
 def takes_up(op: Op, path: str, weight: Tensor, tensor: Tensor) -> bool:
     """Can the bias of the layer at this path take up a constant?
 
-    What is measured enters the layer, and is multiplied with its weight: the operator must do so,
-    too. A layer of the user's own may change either first.
+    What is measured enters the layer, is multiplied with its weight, and goes to its bias: the
+    operator must do the same. A layer of the user's own may change any of them on the way.
 
     Args:
         op: Multiplies.
@@ -83,10 +82,19 @@ def takes_up(op: Op, path: str, weight: Tensor, tensor: Tensor) -> bool:
     kinds = {op.record.table.nodes[node].kind for node in distinct(weight.numpy().ravel() >> SHIFT)}
     if kinds != {Kind.SOURCE} and not parametrize.is_parametrized(module, "weight"):
         return False
-    if type(module).forward.__module__.startswith("torch.nn."):
+    if _runs_code_of_torch(module):
         return True
-    memories = {memory_of(each) for each in tensors_in(op.tracer.calls.given[-1])}
-    return memory_of(tensor) in memories
+    bias, tensors = getattr(module, "bias", None), op.tensors()
+    has_own_bias = len(tensors) == 2 if bias is None else any(each is bias for each in tensors)
+    return has_own_bias and memory_of(tensor) in op.tracer.calls.given[-1]
+
+
+def _runs_code_of_torch(module: nn.Module) -> bool:
+    """Is its forward that of torch, or the user's own?"""
+    kind = type(module)
+    codes = [getattr(kind, name, kind.forward) for name in ("forward", "_conv_forward")]
+    is_plain = all(code.__module__.startswith("torch.nn.") for code in codes)
+    return is_plain and "forward" not in vars(module)
 
 
 def add_consumer(

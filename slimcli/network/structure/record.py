@@ -131,6 +131,7 @@ class Record:
         divisors: Labels of widths whose remainder the code asks for, and what it divides by.
         escaped: Labels of widths that the code turned into plain numbers.
         counts_sizes: Numbers are made of sizes, or of how many entries a tensor has.
+        writes: It writes into parameters, their gradients, or arrays of them.
         asks_sizes: The code asks for sizes of tensors, whatever it does with them.
         fickle: Labels of groups whose constants are others for another batch, and how that showed.
         unseen: Paths of layers that did not run.
@@ -165,6 +166,7 @@ class Record:
     escaped: list[Labels] = field(default_factory=list)
     counts_sizes: bool = False
     asks_sizes: bool = False
+    writes: bool = False
     fickle: list[tuple[Labels, str]] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
     turns: bool = False

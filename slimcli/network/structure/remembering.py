@@ -1,13 +1,15 @@
-"""What runs leave in attributes, globals and caches of functions, so that it can be undone."""
+"""What runs leave in attributes and in caches of functions, so that it can be undone."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import functools
+import operator
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -15,10 +17,11 @@ from torch import nn
 _OF_ALL_MODULES = frozenset(vars(nn.Module()))
 _CONTAINERS = (list, dict, OrderedDict, set, deque)
 _CACHED = type(functools.lru_cache(len))
+_METHODS = (staticmethod, classmethod)
 _NOTHING = object()
 
 Space = dict[str, Any]
-"""Names and what they stand for: attributes of an object, or globals."""
+"""Attributes of an object."""
 
 
 class Change:
@@ -26,7 +29,7 @@ class Change:
 
     Args:
         space: Where the name is.
-        name: Of an attribute, or a global one.
+        name: Of an attribute.
         value: What it stood for.
     """
 
@@ -36,9 +39,9 @@ class Change:
 
     @property
     def is_undone(self) -> bool:
-        """Does it stand for the same, of the same length?"""
+        """Does it stand for the same, with the same in it?"""
         is_same = self._space.get(self._name, _NOTHING) is self._value
-        return is_same and (self._content is None or len(self._content) == len(self._value))
+        return is_same and (self._content is None or _are_same(self._content, self._value))
 
     def undo(self) -> None:
         """The name stands again for what it did."""
@@ -56,7 +59,7 @@ class Memory:
     """What the names in some namespaces stand for now.
 
     Args:
-        spaces: Not changed. What every module has, and what is Python's own, does not count.
+        spaces: Not changed. What every module has does not count.
     """
 
     def __init__(self, spaces: Iterable[Space]) -> None:
@@ -83,37 +86,49 @@ class Memory:
             change.undo()
 
 
+def _are_same(left: Any, right: Any) -> bool:
+    """Do two containers hold the same objects?"""
+    if isinstance(left, dict):
+        left, right = [*left.keys(), *left.values()], [*right.keys(), *right.values()]
+    elif isinstance(left, set):
+        left, right = sorted(left, key=id), sorted(right, key=id)
+    return len(left) == len(right) and all(map(operator.is_, left, right))
+
+
 def attributes_of(model: nn.Module) -> list[Space]:
-    """Of all its modules; numbers that a run writes into a tensor are not noticed."""
-    return [vars(module) for module in model.modules()]
+    """Of its modules and of plain objects they hold; what is written into tensors is not seen."""
+    spaces = [vars(module) for module in model.modules()]
+    held = {id(each): each for space in spaces for each in space.values()}
+    return spaces + [vars(each) for each in held.values() if type(each) is SimpleNamespace]
 
 
 @contextlib.contextmanager
-def forgotten_by_code(model: nn.Module) -> Iterator[None]:
-    """What runs leave in the Python modules of the model's classes is gone afterwards.
+def emptied_caches(model: nn.Module) -> Iterator[None]:
+    """Functions in the files of the model's classes that remember results forget what is new.
 
-    A trial runs in float64, and tensors of that would stay in caches of masks and positions.
+    A trial runs in float64 and with other widths: what is made then must not come back afterwards.
     """
-    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
-    owners = {kind.__module__ for kind in kinds}
-    names = {name for name in owners if name.partition(".")[0] not in ("torch", "builtins")}
-    spaces = [vars(sys.modules[name]) for name in sorted(names & sys.modules.keys())]
-    classes = [dict(vars(kind)) for kind in kinds if kind.__module__ in names]
-    before = [(each, each.cache_info()) for space in (*spaces, *classes) for each in _cached(space)]
-    memory = Memory(spaces)
+    every = {kind for module in model.modules() for kind in type(module).__mro__}
+    kinds = [
+        kind for kind in every if kind.__module__.partition(".")[0] not in ("torch", "builtins")
+    ]
+    files = {kind.__module__ for kind in kinds} & sys.modules.keys()
+    spaces = [*map(vars, kinds), *(vars(sys.modules[name]) for name in files)]
+    functions = {id(each): each for space in spaces for each in _remembering(space)}
+    before = [(each, each.cache_info()) for each in functions.values()]
     try:
         yield
     finally:
-        memory.undo()
         for function, info in before:
             if function.cache_info().misses != info.misses:
                 function.cache_clear()
 
 
-def _cached(space: Space) -> list[Any]:
-    values = [getattr(value, "__func__", value) for value in space.values()]
-    return [each for each in values if isinstance(each, _CACHED)]
+def _remembering(space: Mapping[str, Any]) -> list[Any]:
+    """Functions with a cache; nothing else is asked anything, as it may answer in its own way."""
+    wrapped = [v.__func__ if type(v) in _METHODS else v for v in tuple(space.values())]
+    return [each for each in wrapped if type(each) is _CACHED]
 
 
 def _names(space: Space) -> list[str]:
-    return [name for name in space if name not in _OF_ALL_MODULES and not name.startswith("__")]
+    return [name for name in space if name not in _OF_ALL_MODULES]

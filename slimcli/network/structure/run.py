@@ -52,6 +52,7 @@ def run_traced(
     example = example.copied()
     calls = Calls()
     tracer = Tracer(record, calls, RULES, execute)
+    tracer.give(example.batch)
     handles = _watch_modules(model, tracer)
     held = [(each, each.data) for each in model.parameters() if not _is_lazy(each)]
     leaves = [each for each, _ in held if each.is_leaf]
@@ -67,6 +68,8 @@ def run_traced(
     finally:
         for handle in handles:
             handle.remove()
+        moved = any(memory_of(each) != memory_of(data) for each, data in held)
+        record.writes |= moved or bool(tracer.backups) or any(p.grad is not None for p in leaves)
         for parameter, data in held:  # the code may have put other numbers in their place
             if memory_of(parameter) != memory_of(data):
                 parameter.data = data
@@ -87,14 +90,12 @@ def _is_lazy(parameter: nn.Parameter) -> bool:
 def _watch_modules(model: nn.Module, tracer: Tracer) -> list[Any]:
     """Hooks that tell the tracer which module is running."""
     handles = []
-    stack = tracer.calls.stack
     counted = {module: name for name, (module, _) in attributes.counters(model).items()}
 
     def enter(path: str) -> Any:
         def hook(module: nn.Module, inputs: Any, keywords: Any) -> None:
             _take(tracer, tracer.calls.top()[0], (inputs, keywords))
-            stack.append((path, module))
-            tracer.calls.given.append((inputs, keywords))
+            tracer.calls.enter(path, module, (inputs, keywords))
             _take(tracer, path, (inputs, keywords))
             tracer.calls.mixing_entered += isinstance(module, MIXING)
             if module in counted:
@@ -103,8 +104,7 @@ def _watch_modules(model: nn.Module, tracer: Tracer) -> list[Any]:
         return hook
 
     def leave(module: nn.Module, inputs: Any, keywords: Any, output: Any) -> None:
-        path = stack.pop()[0]
-        tracer.calls.given.pop()
+        path = tracer.calls.leave()
         if type(module).__name__ in fuse.PLAIN_NORMS and isinstance(output, Tensor):
             read = next(tensors_in((inputs, keywords)))
             tracer.calls.normed(read, path)

@@ -30,7 +30,14 @@ from slimcli.network.structure.memory import (
     seen_from,
 )
 from slimcli.network.structure.nodes import Kind, Node
-from slimcli.network.structure.operators import base_name, makes_zeros, written
+from slimcli.network.structure.operators import (
+    ASKING_FOR_SHAPES,
+    ORDER_DEPENDENT,
+    READING,
+    base_name,
+    makes_zeros,
+    written,
+)
 from slimcli.network.structure.planes import is_useful, squeeze_equal
 from slimcli.network.structure.record import Record
 from slimcli.network.structure.sources import source_planes
@@ -38,6 +45,8 @@ from slimcli.network.structure.train_mode import dropouts
 
 Planes = tuple[Tensor, ...]
 NO_PLANES: Planes = ()
+
+ONE_PICKED = "single channels are picked"
 
 
 @dataclass
@@ -92,11 +101,7 @@ class Op:
 Rule = Callable[[Op], Sequence[Planes]]
 
 
-ORDER_DEPENDENT = frozenset(
-    ("nonzero", "masked_select", "topk", "sort", "argsort", "unique2", "torchvision::nms")
-)
-
-_READS = frozenset(("_local_scalar_dense", "is_nonzero", "equal"))
+_PLAIN = (bool, int, float, type(None))
 
 
 Execute = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -128,6 +133,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._planes: MutableMapping[Tensor, Planes] = WeakIdKeyDictionary()
         self._aliases: dict[int, list[weakref.ref[Tensor]]] = {}
         self._homes: dict[int | None, weakref.ref[Tensor]] = {}
+        self._picked: MutableMapping[Tensor, tuple[Tensor, str]] = WeakIdKeyDictionary()
+        self._given: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()
+        self._gives_all = True
         self._blank: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()
         self.backups: dict[str, tuple[Tensor, Tensor]] = {}
         self.ops: list[Any] = []
@@ -176,18 +184,18 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Executes the operator, then its rule."""
         kwargs = kwargs or {}
         name, in_place = base_name(func)
+        parts = self._taken_apart(func, name, args, kwargs)
+        if parts is not NotImplemented:
+            return parts
         inputs = list(tensors_in((args, kwargs)))
-        for tensor in inputs:
-            self.calls.used(tensor)
-        labelled = [tensor for tensor in inputs if self.planes_of(tensor)]
+        labelled = self._look_at(name, inputs)
         for tensor in written(func, args, kwargs):
             self.back_up(tensor)
-        self._note_reading(name)
+            self.calls.note_write(tensor)
         size = inputs[0].shape if inputs else torch.Size()
         output = self._execute(func, args, kwargs)
-        for result in tensors_in(output):
-            self._planes.setdefault(result, NO_PLANES)
         self._note_operator(func, args, output)
+        self._note_origin(func, inputs, output)
         if makes_zeros(name, output):
             self._blank[output] = True
         planes = self._apply(Op(self, func, name, args, kwargs, output, size)) if labelled else ()
@@ -206,19 +214,59 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._note_views(inputs, output)
         return output
 
+    def _taken_apart(
+        self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """In inference mode operators that are made of others arrive whole."""
+        if name in self._rules or torch.Tag.pointwise in func.tags:
+            return NotImplemented
+        with self:
+            return func.decompose(*args, **kwargs)
+
+    def _look_at(self, name: str, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Notes who is used, and says which of them have channels."""
+        for tensor in inputs:
+            self.calls.used(tensor)
+            if self._picked and tensor in self._picked and name not in ASKING_FOR_SHAPES:
+                plane, line = self._picked[tensor]
+                self.record.freeze([plane], f"{ONE_PICKED} at {line}")
+        if name in ORDER_DEPENDENT and self.record.static_calls is None:
+            self.record.static_calls = self.calls.mixing_entered
+        if name in READING and self._is_given(inputs) and not user_line.is_of_check():
+            self.record.reads.append((self.calls.top()[0], user_line.current()))
+        return [tensor for tensor in inputs if self.planes_of(tensor)]
+
+    def pick(self, tensor: Tensor, plane: Tensor) -> None:
+        """This is a single channel: its plane freezes as soon as an operator reads its numbers."""
+        self._picked[tensor] = plane, user_line.current()
+
+    def give(self, batch: Any) -> None:
+        """The tensors of the batch: what is computed from them is another one with the next.
+
+        Of a batch without tensors (arrays, paths) nothing can be told from anything else.
+        """
+        tensors = list(tensors_in(batch))
+        self._gives_all = not tensors
+        for tensor in tensors:
+            self._given[tensor] = True
+
+    def _is_given(self, tensors: Sequence[Tensor]) -> bool:
+        return self._gives_all or any(each in self._given for each in tensors)
+
+    def _note_origin(self, func: Any, inputs: Sequence[Tensor], output: Any) -> None:
+        """What comes from the batch or from dice gives the same."""
+        is_given = torch.Tag.nondeterministic_seeded in func.tags or self._is_given(inputs)
+        for result in tensors_in(output):
+            self._planes.setdefault(result, NO_PLANES)
+            if is_given:
+                self._given[result] = True
+
     def _note_operator(self, func: Any, args: tuple[Any, ...], output: Any) -> None:
         """What tells one network from another; what dropout layers do makes no other one."""
         if not self.drops:
-            numbers = tuple(each for each in args if isinstance(each, (bool, int, float)))
+            numbers = tuple(each for each in args if isinstance(each, _PLAIN))
             shapes = tuple(each.shape for each in tensors_in(output))
             self.ops.append((func.name(), shapes, numbers))
-
-    def _note_reading(self, name: str) -> None:
-        """Remembers operators whose result depends on the order of values, or is read by Python."""
-        if name in ORDER_DEPENDENT and self.record.static_calls is None:
-            self.record.static_calls = self.calls.mixing_entered
-        if name in _READS and not user_line.is_of_check():
-            self.record.reads.append((self.calls.top()[0], user_line.current()))
 
     def _apply(self, op: Op) -> Sequence[Planes]:
         rule = self._rules.get(op.name)

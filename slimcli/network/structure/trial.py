@@ -7,6 +7,7 @@ scales are made unequal so that nothing is right by accident.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from slimcli.errors import SlimError
 from slimcli.network import constants, surgery
+from slimcli.network.copying import deep_copy
 from slimcli.network.cuts import Cut
 from slimcli.network.example import Example
 from slimcli.network.structure import user_line
@@ -27,6 +29,7 @@ from slimcli.network.structure.modes import (
     output_tensors,
     preserved_randomness,
     random_states,
+    share_copy,
     without_collector,
     without_fast_path,
 )
@@ -78,6 +81,7 @@ class Trial:
         self._is_sure = False
         self._draws = Draws(self._random)
         self.notes: dict[str, None] = {}
+        self._warm: set[int] = set()
         self._log = Log(limit=traced.record.static_calls or 0)
         self._origin = model, example
         self._use(torch.float64)
@@ -256,9 +260,10 @@ class Trial:
         # What becomes of a size can't always be heard.
         may_count = record.asks_sizes and any(group.constants for group in groups)
         if is_counted or may_count or holds_numbers(self._example.batch):
-            for batch in other_batches(self._example.batch):
+            for number, batch in enumerate(other_batches(self._example.batch)):
                 situation = Situation(Example(batch, self._example.predict))
                 try:
+                    self._warm_up(number)
                     found.append((situation, self._run_in(situation, model)))
                     break
                 except Exception:  # the model refuses this batch, as it may
@@ -270,6 +275,20 @@ class Trial:
             is_same = not self._traced.keeps_state
             found.append((training, self._run_in(training, model) if is_same else None))
         return found
+
+    def _warm_up(self, number: int) -> None:
+        """Runs the model as it is on the other batch of this number, the first time.
+
+        What its code keeps by the size of images, wherever that is, it makes in its own dtype.
+        """
+        if number in self._warm:
+            return
+        self._warm.add(number)
+        model, example = self._origin
+        twin = (deep_copy if self._traced.record.writes else share_copy)(model).eval()
+        batch = next(itertools.islice(other_batches(example.batch), number, None))
+        with torch.no_grad(), preserved_randomness(twin), without_fast_path():
+            Example(batch, example.predict).copied().run(twin)
 
     def _run_in(self, situation: Situation, model: nn.Module) -> Ran | None:
         """What the model gives; None if it drew numbers, whose count is another one after a cut."""

@@ -25,9 +25,7 @@ from slimcli.network.structure.planes import (
 )
 from slimcli.network.structure.record import Least, Split
 from slimcli.network.structure.rules.pointwise import combine_nodes
-from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule
-
-ONE_PICKED = "single channels are picked"
+from slimcli.network.structure.trace import NO_PLANES, ONE_PICKED, Op, Planes, Rule
 
 
 def same(op: Op) -> Sequence[Planes]:
@@ -183,7 +181,7 @@ def sliced(op: Op) -> Sequence[Planes]:
                 op.freeze_planes([plane], "channels are sliced at fixed places")
                 continue
             if size == 1 and _is_alone(plane, axis):  # ``x[:, :c // 4]`` with few channels
-                op.freeze_planes([plane], ONE_PICKED)
+                op.tracer.pick(op.output, plane)
                 continue
             if step == 1:
                 add_split(op, plane, axis, size, line)
@@ -282,7 +280,7 @@ def nothing(op: Op) -> Sequence[Planes]:
 
 
 _SAME = """
-clone contiguous detach alias lift lift_fresh lift_fresh_copy _to_copy to _conj _neg_view
+clone contiguous detach alias lift lift_fresh lift_fresh_copy to _conj _neg_view
 resolve_conj resolve_neg view_as _autocast_to_full_precision _autocast_to_reduced_precision positive
 """
 _EXECUTED = """

@@ -115,7 +115,7 @@ def _merge_group(op: Op, tensors: Sequence[Tensor], group: list[Operand]) -> Ten
     _note_weights(op, tensors, group)
     if len(planes) == 1 and len(tensors) == 1:
         keeps_zero = probe(op, [0], tensors)
-        if op.name in _JUMPING:
+        if jumps(op):
             return _jumped(op, planes[0], keeps_zero)
         if keeps_zero:
             return planes[0]
@@ -125,6 +125,20 @@ def _merge_group(op: Op, tensors: Sequence[Tensor], group: list[Operand]) -> Ten
         op.record.tie(wide[0], other, "channels meet fixed values")
     nodes = _combined(op, tensors, [index for index, _ in group], wide)
     return pack(labels_of(wide[0]), nodes)
+
+
+def jumps(op: Op) -> bool:
+    """Does its result jump, so that rounding decides it where a constant was computed?"""
+    rounds = op.name == "div" and op.kwargs.get("rounding_mode") is not None
+    return rounds or op.name in _JUMPING
+
+
+def cast(op: Op) -> Sequence[Planes]:
+    """Another dtype or device; whole numbers and truth values jump."""
+    output, planes = op.output, op.planes(op.args[0])
+    if output.is_floating_point() or output.is_complex() or not op.args[0].is_floating_point():
+        return [planes]
+    return [tuple(_jumped(op, plane, keeps_zero=True) for plane in planes)]
 
 
 def _jumped(op: Op, plane: Tensor, keeps_zero: bool) -> Tensor:
@@ -180,7 +194,7 @@ def _combined(op: Op, tensors: Sequence[Tensor], places: list[int], planes: list
             parents, flags = (*parents, _anything(op.record)), (*absorbs, False)
             return table.add(Node(Kind.COMBINE, parents, flags, keeps_zero))
         combined = table.add(Node(Kind.COMBINE, parents, absorbs, keeps_zero))
-        if op.name in _JUMPING:  # of a constant with its own mean, rounding decides
+        if jumps(op):  # of a constant with its own mean, rounding decides
             return table.add(Node(Kind.BORDER, (combined,)))
         # An operand without channels: any value, so that all but a zero varies with it.
         return table.add(Node(Kind.BORDER, (combined,))) if others else combined
@@ -300,6 +314,7 @@ def masked(op: Op) -> Sequence[Planes]:
 
 _JUMPS = """
 eq ne lt le gt ge sign sgn signbit floor ceil trunc round frac heaviside remainder fmod floor_divide
+logical_not logical_and logical_or logical_xor threshold hardshrink atan2 angle bucketize
 """
 _JUMPING = frozenset(_JUMPS.split())
 """Of a constant less its own mean, rounding decides what they give."""
@@ -322,6 +337,7 @@ RULES: dict[str, Rule] = {
     "pointwise": pointwise,
     **dict.fromkeys(_POINTWISE.split(), pointwise),
     "copy": copied,
+    "_to_copy": cast,
     **dict.fromkeys(_LIKE.split(), like),
     **dict.fromkeys(_FILLED.split(), filled),
     "native_dropout": masked,
