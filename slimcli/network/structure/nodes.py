@@ -68,6 +68,8 @@ class NodeTable:
         self._index: dict[Node, int] = {self.nodes[0]: 0}
         self._weight_like: dict[int, bool] = {}
         self._made = [False]
+        self._summed = [False]
+        self._roots = [0]
 
     def add(self, node: Node) -> int:
         """The number of a node equal to this one."""
@@ -76,6 +78,8 @@ class NodeTable:
             number = self._index[node] = len(self.nodes)
             self.nodes.append(node)
             made = [self._made[parent] for parent in node.parents if parent]
+            self._roots.append(self._roots[node.parents[0]] if node.kind == Kind.MAP else number)
+            self._summed.append(self._sums(node))
             self._made.append(node == MADE_TO_MEASURE or (bool(made) and all(made)))
         return number
 
@@ -88,13 +92,25 @@ class NodeTable:
         """Is the value computed from nothing but tensors made to measure?"""
         return self._made[number]
 
-    def is_computed(self, number: int) -> bool:
-        """Does it come of several values, so that rounding may tell its positions apart?"""
-        node = self.nodes[number]
-        if node.kind in (Kind.COMBINE, Kind.CARRY):
-            return True
-        is_source = node.kind in (Kind.FIXED, Kind.SOURCE, Kind.PRODUCER)
-        return not is_source and any(map(self.is_computed, node.parents))
+    def is_summed(self, number: int) -> bool:
+        """Does a sum over positions go into it, whose rounding hangs on how many they are?
+
+        A mean of equal numbers is that number, so that it has its node: where a value meets itself,
+        it may be its mean.
+        """
+        return self._summed[number]
+
+    def _sums(self, node: Node) -> bool:
+        if node.kind == Kind.PRODUCER:
+            return False
+        meets_itself = False
+        if node.kind == Kind.COMBINE:
+            kinds = (self.nodes[each].kind for each in node.parents)
+            pairs = zip(node.parents, kinds, strict=True)
+            roots = [self._roots[each] for each, kind in pairs if kind > Kind.SOURCE]
+            meets_itself = len(set(roots)) < len(roots)
+        is_sum = node.kind == Kind.CARRY or meets_itself
+        return is_sum or any(self._summed[each] for each in node.parents)
 
     def is_weight(self, number: int) -> bool:
         """Is the value computed from parameters and buffers alone?"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from slimcli.network.nested import tensors_in
 
 _BLANK = frozenset(("zeros", "zeros_like", "new_zeros"))
 
-_LITERAL = frozenset(("scalar_tensor", "lift_fresh"))
+LITERAL = frozenset(("scalar_tensor", "lift_fresh"))
 """They make a tensor of a number in the user's code."""
 
 _AVERAGES = frozenset(("running_mean", "running_var"))
@@ -46,6 +47,13 @@ new_empty new_zeros new_ones new_full
 ASKING_FOR_SHAPES = frozenset(_LIKE.split())
 """These ask a tensor for its shape, not for its values."""
 
+Execute = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Executes an operator as it is."""
+    return func(*args, **kwargs)
+
 
 def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """Arguments into which an operator writes."""
@@ -68,6 +76,6 @@ def _writes(func: Any) -> tuple[Places, Places]:
 
 def makes_zeros(name: str, output: Any) -> bool:
     """Are these zeros, whatever the model reads?"""
-    if name in _LITERAL:
+    if name in LITERAL:
         return output.dim() == 0 and not bool(output)
     return name in _BLANK and output.layout == torch.strided

@@ -104,24 +104,24 @@ def attributes_of(model: nn.Module) -> list[Space]:
 
 @contextlib.contextmanager
 def emptied_caches(model: nn.Module) -> Iterator[None]:
-    """Functions in the files of the model's classes that remember results forget what is new.
+    """Functions in the files of the model's classes that remembered nothing do so afterwards, too.
 
-    A trial runs in float64 and with other widths: what is made then must not come back afterwards.
+    A trial runs in float64 and with other widths: what is made then must not come back. What a
+    function remembered before can't be told from it, and stays.
     """
     every = {kind for module in model.modules() for kind in type(module).__mro__}
     kinds = [
         kind for kind in every if kind.__module__.partition(".")[0] not in ("torch", "builtins")
     ]
     files = {kind.__module__ for kind in kinds} & sys.modules.keys()
-    spaces = [*map(vars, kinds), *(vars(sys.modules[name]) for name in files)]
+    spaces = [*map(vars, kinds), *(getattr(sys.modules[name], "__dict__", {}) for name in files)]
     functions = {id(each): each for space in spaces for each in _remembering(space)}
-    before = [(each, each.cache_info()) for each in functions.values()]
+    empty = [each for each in functions.values() if not each.cache_info().currsize]
     try:
         yield
     finally:
-        for function, info in before:
-            if function.cache_info().misses != info.misses:
-                function.cache_clear()
+        for function in empty:
+            function.cache_clear()
 
 
 def _remembering(space: Mapping[str, Any]) -> list[Any]:

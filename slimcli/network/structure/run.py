@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +15,14 @@ from slimcli.network.nested import tensors_in
 from slimcli.network.structure.calls import Calls
 from slimcli.network.structure.memory import memory_of
 from slimcli.network.structure.modes import output_tensors
+from slimcli.network.structure.nodes import Kind, Node
+from slimcli.network.structure.operators import Execute, call
 from slimcli.network.structure.producing import MIXING
 from slimcli.network.structure.record import Hands, Record
 from slimcli.network.structure.rules import RULES
 from slimcli.network.structure.rules.pointwise import map_nodes
 from slimcli.network.structure.shapes import Shapes
-from slimcli.network.structure.trace import Execute, Tracer, affine_node, call
+from slimcli.network.structure.trace import Tracer
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def _watch_modules(model: nn.Module, tracer: Tracer) -> list[Any]:
         if type(module).__name__ in fuse.PLAIN_NORMS and isinstance(output, Tensor):
             read = next(tensors_in((inputs, keywords)))
             tracer.calls.normed(read, path)
-            node = affine_node(tracer.record, path)
+            node = _affine_node(tracer.record, path)
             before = tracer.planes_of(read)
             tracer.relabel(output, tuple(map_nodes(p, node) for p in before))
         _take(tracer, tracer.calls.top()[0], output)
@@ -121,6 +124,11 @@ def _watch_modules(model: nn.Module, tracer: Tracer) -> list[Any]:
         )
         handles.append(module.register_forward_hook(leave, always_call=True, with_kwargs=True))
     return handles
+
+
+def _affine_node(record: Record, path: str) -> Callable[[int], int]:
+    """Node -> the node behind a norm."""
+    return lambda node: record.table.add(Node(Kind.AFFINE, (node,), name=path))
 
 
 def _count(tracer: Tracer, name: str, inputs: tuple[Any, ...]) -> None:

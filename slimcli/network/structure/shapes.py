@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from slimcli.network.nested import tensors_in
 from slimcli.network.structure import user_line
 from slimcli.network.structure.lengths import Length, plain, same
 from slimcli.network.structure.nodes import MADE_TO_MEASURE
-from slimcli.network.structure.planes import labels_of, pack
+from slimcli.network.structure.planes import LABEL_MASK, pack
 from slimcli.network.structure.record import Record
 from slimcli.network.structure.trace import Tracer
 
@@ -89,6 +90,9 @@ class Shapes(TorchFunctionMode):
     def _hear(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Notes what a function is told."""
         self._hear_scalars((*args, *kwargs.values()), result)
+        for each in tensors_in(result):
+            if type(each) is not Tensor:  # of a kind of the user's: a new object in torch's place
+                self._tracer.planes_of(each)
         if func is torch.Tensor.__deepcopy__:
             self._tracer.relabel(result, self._tracer.planes_of(args[0]))
         if func in _MAKING:
@@ -188,7 +192,7 @@ class Shapes(TorchFunctionMode):
         length = Length(count)
         length.record, length.tensor = self._tracer.record, self._tracer.planes_of(tensor)
         if length.tensor:
-            every = [labels_of(each).reshape(-1).numpy() for each in length.tensor]
+            every = [each.numpy().reshape(-1) & LABEL_MASK for each in length.tensor]
             length.labels, length.is_plain = np.concatenate(every), False
             self._tracer.record.ask(length.labels)
         return length
@@ -198,7 +202,9 @@ class Shapes(TorchFunctionMode):
         length.record, length.tensor = self._tracer.record, self._tracer.planes_of(tensor)
         found = [plane for plane in length.tensor if plane.shape[dim] > 1]
         if found:
-            length.labels = np.concatenate([labels_of(each).reshape(-1).numpy() for each in found])
+            length.labels = np.concatenate(
+                [each.numpy().reshape(-1) & LABEL_MASK for each in found]
+            )
             length.is_plain = len(length.labels) == size
         length.is_batch = dim == 0
         return length

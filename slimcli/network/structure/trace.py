@@ -29,12 +29,14 @@ from slimcli.network.structure.memory import (
     memory_of,
     seen_from,
 )
-from slimcli.network.structure.nodes import Kind, Node
 from slimcli.network.structure.operators import (
     ASKING_FOR_SHAPES,
+    LITERAL,
     ORDER_DEPENDENT,
     READING,
+    Execute,
     base_name,
+    call,
     makes_zeros,
     written,
 )
@@ -104,14 +106,6 @@ Rule = Callable[[Op], Sequence[Planes]]
 _PLAIN = (bool, int, float, type(None))
 
 
-Execute = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
-
-
-def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Executes an operator as it is."""
-    return func(*args, **kwargs)
-
-
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows labels through everything that runs inside its ``with`` block.
 
@@ -132,6 +126,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._execute = execute
         self._planes: MutableMapping[Tensor, Planes] = WeakIdKeyDictionary()
         self._aliases: dict[int, list[weakref.ref[Tensor]]] = {}
+        self._recent: list[Tensor] = []
         self._homes: dict[int | None, weakref.ref[Tensor]] = {}
         self._picked: MutableMapping[Tensor, tuple[Tensor, str]] = WeakIdKeyDictionary()
         self._given: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()
@@ -139,12 +134,12 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._blank: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()
         self.backups: dict[str, tuple[Tensor, Tensor]] = {}
         self.ops: list[Any] = []
-        self._dropouts = dropouts()
+        self._dropping = {kind.forward for kind in dropouts()}
 
     @property
     def drops(self) -> bool:
-        """Does a dropout layer run?"""
-        return isinstance(self.calls.top()[1], self._dropouts)
+        """Does the code of a dropout layer run? Not what the user made of one."""
+        return getattr(type(self.calls.top()[1]), "forward", None) in self._dropping
 
     def planes_of(self, tensor: Tensor) -> Planes:
         """The planes of a tensor; those of a parameter or buffer are made when first asked for."""
@@ -162,10 +157,15 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         memory = memory_of(tensor)
         home = self._homes[memory]() if memory in self._homes else None
+        for other in (*self._recent, *([] if home is None else [home])):
+            if lies_like(other, tensor):
+                tables: tuple[Any, ...] = (self.calls.outputs, self._picked, self._given)
+                for table in tables:
+                    if other in table:
+                        table[tensor] = table[other]
+                return self._planes[other]
         if home is None or memory_of(home) != memory:
             return NO_PLANES
-        if lies_like(home, tensor):
-            return self._planes[home]
         reason = "channels reach a tensor by other means than operators"
         self.record.freeze(self._planes[home], f"{reason} at {user_line.current()}")
         return NO_PLANES
@@ -194,7 +194,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.calls.note_write(tensor)
         size = inputs[0].shape if inputs else torch.Size()
         output = self._execute(func, args, kwargs)
-        self._note_operator(func, args, output)
+        self._note_operator(func, (*args, *kwargs.values()), output)
         self._note_origin(func, inputs, output)
         if makes_zeros(name, output):
             self._blank[output] = True
@@ -218,7 +218,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """In inference mode operators that are made of others arrive whole."""
-        if name in self._rules or torch.Tag.pointwise in func.tags:
+        is_known = name in self._rules or torch.Tag.pointwise in func.tags
+        if is_known or not torch.is_inference_mode_enabled():
             return NotImplemented
         with self:
             return func.decompose(*args, **kwargs)
@@ -255,8 +256,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _note_origin(self, func: Any, inputs: Sequence[Tensor], output: Any) -> None:
         """What comes from the batch or from dice gives the same."""
+        results = list(tensors_in(output))
+        self._recent = results if inputs else []  # what is made anew torch copies if it is held
         is_given = torch.Tag.nondeterministic_seeded in func.tags or self._is_given(inputs)
-        for result in tensors_in(output):
+        for result in results:
             self._planes.setdefault(result, NO_PLANES)
             if is_given:
                 self._given[result] = True
@@ -265,8 +268,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """What tells one network from another; what dropout layers do makes no other one."""
         if not self.drops:
             numbers = tuple(each for each in args if isinstance(each, _PLAIN))
-            shapes = tuple(each.shape for each in tensors_in(output))
-            self.ops.append((func.name(), shapes, numbers))
+            results = list(tensors_in(output))
+            if base_name(func)[0] in LITERAL:  # a number that the code writes, as a tensor
+                numbers += tuple(each.item() for each in results if each.numel() == 1)
+            self.ops.append((func.name(), tuple(each.shape for each in results), numbers))
 
     def _apply(self, op: Op) -> Sequence[Planes]:
         rule = self._rules.get(op.name)
@@ -388,8 +393,3 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             view = memory.as_strided(other.shape, other.stride(), other.storage_offset())
             plane = joined(self.record.table, squeeze_equal(view.clone()))
             self._planes[other] = (plane,) if plane.numel() > 1 and bool(plane.any()) else NO_PLANES
-
-
-def affine_node(record: Record, path: str) -> Callable[[int], int]:
-    """Node -> the node behind a norm."""
-    return lambda node: record.table.add(Node(Kind.AFFINE, (node,), name=path))

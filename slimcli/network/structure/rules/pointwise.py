@@ -145,7 +145,7 @@ def _jumped(op: Op, plane: Tensor, keeps_zero: bool) -> Tensor:
     table = op.record.table
 
     def node_of(node: int) -> int:
-        if table.is_computed(node):
+        if table.is_summed(node):
             return table.add(Node(Kind.JUMP, (node,), keeps_zero=keeps_zero))
         return node if keeps_zero else table.add(Node(Kind.MAP, (node,), keeps_zero=False))
 
