@@ -110,10 +110,9 @@ def _first_failure(
     search: Search, groups: Sequence[Group], asked: Sequence[Group], trial: Trial
 ) -> Failure | None:
     """Tries everything as it was traced, and more often where once shows too little."""
-    first, *others = extremes(asked) if asked else [{}, {}]
-    failure = trial.exactly(groups, first, thorough=True, merging=True)
+    failure = trial.attempt(groups, thorough=True, merging=True)
     if asked or any(map(goes_alone, groups)):
-        for counts in others:
+        for counts in extremes(asked) if asked else [{}]:
             failure = failure or trial.exactly(groups, counts)
     if failure is None and Choice.BLOCKS in search.choices:
         failure = trial.opposite(groups)

@@ -188,17 +188,10 @@ class Trial:
                 return failure
         return None
 
-    def exactly(
-        self,
-        groups: Sequence[Group],
-        counts: Mapping[str, int],
-        *,
-        thorough: bool = False,
-        merging: bool = False,
-    ) -> Failure | None:
+    def exactly(self, groups: Sequence[Group], counts: Mapping[str, int]) -> Failure | None:
         """One attempt in which the groups of these names keep so many channels."""
         with self._draws.exactly(counts):
-            return self.attempt(groups, thorough=thorough, merging=merging)
+            return self.attempt(groups)
 
     def level(self, groups: Sequence[Group], names: Collection[str]) -> Failure | None:
         """One attempt in which the groups of these names keep equally many channels."""
