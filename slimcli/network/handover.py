@@ -6,14 +6,22 @@ scales back to exactly what came in.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from slimcli.errors import Problem, RunError
+from slimcli.network.copying import deep_copy
 from slimcli.network.example import Example
+from slimcli.network.structure.modes import preserved_randomness
+from slimcli.network.structure.train_mode import set_train_mode
+
+
+class NormLeftOut(UserWarning):
+    """A conv goes on without the norm that was folded into it."""
 
 
 def insert_norms(
@@ -26,19 +34,33 @@ def insert_norms(
     bias: in eval mode the pair computes what the conv did (as ``insert_bn`` of RepVGG, arXiv
     2101.03697, does for quantization-aware training).
 
+    A conv that eval mode leaves out (an auxiliary head) is measured in train mode, on a copy. One
+    that no batch reaches at all keeps its bias and no norm, which is the same function; a
+    ``NormLeftOut`` warning says so. Trained weights are at stake here: nothing to measure is no
+    reason to lose them.
+
     Args:
         model: Changed in place; modes are as before afterwards.
         pairs: (path of a conv or Linear, path of the ``nn.Identity`` its norm left behind).
-        batches: Enough real batches for the statistics; each is run once in eval mode.
+        batches: Enough real batches for the statistics; each is run once in eval mode, and once
+            in train mode where a conv did not run.
 
     Raises:
-        RunError: There is no Identity at the norm's place, or a conv never ran.
+        RunError: There is no Identity at the norm's place.
     """
     for conv_path, norm_path in pairs:
         if type(model.get_submodule(norm_path)) is not nn.Identity:
             raise _refused(conv_path, f"{norm_path} is no Identity")
     moments = _measure(model, [conv for conv, _ in pairs], batches)
     for conv_path, norm_path in pairs:
+        if not moments[conv_path].count:
+            warnings.warn(
+                f"{conv_path} did not run on any batch, in eval mode or in train mode: it keeps "
+                "what was folded into it, and gets no batch norm",
+                NormLeftOut,
+                stacklevel=2,
+            )
+            continue
         conv = model.get_submodule(conv_path)
         mean, variance = moments[conv_path].result()
         norm = _norm_for(conv, len(mean))
@@ -89,34 +111,45 @@ class Moments:
 def _measure(
     model: nn.Module, paths: Sequence[str], batches: Iterable[Example]
 ) -> dict[str, Moments]:
-    """Moments of the outputs of each module, from one eval pass over the batches."""
+    """Moments of the outputs of each module: in eval mode, else in train mode, else empty."""
     moments = {path: Moments() for path in paths}
+    of_training = {path: Moments() for path in paths}
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        for batch in batches:
+            fresh = batch.copied()  # the user's code may write into a batch
+            _add(model, moments, batch)
+            if not all(each.count for each in moments.values()):
+                # A copy, since training writes into a model. Norms stay in eval mode there: a conv
+                # then gets what the norms before it were trained to give.
+                twin = deep_copy(model)
+                set_train_mode(twin)
+                with preserved_randomness():
+                    _add(twin, of_training, fresh)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return {path: each if each.count else of_training[path] for path, each in moments.items()}
+
+
+def _add(model: nn.Module, moments: Mapping[str, Moments], batch: Example) -> None:
+    """Runs one batch and adds the outputs of the modules to their moments."""
 
     def watch(path: str) -> Any:
-        module = model.get_submodule(path)
-
         def hook(layer: nn.Module, _: Any, output: Tensor) -> None:
             dim = output.dim() - 1 - len(getattr(layer, "kernel_size", ()))
             moments[path].add(output.movedim(dim, 0).flatten(1))
 
-        return module.register_forward_hook(hook)
+        return model.get_submodule(path).register_forward_hook(hook)
 
-    modes = {module: module.training for module in model.modules()}
-    handles = [watch(path) for path in paths]
+    handles = [watch(path) for path in moments]
     try:
-        model.eval()
         with torch.no_grad():
-            for batch in batches:
-                batch.run(model)
+            batch.run(model)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
-    for path in paths:
-        if not moments[path].count:
-            raise _refused(path, "it did not run on any batch")
-    return moments
 
 
 def _norm_for(conv: nn.Module, channels: int) -> Any:

@@ -12,7 +12,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from slimcli.artifacts import verify
+from slimcli.artifacts import deploy, verify
 from slimcli.artifacts.events import EventLog
 from slimcli.compressor import Compressor, Plan, Refusal, Schedule
 from slimcli.errors import Problem, RecipeError, RunError, VerificationError
@@ -181,6 +181,8 @@ def _stage(
         save=lambda is_best: None,
     )
     shown, plain = _trial(subject, around)
+    if stage is not job.stages[-1]:
+        shown["handover"] = _hand_over(subject, around, job.stages[0].training.seed)
     if planner.exported_from(job, stage, seen.example) is not None:
         shown["onnx"] = _export(plain, seen.example)
     return replace(result, trial=shown)
@@ -241,16 +243,39 @@ def _deploy(compressor: Compressor, model: nn.Module, example: Example) -> tuple
         [example.batch],
         names=("trained", "deploy"),
     )
-    if not seam.ok:
-        raise VerificationError(
-            Problem(
-                "E-VERIFY-DEPLOY",
-                "deploy differs from trained in the trial",
-                expected=f"at most {seam.limit:.1e}",
-                received=f"{seam.max_abs:.1e}",
-            )
-        )
+    _require(seam, "E-VERIFY-DEPLOY", "deploy differs from trained in the trial")
     return _agreement(seam), plain
+
+
+def _hand_over(subject: Subject, around: Surroundings, seed: int) -> str:
+    """Make of the copy what the next stage would get, and load it as that stage would.
+
+    Raises:
+        RunError: The next stage could get nothing, whatever training does to the weights.
+        VerificationError: It would get another model.
+    """
+    batches = _examples(around, subject.example)
+    plain = subject.compressor.handover(subject.model, batches).eval()
+    tensors, description = deploy.describe(plain, planner.fresh_model(around.hooks, seed))
+    loaded = deploy.apply(planner.fresh_model(around.hooks, seed), description, tensors)
+    loaded.to(around.fabric.device)
+    predict, batch = subject.example.predict, subject.example.batch
+    seam = verify.compare(
+        verify.runner(plain, predict),
+        verify.runner(loaded, predict),
+        [batch],
+        names=("handed over", "loaded"),
+    )
+    what = "the next stage would load another model than was handed over, in the trial"
+    _require(seam, "E-VERIFY-HANDOVER", what)
+    return _agreement(seam)
+
+
+def _require(seam: verify.Seam, code: str, what: str) -> None:
+    """Raise a VerificationError unless the two sides agree."""
+    if not seam.ok:
+        limit, received = f"at most {seam.limit:.1e}", f"{seam.max_abs:.1e}"
+        raise VerificationError(Problem(code, what, expected=limit, received=received))
 
 
 def _agreement(seam: verify.Seam) -> str:

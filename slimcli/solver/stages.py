@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import signal
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from slimcli.artifacts import checkpoint, deploy, run_folder
 from slimcli.artifacts.finish import Finished, FinishRequest, finish_run
 from slimcli.compressor import Compressor
 from slimcli.errors import GoalError, Problem, RunError, SlimError, VerificationError
+from slimcli.network.handover import NormLeftOut
 from slimcli.solver import requirements
 from slimcli.solver.data import batch_size_of
 from slimcli.solver.devices import determinism
@@ -192,7 +194,14 @@ def _note_goal(current: Run, stage: Stage, numbers: Mapping[str, float] | None =
 
 def _hand_over(current: Run, stage: Stage, compressor: Compressor, model: nn.Module) -> None:
     """Leave the next stage a plain model, as files, so that a resume finds it too."""
-    plain = compressor.handover(model, stage.training_batches(stage.job.training.epoch))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", NormLeftOut)
+        plain = compressor.handover(model, stage.training_batches(stage.job.training.epoch))
+    for each in told:
+        if issubclass(each.category, NormLeftOut):
+            current.note(f"{stage.job.name}: {each.message}")
+        else:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
     if current.is_main:
         folder = current.folder.handover(stage.job.name)
         folder.mkdir(parents=True, exist_ok=True)

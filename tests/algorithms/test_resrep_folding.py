@@ -12,6 +12,7 @@ from slimcli.compressor import GroupDefaults, Progress, Schedule
 from slimcli.network import surgery
 from slimcli.network.count import count_macs
 from slimcli.network.example import Example
+from slimcli.network.handover import NormLeftOut
 
 from .resrep_networks import NETWORKS, SHAPE, build
 
@@ -31,7 +32,11 @@ def example() -> Example:
 
 
 def prepared(name: str, **keys: object) -> tuple[ResRepCompressor, nn.Module]:
-    """The network with compactors that are no longer the identity."""
+    """The network with compactors."""
+    return prepared_of(build(name), **keys)
+
+
+def prepared_of(model: nn.Module, **keys: object) -> tuple[ResRepCompressor, nn.Module]:
     defaults = {
         "lasso_decay": "auto",
         "prune_rate": 0.1,
@@ -41,7 +46,6 @@ def prepared(name: str, **keys: object) -> tuple[ResRepCompressor, nn.Module]:
         "auto_find_module_strategy": "all_bn",
     }
     compressor = ResRepCompressor(ResRepConfig(**{**defaults, **keys}))
-    model = build(name)
     plan = compressor.plan(model, example(), SCHEDULE)
     assert plan.refusals == []
     return compressor, compressor.prepare(model, example(), plan)
@@ -205,6 +209,53 @@ def test_the_handover_has_every_norm_again_and_the_same_function(name: str) -> N
     norms = sum(isinstance(module, NORMS) for module in build(name).modules())
     assert sum(isinstance(module, NORMS) for module in handed.modules()) == norms
     assert not any(type(m).__module__.startswith("slimcli") for m in handed.modules())
+
+
+class WithAuxiliaryHead(nn.Module):
+    """A second head that only training runs, as in GoogLeNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(conv(SHAPE[1], 6), nn.BatchNorm2d(6), nn.ReLU())
+        self.head = nn.Conv2d(6, 3, 1)
+        self.auxiliary = nn.Sequential(conv(6, 5), nn.BatchNorm2d(5), nn.Conv2d(5, 3, 1))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        if not self.training:
+            return self.head(x).mean((2, 3))
+        self.calls += 1
+        return (self.head(x) + self.auxiliary(x)).mean((2, 3))
+
+
+def conv(inputs: int, outputs: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+
+
+def test_a_head_that_only_training_runs_is_handed_over_with_its_norm() -> None:
+    torch.manual_seed(1)
+    compressor, model = prepared_of(WithAuxiliaryHead().double())
+    stir(compressor, model)
+    assert "auxiliary.1" in {each.target.name for each in compressor.bundles}
+    handed = compressor.handover(model, [example()])
+    assert difference(eval_output(handed), eval_output(model)) <= EXACT
+    norm = handed.auxiliary[1]
+    assert isinstance(norm, nn.BatchNorm2d)
+    with torch.no_grad():
+        features = handed.auxiliary[0](handed.eval().body(example().batch))
+        expected = model.eval().auxiliary[:2](model.body(example().batch))
+        assert difference(norm.running_mean, features.mean((0, 2, 3))) <= EXACT
+        assert difference(norm(features), expected) <= EXACT
+    assert handed.calls == 0  # measuring is no training
+
+
+def test_a_conv_that_no_batch_reaches_is_handed_over_as_it_is_and_that_is_told() -> None:
+    compressor, model = prepared("chain")
+    stir(compressor, model)
+    with pytest.warns(NormLeftOut, match="did not run on any batch"):
+        handed = compressor.handover(model, [])
+    assert difference(eval_output(handed), eval_output(model)) <= EXACT
 
 
 def test_a_grouped_conv_gets_one_factor_a_channel() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from slimcli.algorithms.finetune.method import FinetuneCompressor
 from slimcli.compressor import Plan, Refusal, Schedule
 from slimcli.errors import GoalError, HookError, Problem, RecipeError, RunError
 from slimcli.network.example import Example
+from slimcli.network.handover import NormLeftOut
 from slimcli.recipe.binding import location
 from slimcli.solver.forecast import forecast
 from slimcli.solver.job import Export, Job, StageJob
@@ -55,6 +57,39 @@ def test_what_another_model_may_change_waits_until_the_cut_model_is_there(tmp_pa
     with pytest.raises(GoalError, match="5 steps are too few"):
         run(job)
     assert list(tmp_path.rglob("handover"))
+
+
+class Keeping(FinetuneCompressor):
+    """Has something to say, or to complain of, when it hands its model over."""
+
+    def handover(self, model: nn.Module, batches: Any) -> nn.Module:
+        warnings.warn("conv9 gets no batch norm", NormLeftOut, stacklevel=1)
+        return super().handover(model, batches)
+
+
+class Failing(FinetuneCompressor):
+    def handover(self, model: nn.Module, batches: Any) -> nn.Module:
+        raise RunError(Problem("E-HANDOVER", "nothing can be handed over"))
+
+
+def two_stages(folder: Path, first: type[Any]) -> Job:
+    job = toys.job(folder, first, epoch=1)
+    second = StageJob("2-toy", "toy", FinetuneCompressor, FinetuneConfig(), job.stages[0].training)
+    return replace(job, stages=(*job.stages, second))
+
+
+def test_a_trial_hands_over_what_the_next_stage_would_get(tmp_path: Path) -> None:
+    first, last = forecast(two_stages(tmp_path, FinetuneCompressor), trial=True)
+    assert first.trial["handover"].startswith("ok  max difference 0.0e+00")
+    assert "handover" not in last.trial
+    with pytest.raises(RunError, match="nothing can be handed over"):
+        forecast(two_stages(tmp_path, Failing), trial=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_stage_could_not_hand_over_is_told_with_the_result(tmp_path: Path) -> None:
+    summary = run(two_stages(tmp_path, Keeping)).summary
+    assert "1-toy: conv9 gets no batch norm" in summary["notes"]
 
 
 class Naming(FinetuneCompressor):
