@@ -154,6 +154,8 @@ def substitute(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
         return type(value)(*new)
     if isinstance(value, list | tuple):
         return type(value)(new)
+    if type(value) is dict:
+        return dict(zip(value, new, strict=True))
     made = copy.copy(value)
     if isinstance(value, Mapping):
         for key, each in zip(value, new, strict=True):

@@ -147,6 +147,42 @@ def test_a_branch_on_data_is_refused_with_its_line(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+class Counted(Linear):
+    """Puts one row of its own before those of each sample, as vision transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.row = nn.Parameter(torch.ones(1, 1, 4))
+
+    def forward(self, x):
+        rows = torch.cat([self.row.expand(len(x), -1, -1), x[:, None]], 1)
+        return self.layer(rows).mean(1)
+
+
+def test_code_that_asks_for_the_length_of_a_batch_still_gives_a_free_batch(tmp_path):
+    model = Counted()
+    report = onnx.export(model, Example(torch.randn(3, 4), call), tmp_path / "model.onnx")
+    assert report.inputs[0]["shape"] == ["batch", 4]
+    batch = torch.randn(9, 4)
+    seam = onnx.compare(model, report.path, call, [batch])
+    assert seam.ok, str(seam)
+
+
+def test_a_length_that_cannot_stay_open_is_refused_with_its_line(tmp_path, monkeypatch):
+    plain = torch.export.export
+
+    def export(*args, strict=False, **keywords):
+        if strict:
+            raise NotImplementedError("code that cannot be read")
+        return plain(*args, strict=strict, **keywords)
+
+    monkeypatch.setattr(torch.export, "export", export)
+    with pytest.raises(RunError, match=r"test_onnx\.py:\d+  no ONNX file: len\(tensor\)") as caught:
+        onnx.export(Counted(), Example(torch.randn(3, 4), call), tmp_path / "model.onnx")
+    assert caught.value.problems[0].fix == "write tensor.shape[0] in place of len(tensor)"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_other_exporter_is_used_and_the_reason_kept(tmp_path, monkeypatch):
     def fail(*args):
         raise NotImplementedError("no rule for this op")

@@ -55,6 +55,18 @@ def test_it_runs_with_any_batch(exported, samples):
     assert "dB" in seam.notes[-1]
 
 
+def test_quantizers_may_stand_beside_the_length_of_a_batch(tmp_path):
+    class Counted(QuantizedNet):
+        def forward(self, x):
+            return super().forward(x) + torch.ones(1, 4).expand(len(x), -1)
+
+    model = Counted(shape=(1,))
+    report = onnx.export(model, EXAMPLE, tmp_path / "model.onnx")
+    assert report.inputs[0]["shape"][0] == "batch"
+    assert report.codes.ok
+    assert onnx.compare(model, report.path, call, [torch.randn(7, 3, 8, 8)]).ok
+
+
 def test_weights_are_stored_as_int8_within_127(exported):
     _, _, graph = exported
     stored = {each.name: numpy_helper.to_array(each) for each in graph.initializer}

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import onnx
 import torch
+from torch import nn
 
 from slimcli.artifacts.onnx.capture import FlatModel
 from slimcli.errors import Problem, RunError
@@ -88,6 +89,8 @@ def to_graph(
 def _refuse_frozen_branches(warned: list[warnings.WarningMessage], reason: str) -> None:
     """A trace keeps one branch of an ``if`` that depends on data and is silently wrong in others.
 
+    In the same way it keeps one batch size for ``len(x)``.
+
     torch and torchvision know when they are traced; warnings from their files are harmless.
 
     Raises:
@@ -96,24 +99,23 @@ def _refuse_frozen_branches(warned: list[warnings.WarningMessage], reason: str) 
     installed = Path(torch.__file__).parents[1]
     trusted = tuple(str(installed / name) for name in ("torch/", "torchvision/"))
     for each in warned:
-        is_frozen = each.category.__name__ == "TracerWarning"
-        if (
-            is_frozen
-            and "to a Python" in str(each.message)
-            and not each.filename.startswith(trusted)
-        ):
+        if each.category.__name__ != "TracerWarning" or each.filename.startswith(trusted):
+            continue
+        message = str(each.message)
+        what, fix = "", ""
+        if "Using len" in message:
+            what = "len(tensor) gives a plain number here, so that it would hold for one batch size"
+            fix = "write tensor.shape[0] in place of len(tensor)"
+        elif "to a Python" in message:
             what = (
-                "no ONNX file: the model turns a tensor into a Python value here, so that what it "
+                "the model turns a tensor into a Python value here, so that what it computes "
+                "depends on data in a way a graph cannot hold"
             )
-            raise RunError(
-                Problem(
-                    "E-ONNX-BRANCH",
-                    what + "computes depends on data in a way a graph cannot hold",
-                    f"{each.filename}:{each.lineno}",
-                    received=reason,
-                    fix="use torch.where instead of if, or leave this part out of forward",
-                )
-            )
+            fix = "use torch.where instead of if, or leave this part out of forward"
+        if what:
+            where = f"{each.filename}:{each.lineno}"
+            what = f"no ONNX file: {what}"
+            raise RunError(Problem("E-ONNX-BRANCH", what, where, received=reason, fix=fix))
 
 
 def _dynamo(
@@ -124,25 +126,48 @@ def _dynamo(
     opset: int,
 ) -> onnx.ModelProto:
     batch = torch.export.Dim("batch", min=1)
-    shapes = tuple({0: batch} if name in batched else None for name in inputs)
-    program = torch.onnx.export(
-        flat,
-        tuple(inputs.values()),
-        dynamo=True,
-        dynamic_shapes=(shapes,),
-        opset_version=opset,
-        input_names=list(inputs),
-        output_names=list(outputs),
-        external_data=False,
-        verbose=False,
-    )
-    if program is None:
-        raise RuntimeError("the exporter returned nothing")
-    model: onnx.ModelProto = program.model_proto
+    shapes = (tuple({0: batch} if name in batched else None for name in inputs),)
+    arguments = tuple(inputs.values())
+
+    def exported(what: nn.Module | torch.export.ExportedProgram) -> onnx.ModelProto:
+        program = torch.onnx.export(
+            what,
+            () if isinstance(what, torch.export.ExportedProgram) else arguments,
+            dynamo=True,
+            dynamic_shapes=shapes,
+            opset_version=opset,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            external_data=False,
+            verbose=False,
+        )
+        if program is None:
+            raise RuntimeError("the exporter returned nothing")
+        model: onnx.ModelProto = program.model_proto
+        return model
+
+    model = exported(flat)
+    if _fixed(model, batched):
+        # Running the code makes a plain number of ``len(x)``, and the exporter goes on with that as
+        # if nothing but the example's batch had been asked for. Reading the code keeps it open; the
+        # operator of the quantizers is not to be read but taken as it is.
+        torch.compiler.allow_in_graph(torch.onnx.ops.symbolic)  # type: ignore[no-untyped-call]
+        model = exported(torch.export.export(flat, arguments, dynamic_shapes=shapes, strict=True))
+    if fixed := _fixed(model, batched):
+        raise RuntimeError(f"the batch of {', '.join(fixed)} became a constant")
     found = next((each.version for each in model.opset_import if not each.domain), 0)
     if found != opset:
         raise RuntimeError(f"the exporter wrote opset {found} instead of {opset}")
     return model
+
+
+def _fixed(model: onnx.ModelProto, batched: Sequence[str]) -> list[str]:
+    """Inputs whose batch should be free, and is not."""
+    return [
+        each.name
+        for each in model.graph.input
+        if each.name in batched and not each.type.tensor_type.shape.dim[0].dim_param
+    ]
 
 
 def _torchscript(
