@@ -20,6 +20,7 @@ from typing import Any
 
 from slimcli.artifacts import atomic
 from slimcli.artifacts.event_lines import line_of
+from slimcli.artifacts.run_folder import shown
 from slimcli.errors import Problem, RunError
 
 VERSION = 1
@@ -44,6 +45,9 @@ EVENTS: dict[str, str] = {
 }
 """Name and fields of each event; ``v``, ``t`` and ``event`` are in all of them."""
 
+PATHS = frozenset({"path", "folder"})
+"""Fields that hold a path."""
+
 
 class EventLog:
     """The one place a run reports to.
@@ -52,12 +56,18 @@ class EventLog:
         folder: The run folder; None in processes that keep silent.
         listeners: Called with each event.
         length: Bytes of events.jsonl to keep from before; 0 for a new run.
+        started_in: Paths below it are told as they are called from there; None: as they are.
     """
 
     def __init__(
-        self, folder: Path | None, listeners: Sequence[Listener] = (), length: int = 0
+        self,
+        folder: Path | None,
+        listeners: Sequence[Listener] = (),
+        length: int = 0,
+        started_in: Path | None = None,
     ) -> None:
         self.folder = folder
+        self.started_in = started_in
         self.listeners = listeners if folder is not None else ()
         self.length = 0
         self._rows: list[dict[str, Any]] = []
@@ -87,6 +97,9 @@ class EventLog:
             raise KeyError(event)
         if self.folder is None:
             return
+        for name in PATHS & fields.keys():
+            path = Path(fields[name])
+            fields[name] = shown(path, self.started_in) if self.started_in else str(path)
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         record = {"v": VERSION, "t": now, "event": event, **_plain(fields)}
         self._append(self.folder / "events.jsonl", json.dumps(record, ensure_ascii=False) + "\n")

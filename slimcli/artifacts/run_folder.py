@@ -62,6 +62,15 @@ class RunFolder:
         return self.path / "code" / "files.json"
 
 
+def shown(path: Path, started_in: Path) -> str:
+    """A path as it is called from a folder: relative if it lies below, else as it is.
+
+    >>> shown(Path("/work/runs/a"), Path("/work")), shown(Path("/runs/a"), Path("/work"))
+    ('runs/a', '/runs/a')
+    """
+    return str(path.relative_to(started_in) if path.is_relative_to(started_in) else path)
+
+
 def create(save_dir: Path, task_name: str, name: str = "") -> RunFolder:
     """Make a new folder and point ``latest`` at it; a clash appends ``-2``.
 
@@ -141,12 +150,26 @@ def discard(folder: RunFolder) -> None:
     shutil.rmtree(folder.path, ignore_errors=True)
 
 
-def write_origin(folder: RunFolder, recipe: str, source: str, code: Sequence[Path]) -> None:
-    """Recipe, command line and code, so that the folder explains itself."""
+def write_origin(
+    folder: RunFolder,
+    recipe: str,
+    source: str,
+    code: Sequence[Path],
+    started_in: Path | None = None,
+) -> None:
+    """Recipe, command line and code, so that the folder explains itself.
+
+    Args:
+        folder: The run folder.
+        recipe: The complete recipe.
+        source: The recipe as the user wrote it; empty for the Python API.
+        code: Files of the hooks.
+        started_in: Where the command was given; None: in the current folder.
+    """
     atomic.write_text(folder.path / "recipe.yaml", recipe)
     if source:
         atomic.write_text(folder.path / "recipe.source.yaml", source)
-    command = f"{shlex.join(sys.argv)}\n# in {Path.cwd()}\n"
+    command = f"{shlex.join(sys.argv)}\n# in {started_in or Path.cwd()}\n"
     atomic.write_text(folder.path / "command.txt", command)
     (folder.path / "code").mkdir(exist_ok=True)
     entries = []

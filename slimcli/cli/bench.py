@@ -56,6 +56,7 @@ def command(
 
     if threads:
         torch.set_num_threads(threads)
+    target = target.absolute()  # the hooks, imported below, may change the current folder
     if target.is_file():
         run = finished.open_finished(run_path or run_around(target))
         models = {target.name: finished.load_file(target)}

@@ -63,6 +63,7 @@ def command(target: Path, compare: tuple[str, ...], run_path: Path | None) -> in
     """
     from slimcli.cli import finished
 
+    target = target.absolute()  # the hooks, imported below, may change the current folder
     if target.is_file():
         if compare:
             raise click.UsageError("--compare is for runs; a file has one form")

@@ -127,9 +127,10 @@ def command(run: Path | None, want_onnx: bool, want_trt: bool, opset: int, **opt
 
 
 def _engine_options(options: dict[str, Any]) -> EngineOptions:
-    workspace = options.pop("workspace")
+    workspace, cache = options.pop("workspace"), options.pop("timing_cache")
     return EngineOptions(
         workspace_bytes=None if workspace is None else int(workspace * GIBIBYTE),
+        timing_cache=cache.absolute() if cache else None,  # hooks may change the current folder
         compute_capabilities=tuple(options.pop("compute_capability")),
         **options,
     )

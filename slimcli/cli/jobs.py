@@ -50,7 +50,7 @@ def unfinished_run(recipe: Recipe) -> Path | None:
     """The newest run of this very recipe that can go on, for ``--resume auto``."""
     from slimcli.artifacts import summary
 
-    parent = Path(recipe.stages[0].training.save_dir) / recipe.task_name
+    parent = recipe.started_in / recipe.stages[0].training.save_dir / recipe.task_name
     folders = [each for each in parent.glob("*") if each.is_dir() and not each.is_symlink()]
     for folder in sorted(folders, key=lambda each: each.stat().st_mtime, reverse=True):
         stored = folder / "recipe.yaml"

@@ -72,7 +72,7 @@ def command(
         elif console.settings().json:
             console.json_line(_ending(folder))
         else:
-            show_result(folder.path, summary.read(folder.summary))
+            show_result(folder.path, summary.read(folder.summary), before.started_in)
         return
     if after_changes(before, after):
         path = run_folder.write_changed_recipe(folder, after.to_yaml(folder.path))

@@ -80,6 +80,7 @@ def _check_name(name: str) -> None:
 def start(recipe: Recipe, **changes: Any) -> None:
     """Run or resume, then print the result: the folder alone with -q, else the table."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read once, when torch is imported
+    from slimcli.artifacts.run_folder import shown
     from slimcli.recipe.find import shadowing
     from slimcli.recipe.job import job_of
     from slimcli.solver.stages import run
@@ -92,14 +93,16 @@ def start(recipe: Recipe, **changes: Any) -> None:
     finally:
         display.close()
     stopping.go_on()
+    # The user's code may have changed the current folder; the shell that reads this has not.
+    folder = shown(outcome.folder, recipe.started_in)
     if recipe.export.trt and console.is_main_process():
         build_engine(outcome.folder)
     if console.settings().json or not console.is_main_process():
         return
     if console.settings().quiet:
-        console.result(str(outcome.folder))
+        console.result(folder)
         return
-    show_result(outcome.folder, outcome.summary)
+    show_result(outcome.folder, outcome.summary, recipe.started_in)
 
 
 def build_engine(folder: Path) -> None:
@@ -125,9 +128,12 @@ def _on_signal(name: str) -> None:
     console.urgent(f"{name}: stopping after this step (again to stop now)")
 
 
-def show_result(folder: Path, summary: dict[str, Any]) -> None:
+def show_result(folder: Path, summary: dict[str, Any], started_in: Path) -> None:
     """Before and after, the files, and what to do next."""
     from slimcli.artifacts.event_lines import large, numbers
+    from slimcli.artifacts.run_folder import shown
+
+    named = Path(shown(folder, started_in))
 
     final, before = summary["final"], summary["baseline"]
     rows = [("before", before)] if before else []
@@ -137,8 +143,8 @@ def show_result(folder: Path, summary: dict[str, Any]) -> None:
             f"· {large(each['params'])} params"
         )
     for file, size in final["file_bytes"].items():
-        console.result(f"       {folder / 'artifacts' / file}  {large(size, 'B')}")
+        console.result(f"       {named / 'artifacts' / file}  {large(size, 'B')}")
     if (folder / "report.html").is_file():
-        console.result(f"report {folder / 'report.html'}")
-    console.result(f"run    {folder}")
-    console.say(f"Next: {console.command('eval', folder)}")
+        console.result(f"report {named / 'report.html'}")
+    console.result(f"run    {named}")
+    console.say(f"Next: {console.command('eval', named)}")

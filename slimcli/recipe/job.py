@@ -54,6 +54,7 @@ def job_of(recipe: Recipe, **changes: Any) -> Job:
         changes=tuple(_plain(each) for each in recipe.changes),
         init_from=recipe.init_from,
         code=hooks.files,
+        started_in=recipe.started_in,
         **changes,
     )
 

@@ -156,6 +156,7 @@ class _Assembly:
             return None
         return Recipe(
             path=self.path,
+            folder=self.folder,
             source_text=self.source.text,
             task_name=heading.task_name or self.path.stem,
             stages=tuple(stage for stage in stages if stage),

@@ -96,6 +96,9 @@ class Recipe:
 
     Attributes:
         path: The file, as the user named it.
+        folder: The folder of the recipe, absolute: relative paths start here.
+        started_in: The current folder when the recipe was read. Code of the user's may change to
+            another one, and what the command line means must not change with it.
         source_text: Its text, untouched.
         task_name: Name of the task.
         stages: At least one.
@@ -110,6 +113,7 @@ class Recipe:
     """
 
     path: Path
+    folder: Path
     source_text: str = field(repr=False, compare=False)
     task_name: str
     stages: tuple[Stage, ...]
@@ -121,16 +125,12 @@ class Recipe:
     teacher: HookSpec | None = None
     is_staged: bool = False
     changes: tuple[Change, ...] = field(default=(), compare=False)
-
-    @property
-    def folder(self) -> Path:
-        """The folder of the recipe: relative paths start here."""
-        return self.path.resolve().parent
+    started_in: Path = field(default_factory=Path.cwd, compare=False)
 
     @property
     def import_folders(self) -> tuple[Path, ...]:
         """Folders the user's code is looked for in, first wins: recipe, ``code:``, current."""
-        return tuple(dict.fromkeys((self.folder, *self.code, Path.cwd())))
+        return tuple(dict.fromkeys((self.folder, *self.code, self.started_in)))
 
     def resolved(self, folder: Path | None = None) -> dict[str, Any]:
         """Every key with its value; dumped to YAML it loads again.

@@ -148,6 +148,8 @@ class Job:
         code: Source files of the hooks, copied into the run folder.
         listeners: Called with every event, a dictionary.
         on_signal: Told of the first Ctrl-C, from the signal handler.
+        started_in: Where a relative ``save_dir`` begins; absolute, since hooks may change the
+            current folder.
     """
 
     task_name: str
@@ -165,6 +167,7 @@ class Job:
     code: tuple[Path, ...] = ()
     listeners: tuple[Callable[[dict[str, Any]], None], ...] = ()
     on_signal: Callable[[str], None] = lambda name: None
+    started_in: Path = field(default_factory=Path.cwd)
 
 
 @dataclass(frozen=True)

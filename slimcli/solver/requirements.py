@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from slimcli.errors import GoalError, Problem, RecipeError
@@ -34,7 +33,7 @@ def check_names(requirements: Sequence[Requirement], metrics: Collection[str]) -
 
 
 def check_result(
-    requirements: Sequence[Requirement], record: Mapping[str, Any], folder: Path
+    requirements: Sequence[Requirement], record: Mapping[str, Any], folder: str
 ) -> None:
     """Hold the result against every condition.
 

@@ -83,6 +83,10 @@ class Run:
             self.events.emit("notice", text=text, level="warning")
             self.record["notes"].append(text)
 
+    def shown(self, path: Path) -> str:
+        """A path as a user reads it, who is where the command was started."""
+        return run_folder.shown(path, self.job.started_in)
+
     def check_stop(self) -> None:
         """Raise where a signal came to any process."""
         if self.fabric.world_size > 1:
@@ -150,7 +154,7 @@ def begin(job: Job, signals: Signals, stored: dict[str, Any] | None) -> Run:
     if is_main:
         process.note(folder.path)
     length = stored["events_bytes"] if stored else 0
-    events = EventLog(folder.path if is_main else None, job.listeners, length)
+    events = EventLog(folder.path if is_main else None, job.listeners, length, job.started_in)
     record = stored["record"] if stored else _record(job)
     record["seconds_before"] = record["seconds"]
     record["environment"] = environment(fabric)
@@ -171,7 +175,8 @@ def begin(job: Job, signals: Signals, stored: dict[str, Any] | None) -> Run:
 def _write_origin(job: Job, folder: RunFolder, machine: dict[str, Any]) -> None:
     """Where the run comes from; a folder that can't even hold that is taken away again."""
     try:
-        run_folder.write_origin(folder, job.recipe(folder.path), job.recipe_source, job.code)
+        recipe = job.recipe(folder.path)
+        run_folder.write_origin(folder, recipe, job.recipe_source, job.code, job.started_in)
         atomic.write_text(folder.path / "env.json", json.dumps(machine, indent=2) + "\n")
     except (SlimError, OSError):
         run_folder.discard(folder)
@@ -187,7 +192,7 @@ def _folder(job: Job, fabric: Fabric) -> RunFolder:
         return resumed
     path = None
     if fabric.is_global_zero:
-        save_dir = Path(job.stages[0].training.save_dir)
+        save_dir = job.started_in / job.stages[0].training.save_dir
         path = str(run_folder.create(save_dir, job.task_name, job.name).path)
     if fabric.world_size > 1:
         path = fabric.broadcast(path)

@@ -170,7 +170,7 @@ class Stage:
                 Problem(
                     "E-OUT-OF-MEMORY",
                     f"the device is out of memory: {str(error).splitlines()[0]}",
-                    str(self.run.folder.last),
+                    self.run.shown(self.run.folder.last),
                     fix="a smaller config.batch_size with config.accumulate_grad_batches, "
                     "then slim resume",
                 )
@@ -181,11 +181,11 @@ class Stage:
         path = folder.path / "nan-batch.pt"
         try:
             checkpoint.save(path, {"batch": error.data})
-            saved = str(path)
+            saved = self.run.shown(path)
         except RunError:
             saved = "not storable"
         where = f"epoch {position.epoch + 1}, step {position.step + 1}"
-        return not_finite_error(error, where, str(folder.last), saved)
+        return not_finite_error(error, where, self.run.shown(folder.last), saved)
 
     # Checkpoints
 
@@ -256,7 +256,7 @@ class Stage:
                 expected="a number from evaluate_function",
                 received="nan",
                 fix="return a number for every validation batch, or choose by another metric: "
-                f"config.save_keyword; trained weights: {self.run.folder.last}",
+                f"config.save_keyword; trained weights: {self.run.shown(self.run.folder.last)}",
             )
         )
 
@@ -268,7 +268,7 @@ class Stage:
             Problem(
                 "E-GOAL-MISSED",
                 f"{self.job.algorithm}: no checkpoint of stage {self.job.name} meets the goal",
-                str(self.run.folder.last),
+                self.run.shown(self.run.folder.last),
                 expected=f"{goal.name} of at most {goal.target:g}" if goal else "",
                 received=reached,
                 fix="a longer schedule or a weaker goal; the checkpoints are kept",

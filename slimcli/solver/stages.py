@@ -119,13 +119,13 @@ def _interrupted(current: Run | None, number: int, is_saved: bool) -> SlimError:
     if current is None or not current.folder.last.exists():
         return as_error(number, f"{name}: stopped before the first checkpoint", "")
     current.signals.is_ending = True
-    last = current.folder.last
+    last = current.shown(current.folder.last)
     if is_saved:
-        current.events.emit("interrupted", signal=name, path=str(last))
+        current.events.emit("interrupted", signal=name, path=last)
     error = as_error(
         number,
         f"{name}: saved {last}" if is_saved else f"{name}: stopped; the last checkpoint is {last}",
-        f"slim resume {shlex.quote(str(current.folder.path))}",
+        f"slim resume {shlex.quote(current.shown(current.folder.path))}",
     )
     _end(current, "interrupted", error.exit_code)
     return error
@@ -247,7 +247,7 @@ def _finish(current: Run, stage: Stage, compressor: Compressor, model: nn.Module
         current.record["notes"].append(
             "no test set was given: the validation set also chose the checkpoint"
         )
-    requirements.check_result(job.requirements, current.record, current.folder.path)
+    requirements.check_result(job.requirements, current.record, current.shown(current.folder.path))
 
 
 def _note_result(current: Run, stage: Stage, finished: Finished) -> None:

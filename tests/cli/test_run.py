@@ -15,6 +15,7 @@ import torch
 from slimcli.artifacts import checkpoint
 from slimcli.cli import main
 from slimcli.cli.list import runs
+from slimcli.recipe import load
 from tests.solver import project
 
 SLOW = """
@@ -70,6 +71,41 @@ def test_quiet_prints_the_folder_and_nothing_else(
     (line,) = out.splitlines()
     assert (here / line).is_dir()
     assert err == ""
+
+
+LEAVING = {
+    "on import": "os.chdir(ELSEWHERE)\n",
+    "for the data": "dataset_generator = leaving(dataset_generator)\n",
+    "for the model": "build_model = leaving(build_model)\n",
+}
+
+
+@pytest.mark.parametrize("moment", LEAVING)
+def test_hooks_that_change_the_folder_do_not_change_where_the_run_is(
+    here: Path, capsys: pytest.CaptureFixture[str], moment: str
+) -> None:
+    (here / "elsewhere").mkdir()
+    leaving = f"""
+import os
+ELSEWHERE = {str(here / "elsewhere")!r}
+def leaving(hook):
+    def called():
+        os.chdir(ELSEWHERE)
+        return hook()
+    return called
+"""
+    recipe = project.write(here / "project", project.HOOKS + leaving + LEAVING[moment])
+    assert slim("run", "project/recipe.yaml", "-q", "epoch=1", "--name", "a") == 0
+    folder = here / "checkpoints" / "toy" / "a"
+    assert capsys.readouterr().out == "checkpoints/toy/a\n"
+    assert (folder / "report.html").is_file()
+    assert (folder / "command.txt").read_text().endswith(f"# in {here}\n")
+    assert list((here / "elsewhere").iterdir()) == []
+    last = json.loads((folder / "events.jsonl").read_text().splitlines()[-1])
+    assert last["folder"] == "checkpoints/toy/a"
+    os.chdir(here)
+    assert load(folder / "recipe.yaml").code == (recipe.parent,)
+    assert slim("eval", "checkpoints/toy/a", "--compare", "trained,deploy") == 0
 
 
 def test_json_prints_one_event_a_line_and_the_same_as_the_file(
