@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from enum import Enum
@@ -23,6 +24,7 @@ from slimcli.errors import Problem, RunError
 
 VERSION = 1
 START_AGAIN = "a run that can't go on is started again: slim run RUN/recipe.yaml"
+CHUNK_BYTES = 1 << 20
 STATE_DICT = "weights are stored with torch.save(model.state_dict(), path)"
 
 
@@ -128,7 +130,7 @@ def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint; no code in it is run.
 
     Raises:
-        RunError: There is none, it is damaged, or a newer slim wrote it.
+        RunError: There is none, it is damaged (its checksums tell), or a newer slim wrote it.
     """
     content = _read(path)
     if content.get("version") != VERSION:
@@ -146,6 +148,9 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if damaged := _damaged_entry(path):
+        reason = f"the content of {damaged} is not what was written (its CRC-32 differs)"
+        raise _unreadable(path, reason, f"copy it again from where it is whole; {START_AGAIN}")
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
@@ -158,6 +163,33 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise _unreadable(path, f"it holds a {type(content).__name__}", STATE_DICT)
     return content
+
+
+def _damaged_entry(path: Path) -> str:
+    """The first entry of torch's zip file whose checksum is wrong; empty where none is.
+
+    torch writes the checksums and does not look at them: weights with flipped bits load like any
+    others. A file that is no zip is left to ``torch.load``; so is an entry with checksum 0, as
+    torch writes it after ``torch.serialization.set_crc32_options(False)``.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                if entry.CRC and not _is_whole(archive, entry):
+                    return entry.filename
+    except (OSError, zipfile.BadZipFile):
+        return ""
+    return ""
+
+
+def _is_whole(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bool:
+    try:
+        with archive.open(entry) as stream:
+            while stream.read(CHUNK_BYTES):
+                pass
+    except zipfile.BadZipFile:
+        return False
+    return True
 
 
 def _what_is_pickled(path: Path) -> str:

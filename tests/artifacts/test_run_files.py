@@ -6,6 +6,7 @@ import csv
 import errno
 import gc
 import json
+import zipfile
 from collections import Counter, OrderedDict, namedtuple
 from enum import Enum
 from pathlib import Path
@@ -95,6 +96,39 @@ def test_an_unreadable_checkpoint_is_told_in_our_words_with_a_fix(
     assert caught.value.problems[0].fix
     assert "weights_only" not in text  # torch's advice to run the code in the file
     assert "\x1b" not in text
+
+
+def flip(path: Path, name: str) -> None:
+    """Changes one byte of the numbers in a checkpoint, and nothing else."""
+    with zipfile.ZipFile(path) as archive:
+        entry = archive.getinfo(name)
+        numbers = archive.read(entry)
+    content = bytearray(path.read_bytes())
+    content[content.index(numbers)] ^= 2
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("read", [checkpoint.load, checkpoint.stored_weights])
+def test_weights_with_a_flipped_bit_are_refused(tmp_path: Path, read: Any) -> None:
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {"model": {"weight": torch.arange(1.0, 9.0)}})
+    assert "model" in checkpoint.load(path)
+    flip(path, "archive/data/0")
+    with pytest.raises(
+        RunError, match=r"last\.pt.*archive/data/0 is not what was written"
+    ) as caught:
+        read(path)
+    assert caught.value.problems[0].code == "E-CHECKPOINT-DAMAGED"
+
+
+def test_a_file_that_torch_wrote_without_checksums_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"weight": torch.ones(2)}, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(checkpoint.stored_weights(path)["weight"], torch.ones(2))
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not safetensors"])
