@@ -127,6 +127,73 @@ def test_the_plan_says_why_convs_stay() -> None:
     assert "5 of 11 convolutions" in plan.notes[0]
 
 
+class WithAverage(nn.Module):
+    """Trains one copy of a network and evaluates another, the average of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2)
+        self.trained = nn.Sequential(*layers)
+        self.average = copy.deepcopy(self.trained).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return self.average(x)
+        with torch.no_grad():
+            for old, new in zip(self.average.parameters(), self.trained.parameters(), strict=True):
+                old.mul_(0.5).add_(new, alpha=0.5)
+        return self.trained(x)
+
+
+def test_a_conv_that_only_training_calls_becomes_a_block_like_its_average() -> None:
+    old = WithAverage().double().eval()
+    before = example().run(old)
+    compressor, model, plan = prepared(old)
+    assert plan.targets == ["trained.0", "average.0"]
+    assert relative(example().run(model), before) < SAME
+    train_a_little(compressor, model)
+    assert relative(example().run(compressor.deploy(model)), example().run(model)) < EXACT
+    handed = compressor.handover(model, [example(1)])
+    assert relative(example().run(handed), example().run(model)) < EXACT
+    assert isinstance(handed.trained[1], nn.BatchNorm2d)
+
+
+def test_a_conv_whose_weight_eval_mode_computes_with_stays() -> None:
+    class Merging(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.narrow = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                return self.wide(x) + self.narrow(x)
+            kernel = self.wide.weight + nn.functional.pad(self.narrow.weight, (1, 1, 1, 1))
+            return nn.functional.conv2d(x, kernel, self.wide.bias + self.narrow.bias, padding=1)
+
+    _, _, plan = prepared(Merging().double())
+    reasons = {layer.name: layer.frozen_reason for layer in plan.layers}
+    assert plan.targets == []
+    assert "eval mode computes with its weight" in reasons["wide"]
+
+
+def test_a_train_mode_that_fails_is_told_of_the_convs_it_might_have_called() -> None:
+    class NeedsTargets(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.auxiliary = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+            x = self.conv(x)
+            if self.training and targets is None:
+                raise ValueError("targets are missing")
+            return x if targets is None else x + self.auxiliary(x)
+
+    _, _, plan = prepared(NeedsTargets().double())
+    reasons = {layer.name: layer.frozen_reason for layer in plan.layers}
+    assert plan.targets == ["conv"]
+    assert "train mode raised ValueError: targets are missing" in reasons["auxiliary"]
+
+
 def test_the_norm_behind_a_conv_is_taken_in_and_an_activation_stays(block_name: str) -> None:
     _, model, _ = prepared(mixed(), acnet_type=block_name)
     assert type(model.stem_norm) is nn.Identity

@@ -20,7 +20,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -34,6 +34,7 @@ from slimcli.algorithms.acnet.blocks import (
     plain_conv,
     why_plain,
 )
+from slimcli.algorithms.acnet.calls import input_dimensions
 from slimcli.algorithms.acnet.config import ALGORITHM, ACNetConfig
 from slimcli.compressor import Compressor, LayerPlan, Plan, Schedule
 from slimcli.errors import Problem, RecipeError
@@ -42,7 +43,6 @@ from slimcli.network.example import Example
 from slimcli.network.fuse import fold_pairs, remainder
 from slimcli.network.handover import insert_norms
 from slimcli.network.structure import analyze
-from slimcli.network.structure.modes import gpus_of
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def paths_of(model: nn.Module, module: nn.Module) -> list[str]:
 
 def why_convs_stay(model: nn.Module, example: Example, config: ACNetConfig) -> dict[str, str]:
     """For each 2-d convolution in network order, why it stays plain; empty if it is replaced."""
-    calls = input_dimensions(model, example)
+    calls, uncalled = input_dimensions(model, example)
     holders: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -202,8 +202,8 @@ def why_convs_stay(model: nn.Module, example: Example, config: ACNetConfig) -> d
                 module.named_parameters(recurse=False)
             ):
                 reasons[path] = f"{type(module).__name__} is more than a plain Conv2d"
-            elif not calls.get(path):
-                reasons[path] = "it is not called as a module, so a block would never run"
+            elif path in uncalled:
+                reasons[path] = uncalled[path]
             elif calls[path] != {4}:
                 reasons[path] = "it is fed images without a batch dimension"
             elif holders[id(module.weight)] > 1:
@@ -211,25 +211,6 @@ def why_convs_stay(model: nn.Module, example: Example, config: ACNetConfig) -> d
             else:
                 reasons[path] = why_plain(module, config.acnet_type)
     return reasons
-
-
-def input_dimensions(model: nn.Module, example: Example) -> dict[str, set[int]]:
-    """Dimensions of what each convolution is called on in one eval pass; changes nothing.
-
-    A convolution that is not called as a module is missing.
-    """
-    seen: dict[str, set[int]] = {}
-    twin = deep_copy(model).eval()
-    for path, module in twin.named_modules():
-        if isinstance(module, nn.Conv2d):
-
-            def look(_module: nn.Module, inputs: tuple[Any, ...], path: str = path) -> None:
-                seen.setdefault(path, set()).add(inputs[0].dim() if inputs else 4)
-
-            module.register_forward_pre_hook(look)
-    with torch.random.fork_rng(gpus_of(model)), torch.no_grad():
-        example.run(twin)
-    return seen
 
 
 def _check_patterns(model: nn.Module, patterns: tuple[str, ...]) -> None:
