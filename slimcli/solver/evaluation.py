@@ -79,6 +79,9 @@ def as_numbers(values: Any, hooks: JobHooks) -> dict[str, float]:
         except (TypeError, ValueError) as error:
             received = f"{type(value).__name__} for {name!r}"
             raise _wrong_metrics(hooks, "one number a name", received) from error
+        except OverflowError as error:
+            received = f"an int for {name!r} that no float can hold"
+            raise _wrong_metrics(hooks, "numbers below 1.8e308", received) from error
     return numbers
 
 

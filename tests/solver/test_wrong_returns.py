@@ -32,6 +32,7 @@ WRONG = {
     ),
     "no prediction": ("predict_function", lambda model, data: None),
     "no metrics": ("evaluate_function", lambda prediction, data: None),
+    "a metric too large": ("evaluate_function", lambda prediction, data: {"acc": 10**400}),
     "metrics a sample": ("evaluate_function", lambda prediction, data: {"acc": prediction}),
     "no loss": ("calculate_loss_function", lambda prediction, data: None),
     "losses": ("calculate_loss_function", lambda prediction, data: {"a": prediction.sum()}),
