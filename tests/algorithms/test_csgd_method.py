@@ -533,6 +533,24 @@ def test_too_few_steps_are_refused() -> None:
     assert plan.refusals[0].key == "epoch"
 
 
+@pytest.mark.parametrize("keys", [{}, {"prune_epoch": 2}])
+def test_the_refusal_of_too_few_steps_names_the_epochs_that_would_do(keys: dict[str, int]) -> None:
+    def falling(epochs: int) -> Schedule:
+        steps = 3 * epochs
+        return Schedule(epochs, 3, tuple(0.02 * (1 - each / steps) for each in range(steps)))
+
+    _, plan = planned(build("residual"), falling(4), **keys)
+    (refusal,) = plan.refusals
+    named = dict(each.split(": ") for each in refusal.fix.split(" and "))
+    assert refusal.key in named
+    enough = int(named.pop("epoch"))
+    again = {name: int(value) for name, value in named.items()}
+    _, plan = planned(build("residual"), falling(enough), **again)
+    assert plan.refusals == []
+    _, plan = planned(build("residual"), falling(enough - 1), **again)
+    assert plan.refusals
+
+
 def test_a_refusal_names_only_what_is_too_far_apart_and_by_how_much() -> None:
     # With norms that take a hundredth of each batch, statistics lag behind filters that have met.
     model = build("residual")

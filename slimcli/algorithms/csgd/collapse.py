@@ -19,6 +19,8 @@ from slimcli.algorithms.csgd.budget import (
 from slimcli.algorithms.csgd.config import CSGDConfig
 from slimcli.compressor import Refusal, Schedule
 
+STEPS_MAXIMUM = 100_000
+"""How far ahead a number of epochs that would do is looked for: a second of computing."""
 LATEST = 0.8
 """``prune_epoch: auto`` merges at most after this share of the epochs: the rest is fine-tuning."""
 
@@ -202,6 +204,33 @@ def _too_weak(
     return Refusal(what, "centri_strength", "centri_strength: auto, or more epochs", True)
 
 
+def _more_epochs(config: CSGDConfig, schedule: Schedule, question: Question) -> str:
+    """How many epochs would do, at learning rates that fall in the same way over more steps."""
+
+    def is_enough(epochs: int) -> bool:
+        if config.prune_epoch == "auto":
+            longer, merge = epochs, _given_epoch(config, replace(schedule, epochs=epochs))
+        else:
+            longer, merge = max(epochs, schedule.epochs), epochs
+        steps = longer * schedule.steps_per_epoch
+        rates = [question.rates[each * len(question.rates) // steps] for each in range(steps)]
+        asked = replace(question, rates=rates)
+        return asked.excess(asked.strongest, merge * schedule.steps_per_epoch) <= 1
+
+    few = schedule.epochs if config.prune_epoch == "auto" else _given_epoch(config, schedule)
+    many = max(2 * few, 2)
+    while many * schedule.steps_per_epoch <= STEPS_MAXIMUM and not is_enough(many):
+        few, many = many, 2 * many
+    if many * schedule.steps_per_epoch > STEPS_MAXIMUM:
+        return "more epochs before the merge"
+    while many - few > 1:
+        middle = (few + many) // 2
+        few, many = (few, middle) if is_enough(middle) else (middle, many)
+    if config.prune_epoch == "auto":
+        return f"epoch: {many}"
+    return f"prune_epoch: {many}" + (f" and epoch: {many}" if many > schedule.epochs else "")
+
+
 def in_words(value: float) -> str:
     """A number as people write it, two digits of it.
 
@@ -266,7 +295,7 @@ def _with_auto(config: CSGDConfig, schedule: Schedule, question: Question, form:
         f"no pull brings the filters together in {step} steps: "
         f"{what_misses(*asked.at_merge(asked.strongest, step))}",
         "epoch" if config.prune_epoch == "auto" else "prune_epoch",
-        "more epochs before the merge",
+        _more_epochs(config, schedule, asked),
         is_for_any_model=True,
     )
     return replace(found, refusal=refusal)
