@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -90,11 +91,13 @@ def create(save_dir: Path, task_name: str, name: str = "") -> RunFolder:
         (path / "checkpoints").mkdir()
         point_latest(path)
     except OSError as error:
+        is_long = error.errno == errno.ENAMETOOLONG
+        writable = "name a folder that can be written: config.save_dir=FOLDER"
         problem = Problem(
             "E-RUN-FOLDER",
             f"can't make the run folder: {error.strerror}",
             str(parent),
-            fix="name a folder that can be written: config.save_dir=FOLDER",
+            fix="a shorter task_name, --name or config.save_dir" if is_long else writable,
         )
         raise RunError(problem) from error
     return RunFolder(path)

@@ -20,6 +20,9 @@ from slimcli.recipe.overrides import parse_overrides
 from slimcli.recipe.validate import Section, received, validate
 from slimcli.solver.config import TrainingConfig
 
+NAME_BYTES = 255
+"""The longest name of a folder, on all file systems in use."""
+
 
 class Heading(BaseModel):
     """The simple keys of the top level."""
@@ -192,6 +195,15 @@ class _Assembly:
         return heading
 
     def _check_task_name(self, name: str) -> None:
+        size = len(os.fsencode(name))
+        if size > NAME_BYTES:
+            self.draft.complain(
+                "E-RECIPE-VALUE",
+                "task_name",
+                self.draft.top["task_name"].node.place,
+                expected=f"the name of a folder: at most {NAME_BYTES} bytes",
+                received=f"{size} bytes",
+            )
         if not name.strip() or "/" in name or "\\" in name or name.startswith("."):
             self.draft.complain(
                 "E-RECIPE-VALUE",
@@ -309,5 +321,6 @@ class _Assembly:
     def _note(found: dict[str, Change], key: str, default: Any, entry: Entry) -> None:
         value = plain(entry.node)
         comparable = list(default) if isinstance(default, tuple) else default
-        if value != comparable:
+        is_its_text = isinstance(default, str) and str(value) == default  # precision: 32
+        if value != comparable and not is_its_text:
             found[key] = Change(key, comparable, value, entry.node.place.origin)

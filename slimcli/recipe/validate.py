@@ -217,7 +217,8 @@ def _fix(value: object, annotation: Any, field: FieldInfo) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool) and str in kinds:
         return f"write '{value}' for the text"
     if isinstance(value, int | float) and "fraction" in (field.description or ""):
-        return f"write {value / 100:g} for {value:g} %" if 1 < value <= 100 else ""
+        # Nobody means 1.5 %; 2 and more may well be percent.
+        return f"write {value / 100:g} for {value:g} %" if 2 <= value <= 100 else ""
     return ""
 
 

@@ -231,8 +231,12 @@ def test_latest_points_at_the_newest_run(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_a_message(tmp_path: Path) -> None:
     (tmp_path / "task").write_text("a file")
-    with pytest.raises(RunError, match="can't make the run folder"):
+    with pytest.raises(RunError, match="can't make the run folder") as caught:
         run_folder.create(tmp_path, "task")
+    assert "config.save_dir=FOLDER" in caught.value.problems[0].fix
+    with pytest.raises(RunError, match="can't make the run folder") as caught:
+        run_folder.create(tmp_path, "other", "n" * 300)
+    assert "a shorter task_name, --name" in caught.value.problems[0].fix
 
 
 def test_a_changed_a_new_and_a_missing_hook_file_are_named(tmp_path: Path) -> None:

@@ -121,3 +121,23 @@ def test_names_a_file_may_define_in_odd_ways_are_believed(folder):
     folder.write("open.py", "from somewhere import *\n")
     for target in ("odd.py:build_a", "odd.py:build_b", "open.py:anything"):
         assert load(folder.recipe(), [f"model={target}"]).model.target == target
+
+
+def test_a_value_that_is_the_default_in_another_spelling_is_no_change(folder):
+    (change,) = load(folder.recipe(), ["precision=32", "epoch=7"]).changes
+    assert change.key == "config.epoch"
+
+
+def test_a_task_name_that_no_folder_can_have_is_refused(folder):
+    with pytest.raises(RecipeError, match="at most 255 bytes, received 300 bytes"):
+        load(folder.recipe(), ["task_name=" + "n" * 300])
+
+
+def test_a_fraction_of_more_than_one_is_taken_for_percent_only_where_it_may_be(folder):
+    def fix(value):
+        with pytest.raises(RecipeError) as caught:
+            load(folder.recipe(), ["algorithm=resrep", f"prune_rate={value}"])
+        return caught.value.problems[0].fix
+
+    assert fix(50) == "write 0.5 for 50 %"
+    assert fix(1.5) == ""
