@@ -103,12 +103,39 @@ def results_only() -> Iterator[None]:
     if _results is not None:
         yield
         return
-    _results = sys.stdout
+    with _own_descriptor() as _results:
+        try:
+            with redirect_stdout(sys.stderr):
+                yield
+        finally:
+            _results = None
+
+
+@contextmanager
+def _own_descriptor() -> Iterator[TextIO]:
+    """Stdout; what C code and other programs write to descriptor 1 goes to stderr meanwhile.
+
+    They know the descriptor and not Python's stream. Where stdout is no real one (a test) or a
+    stream is closed, nothing is led elsewhere.
+    """
+    kept = None
+    with suppress(OSError, ValueError, AttributeError):
+        screen = sys.__stdout__
+        if screen is not None and screen is sys.stdout and screen.fileno() == 1:
+            screen.flush()
+            os.fstat(2)
+            kept = os.dup(1)
+    if kept is None:
+        yield sys.stdout
+        return
+    os.dup2(2, 1)
+    stream = os.fdopen(kept, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
     try:
-        with redirect_stdout(sys.stderr):
-            yield
+        yield stream
     finally:
-        _results = None
+        os.dup2(kept, 1)
+        with suppress(OSError):  # of a reader that is gone; it was told where it was written
+            stream.close()
 
 
 def _speaks_unicode() -> bool:

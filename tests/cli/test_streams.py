@@ -51,6 +51,22 @@ def test_a_reader_that_goes_away_does_not_end_the_run(here: Path) -> None:
     assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
 
 
+def test_what_c_code_of_a_hook_prints_is_not_among_the_results(here: Path) -> None:
+    talking = """
+import os
+os.write(1, b"loading\\n")
+_plain = dataset_generator
+def dataset_generator():
+    os.system("echo from a program")
+    return _plain()
+"""
+    project.write(here, project.HOOKS + talking)
+    done = shell(here, "slim run recipe.yaml -q epoch=0 --name a")
+    assert done.stdout == "checkpoints/toy/a\n", done.stderr
+    assert "loading" in done.stderr
+    assert "from a program" in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("words", ["plan recipe.yaml", "inspect recipe.yaml --json"])
 def test_letters_that_stdout_lacks_are_escaped(here: Path, words: str) -> None:
