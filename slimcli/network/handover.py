@@ -125,7 +125,7 @@ def _measure(
                 # then gets what the norms before it were trained to give.
                 twin = deep_copy(model)
                 set_train_mode(twin)
-                with preserved_randomness():
+                with preserved_randomness(model):
                     _add(twin, of_training, fresh)
     finally:
         for module, mode in modes.items():

@@ -60,7 +60,7 @@ def _run(model: nn.Module, example: Example) -> Dimensions:
             seen.setdefault(path, set()).add(inputs[0].dim() if inputs else 4)
 
         conv.register_forward_pre_hook(look)
-    with preserved_randomness(), torch.no_grad():
+    with preserved_randomness(model), torch.no_grad():
         example.copied().run(model)
     return seen
 
@@ -83,6 +83,6 @@ class _Reading(TorchFunctionMode):
 def _read_weights(model: nn.Module, example: Example) -> set[str]:
     """Convs whose weight is read, by themselves or by other code."""
     reading = _Reading()
-    with preserved_randomness(), torch.no_grad(), reading:
+    with preserved_randomness(model), torch.no_grad(), reading:
         example.copied().run(model)
     return {path for path, conv in _convs(model).items() if id(conv.weight) in reading.read}
