@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -244,8 +245,8 @@ class PicksFrom(nn.Module):
 def test_channels_are_followed_or_frozen_where_no_operator_makes(name: str) -> None:
     torch.manual_seed(0)
     example = Example(torch.randn(2, 3, 8, 8), call)
-    group = analyze(PicksFrom(COPIES[name]), example, trial=False).group("a")
-    assert not group.is_prunable
+    reason = analyze(PicksFrom(COPIES[name]), example, trial=False).group("a").frozen_reason
+    assert re.match("single channels are picked|channels (leave torch|reach a tensor by)", reason)
 
 
 class Checking(nn.Module):
@@ -265,3 +266,48 @@ def test_a_check_by_torch_is_no_other_way() -> None:
     structure = analyze(Checking(), Example(torch.randn(2, 3, 8, 8), call))
     assert [group.size for group in prunable(structure)] == [8]
     assert structure.notes == ()
+
+
+class Reading(nn.Module):
+    """Python gets a value, of what a function gives."""
+
+    def __init__(self, value: Callable[[Reading, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.value = value
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu()) * float(self.value(self, x))
+
+
+READ: dict[str, tuple[Callable[[Reading, Tensor], Tensor], bool]] = {
+    "the batch": (lambda net, x: x.mean(), True),
+    "what is made of it": (lambda net, x: (net.scale * x.amax()).sum(), True),
+    "dice": (lambda net, x: torch.rand(()), True),
+    "a parameter": (lambda net, x: net.scale * 2, False),
+    "sizes": (lambda net, x: torch.tensor(x.shape[2:]).prod(), False),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_note_says_where_the_batch_is_read_and_nothing_else(name: str) -> None:
+    value, is_told = READ[name]
+    torch.manual_seed(0)
+    model, example = prepared(Reading(value), torch.randn(2, 3, 8, 8))
+    notes = analyze(model, example).notes
+    assert ["reads values of the batch" in note for note in notes] == [True] * is_told
+
+
+def test_a_slice_of_one_channel_that_is_asked_for_its_shape_freezes_nothing() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x).relu()
+            return self.b(x * torch.ones_like(x[:, :1]))
+
+    structure = analyze(Masked(), Example(torch.randn(2, 3, 8, 8), call))
+    assert structure.group("a").exact_zero

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -190,21 +191,46 @@ def test_a_width_that_matters_in_train_mode_alone_is_not_cut() -> None:
 
 
 class OtherNumber(nn.Module):
-    """Adds one number in train mode, and another one otherwise."""
+    """Does something with one number in train mode, and with another one otherwise."""
 
-    def __init__(self) -> None:
+    def __init__(self, act: Callable[[Tensor, float], Tensor]) -> None:
         super().__init__()
         self.a, self.norm = nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12)
-        self.b = nn.Conv2d(12, 4, 1)
+        self.b, self.act = nn.Conv2d(12, 4, 1), act
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.norm(self.a(x)).relu() + (1.0 if self.training else 0.0))
+        x = self.norm(self.a(x)).relu()
+        return self.b(self.act(x, 1.0 if self.training else 0.0))
 
 
-def test_a_number_that_is_another_one_in_train_mode_keeps_channels() -> None:
+class ScalesInTraining(nn.Dropout):
+    """Drops nothing; divides by a width."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.shape[1] if self.training else x
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda x, number: x + number,
+        lambda x, number: torch.add(x, torch.ones_like(x), alpha=number),
+        lambda x, number: x + torch.tensor(number),
+    ],
+)
+def test_a_number_that_is_another_one_in_train_mode_keeps_channels(
+    act: Callable[[Tensor, float], Tensor],
+) -> None:
     torch.manual_seed(0)
-    model, example = prepared(OtherNumber(), torch.randn(2, 3, 8, 8))
-    assert "in train mode" in analyze(model, example).group("norm").frozen_reason
+    model, example = prepared(OtherNumber(act), torch.randn(2, 3, 8, 8))
+    assert not analyze(model, example).group("norm").exact_zero
+
+
+def test_what_the_user_makes_of_a_dropout_layer_is_compared_in_train_mode() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), ScalesInTraining(), nn.Linear(8, 3))
+    model, example = prepared(net, torch.randn(2, 6))
+    assert "in train mode" in analyze(model, example).group("0").frozen_reason
 
 
 def test_layers_that_drop_paths_in_train_mode_cost_no_more_runs() -> None:
@@ -255,22 +281,34 @@ def test_what_train_mode_writes_into_a_buffer_is_undone_before_the_cut_is_compar
 
 
 class KeepsItsWidth(nn.Module):
-    """Reads a width when it runs for the first time."""
+    """Reads a width when it runs for the first time, into something that it holds."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: Any) -> None:
         super().__init__()
         self.first, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.kept = kept
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
-        if not hasattr(self, "width"):
-            self.width = x.shape[1]
-        return self.head(x.relu() / self.width**0.5)
+        if isinstance(self.kept, dict):
+            width = self.kept["width"] = self.kept["width"] or x.shape[1]
+        elif isinstance(self.kept, list):
+            width = self.kept[0] = self.kept[0] or x.shape[1]
+        elif self.kept is None:
+            width = self.kept = x.shape[1]
+        elif isinstance(self.kept, int):
+            width = self.kept
+        else:
+            width = self.kept.width = self.kept.width or x.shape[1]
+        return self.head(x.relu() / width**0.5)
 
 
-def test_a_width_that_the_first_run_keeps_is_not_cut_because_the_next_one_knows_it() -> None:
+@pytest.mark.parametrize("kept", [None, {"width": 0}, [0], SimpleNamespace(width=0)], ids=str)
+def test_a_width_that_the_first_run_keeps_is_not_cut_because_the_next_one_knows_it(
+    kept: Any,
+) -> None:
     torch.manual_seed(0)
-    model, example = prepared(KeepsItsWidth(), torch.randn(2, 6))
+    model, example = prepared(KeepsItsWidth(kept), torch.randn(2, 6))
     assert prunable(analyze(model, example)) == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm
@@ -18,7 +19,7 @@ from slimcli.network.structure import Group, analyze
 
 from . import structures
 from .paired import Between, proven
-from .proving import prepared, prunable
+from .proving import network, prepared, prunable
 
 Wrap = Callable[[nn.Module], nn.Module]
 
@@ -308,3 +309,27 @@ def test_operators_that_arrive_whole_in_inference_mode_are_followed() -> None:
     torch.manual_seed(0)
     structure = proven(Whole(), torch.randn(2, 6, 8))
     assert [group.name for group in prunable(structure)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", structures.NETWORKS)
+def test_a_forward_in_inference_mode_has_the_same_groups(name: str) -> None:
+    model, example, structure = network(name)
+
+    def predict(net: nn.Module, batch: Any) -> Any:
+        with torch.inference_mode():
+            return example.predict(net, batch)
+
+    other = analyze(model, Example(example.batch, predict))
+    known = [(group.name, group.size, group.exact_zero) for group in structure.groups]
+    assert [(group.name, group.size, group.exact_zero) for group in other.groups] == known
+
+
+class Tag(torch.Tensor):
+    """A tensor of a kind of its own, as libraries for images have."""
+
+
+def test_a_batch_of_a_kind_of_the_users_is_followed() -> None:
+    model, example, structure = network("SplitChunk")
+    tagged = Example(example.batch.as_subclass(Tag), example.predict)
+    sizes = [(group.size, group.exact_zero) for group in structure.groups]
+    assert [(g.size, g.exact_zero) for g in analyze(model, tagged).groups] == sizes

@@ -215,3 +215,36 @@ def test_groups_that_share_a_width_keep_their_shares(number: int, least: dict[st
         for name in ("a", "c"):
             reason = structure.group(name).frozen_reason
             assert f"its width must not fall below {number + 1} at " in reason
+
+
+class TwoWidths(nn.Module):
+    """Doubles features if a number made of two widths says so."""
+
+    def __init__(self, asks: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.Conv2d(16, 4, 1)
+        self.asks = asks
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.a(x).tanh(), self.b(x).tanh()
+        y = torch.cat([a, b], 1)
+        return self.c(y * 2 if self.asks(a, b) else y)
+
+
+@pytest.mark.parametrize(
+    "asks",
+    [
+        lambda a, b: (a.shape[1] + b.shape[1]) / 2 < 2,
+        lambda a, b: a.shape[1] * b.shape[1] < 4,
+        lambda a, b: (a.shape[1] / 2 < 1) & (b.shape[1] / 2 < 1),
+        lambda a, b: a.shape[1] / b.shape[1] > 3,
+        lambda a, b: b.shape[1] / a.shape[1] > 3,
+    ],
+)
+def test_a_number_made_of_two_widths_keeps_one_of_them(
+    asks: Callable[[Tensor, Tensor], Any],
+) -> None:
+    torch.manual_seed(0)
+    model, example = prepared(TwoWidths(asks), structures.image())
+    a, b = (analyze(model, example).group(name) for name in "ab")
+    assert not (a.is_prunable and b.is_prunable and a.least == b.least == 1)

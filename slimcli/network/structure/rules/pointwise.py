@@ -320,7 +320,7 @@ _JUMPING = frozenset(_JUMPS.split())
 """Of a constant less its own mean, rounding decides what they give."""
 
 _POINTWISE = """
-hardswish _prelu_kernel prelu gelu silu mish selu celu elu where masked_fill lerp addcmul addcdiv
+hardswish _prelu_kernel gelu silu mish selu celu elu where masked_fill lerp addcmul addcdiv
 hardtanh leaky_relu rrelu rrelu_with_noise softplus softshrink hardshrink threshold clamp clip
 clamp_min clamp_max bernoulli fmod remainder maximum minimum nan_to_num logit polar complex real
 imag isnan isinf log_sigmoid_forward fake_quantize_per_tensor_affine
