@@ -285,3 +285,30 @@ def test_no_channels_are_zeroed_if_none_is_named() -> None:
     before = [each.clone() for each in model.parameters()]
     zero_channels(model, prunable(structure)[0], [])
     assert all(map(torch.equal, before, model.parameters()))
+
+
+class SideBySide(nn.Module):
+    """Two weights make one, which reads channels that can be merged only."""
+
+    def __init__(self, unite: Callable[[Tensor, Tensor], Tensor], rows: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 3, padding=1)
+        self.a, self.b = nn.Conv2d(12, 7, 1, bias=False), nn.Conv2d(12, rows, 1, bias=False)
+        self.head = nn.Linear(7 if rows == 7 else 7 + rows, 4)
+        self.unite = unite
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.conv2d(torch.cos(self.stem(x)), self.unite(self.a.weight, self.b.weight))
+        return self.head(F.relu(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("unite", "rows"), [(lambda a, b: torch.cat([a, b]), 2), (lambda a, b: a + b, 7)]
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_channels_that_two_weights_read_as_one_are_not_merged(
+    unite: Callable[[Tensor, Tensor], Tensor], rows: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    model, example = prepared(SideBySide(unite, rows), torch.randn(1, 3, 4, 4))
+    assert not analyze(model, example).group("stem").is_prunable

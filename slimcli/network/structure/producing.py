@@ -168,6 +168,14 @@ def bias_behind(op: Op) -> Sequence[Planes] | None:
     return None
 
 
+def note_united(op: Op, planes: Sequence[Tensor]) -> None:
+    """Remembers weights that become one: of what reads it, only the first would be added up."""
+    several = any(not torch.equal(labels_of(planes[0]), labels_of(each)) for each in planes[1:])
+    if several and all(map(weights_only(op), planes)):
+        reason = f"{op.name} makes one weight of several"
+        op.record.not_additive += [(entries(labels_of(plane)), reason) for plane in planes]
+
+
 def weights_only(op: Op) -> Callable[[Tensor], bool]:
     """Tells planes of weights from planes of activations."""
 

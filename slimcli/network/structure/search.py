@@ -103,7 +103,26 @@ def _without_bad_merges(
             refused = f"equal channels were merged for trial: {reason.what}"
             search.record.no_duplicates.append((pool.labels(group), refused))
         structure, grouping = search.structure()
-    return structure, grouping
+    return _without_bad_only_merges(search, structure, grouping, trial)
+
+
+def _without_bad_only_merges(
+    search: Search, structure: Structure, grouping: Grouping, trial: Trial
+) -> tuple[Structure, Grouping]:
+    """Freezes what can only be merged, if a trial of everything that is left fails yet.
+
+    Little of a narrow network may get through, so that the guilty pass when they are tried alone.
+    """
+    groups = prunable(structure)
+    failure = trial.attempt(groups, thorough=True, merging=True) if groups else None
+    if failure is None:
+        return structure, grouping
+    pool = Pool(search.record, structure, grouping)
+    only_merged = [group for group in groups if not group.exact_zero]
+    for group in only_merged or groups:
+        search.ban(pool.labels(group), str(failure))
+    structure, grouping = search.structure()
+    return _without_bad_only_merges(search, structure, grouping, trial)
 
 
 def _first_failure(

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slimcli.network.structure.planes import active_axes, labels_of, pack
+from slimcli.network.structure.planes import active_axes, broadcast, labels_of, pack
+from slimcli.network.structure.producing import note_united
 from slimcli.network.structure.record import Record
 from slimcli.network.structure.rules.pointwise import combine_nodes
 from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule
@@ -74,6 +75,7 @@ def joined_across(op: Op, pieces: list[tuple[Tensor, Planes]], axis: int, stacks
                 matching = []
                 break
         if matching:
+            note_united(op, broadcast(matching))
             result += (_beside(op.record, matching),)
     for _, planes in pieces:
         odd = [p for p in planes if all(active_axes(p) != active_axes(q) for q in first)]

@@ -23,7 +23,7 @@ from slimcli.network.structure.planes import (
     pack,
     with_leading_axes,
 )
-from slimcli.network.structure.producing import weights_only
+from slimcli.network.structure.producing import note_united, weights_only
 from slimcli.network.structure.record import Record
 from slimcli.network.structure.trace import Op, Planes, Rule
 
@@ -121,6 +121,7 @@ def _merge_group(op: Op, tensors: Sequence[Tensor], group: list[Operand]) -> Ten
             return planes[0]
         return through(op, planes[0], Kind.MAP, keeps_zero=False)
     wide = [plane.contiguous() for plane in broadcast(planes)]
+    note_united(op, wide)
     for other in wide[1:]:
         op.record.tie(wide[0], other, "channels meet fixed values")
     nodes = _combined(op, tensors, [index for index, _ in group], wide)
