@@ -66,7 +66,7 @@ class RunFolder:
 def shown(path: Path, started_in: Path) -> str:
     """A path as it is called from a folder: relative if it lies below, else as it is.
 
-    >>> shown(Path("/work/runs/a"), Path("/work")), shown(Path("/runs/a"), Path("/work"))
+    >>> shown(Path("/home/me/runs/a"), Path("/home/me")), shown(Path("/runs/a"), Path("/home/me"))
     ('runs/a', '/runs/a')
     """
     return str(path.relative_to(started_in) if path.is_relative_to(started_in) else path)
