@@ -115,6 +115,7 @@ def _measure(
     moments = {path: Moments() for path in paths}
     of_training = {path: Moments() for path in paths}
     modes = {module: module.training for module in model.modules()}
+    twin: nn.Module | None = None
     try:
         model.eval()
         for batch in batches:
@@ -123,8 +124,9 @@ def _measure(
             if not all(each.count for each in moments.values()):
                 # A copy, since training writes into a model. Norms stay in eval mode there: a conv
                 # then gets what the norms before it were trained to give.
-                twin = deep_copy(model)
-                set_train_mode(twin)
+                if twin is None:
+                    twin = deep_copy(model)
+                    set_train_mode(twin)
                 with preserved_randomness(model):
                     _add(twin, of_training, fresh)
     finally:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from slimcli.network.example import Example
 from slimcli.network.structure import Group, analyze
-from slimcli.network.structure.comparison import Ran, compare
+from slimcli.network.structure.comparison import Failure, Ran, compare
 from slimcli.network.structure.draws import Draws, kept_count
+from slimcli.network.structure.trial import Trial
 from slimcli.network.structure.unequal import unequal
 
 from . import structures
@@ -348,3 +349,20 @@ class Hidden(nn.Module):
 def test_a_branch_behind_a_closed_gate_is_tried() -> None:
     model, example = prepared(Hidden(), torch.randn(2, 6))
     assert "zeroed and cut differ" in analyze(model, example).group("side").frozen_reason
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_trial_that_failed_is_not_forgiven_because_later_ones_pass(
+    place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = [None] * place + [Failure("they differ")]
+
+    def attempt(trial: Trial, groups: list[Group], **_: bool) -> Failure | None:
+        return answers.pop(0) if answers else None
+
+    monkeypatch.setattr(Trial, "attempt", attempt)
+    model, example = prepared(structures.ChannelShuffle(), structures.image())
+    structure = analyze(model, example)
+    assert prunable(structure) == []
+    reasons = {group.frozen_reason for group in structure.groups if group.name != "head"}
+    assert reasons == {"a trial cut failed: they differ"}

@@ -39,6 +39,13 @@ class Search:
         """What was traced."""
         return self.traced.record
 
+    @property
+    def learned(self) -> tuple[object, ...]:
+        """Another one whenever a trial taught something."""
+        record = self.record
+        refused = len(self.bans), len(record.no_duplicates), len(record.fickle)
+        return (*refused, len(record.least), *self.choices)
+
     def structure(self) -> tuple[Structure, Grouping]:
         """Groups under the present assumptions."""
         grouping = build(self.record, self.choices, self.bans)

@@ -72,9 +72,11 @@ def without_bad_extremes(
     for counts in extremes(asked):
         open_ones = [group for group in asked if group.name not in judged]
         counts = {group.name: counts[group.name] for group in open_ones}
-        if not counts or trial.exactly(pool.groups, counts) is None:
+        together = trial.exactly(pool.groups, counts) if counts else None
+        if together is None:
             continue
-        for group, failure, is_alone in _failing(trial, open_ones, counts):
+        found = _failing(trial, open_ones, counts)
+        for group, failure, is_alone in found or [(each, together, False) for each in open_ones]:
             judged.add(group.name)
             labels = pool.labels(group)
             if is_alone and counts[group.name] == group.least:

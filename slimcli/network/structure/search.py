@@ -42,17 +42,21 @@ def try_cuts(model: nn.Module, example: Example, traced: Traced, samples: int) -
         return structure
     trial = Trial(model, example, traced)
     asked = asked_groups(search, structure, grouping)
-    failure = _first_failure(search, prunable(structure), asked, trial)
-    if failure is not None:
-        if asked or not failure.module:  # few channels, or the merging, may be what fails
+    seen = _first_failure(search, prunable(structure), asked, trial)
+    known = search.learned
+    if seen is not None:
+        failure: Failure | None = seen
+        if asked or not seen.module:  # few channels, or the merging, may be what fails
             failure = _fails(search, trial, prunable(structure))
         structure, grouping = _without_bad_cuts(search, structure, grouping, trial, failure)
         structure, grouping = _without_bad_merges(search, structure, grouping, trial)
-        structure, grouping = _without_equal_widths(search, structure, grouping, trial)
+    structure, grouping = _without_equal_widths(search, structure, grouping, trial)
+    if seen is not None:
         asked = asked_groups(search, structure, grouping)
         structure, grouping = without_bad_extremes(search, structure, grouping, trial, asked)
+        if search.learned == known:
+            structure, grouping = _frozen(search, structure, grouping, seen)
     structure, grouping = without_multiples(search, structure, grouping, trial)
-    structure, grouping = _without_equal_widths(search, structure, grouping, trial)
     ways = other_ways(traced.record) if prunable(structure) else []
     return replace(structure, notes=(*structure.notes, *trial.notes, *ways))
 
@@ -61,16 +65,32 @@ def _without_bad_cuts(
     search: Search, structure: Structure, grouping: Grouping, trial: Trial, failure: Failure | None
 ) -> tuple[Structure, Grouping]:
     """Learns from failures until all that is left can be cut; ``failure`` is the first one."""
+    unexplained: Failure | None = None
     for number in range(MAX_ROUNDS):
         if failure is None:
-            return structure, grouping
+            break
+        known = search.learned
         _learn(search, structure, grouping, trial, failure, thoroughly=number >= PATIENCE)
+        unexplained = failure if search.learned == known else None
         structure, grouping = search.structure()
         groups = prunable(structure)
         failure = _fails(search, trial, groups) if groups else None
     if failure is not None:
         everything = np.arange(1, search.record.sources.count)
         search.bans.append((everything, f"no set of cuts worked in {MAX_ROUNDS} trials"))
+        return search.structure()
+    if unexplained is not None:
+        return _frozen(search, structure, grouping, unexplained)
+    return structure, grouping
+
+
+def _frozen(
+    search: Search, structure: Structure, grouping: Grouping, failure: Failure
+) -> tuple[Structure, Grouping]:
+    """A trial failed, and nobody was found whose fault it is: a later one that passes is luck."""
+    pool = Pool(search.record, structure, grouping)
+    for group in pool.groups:
+        search.ban(pool.labels(group), str(failure))
     return search.structure()
 
 
@@ -95,7 +115,9 @@ def _without_bad_merges(
         groups = prunable(structure)
         failure = trial.attempt(groups, thorough=True, merging=True) if groups else None
         merged = [group for group in groups if group.exact_zero and group.exact_duplicate]
-        if failure is None or not merged:
+        if failure is None:
+            return structure, grouping
+        if not merged:
             break
         bad = trial.find_bad(merged, failure, merging=True) if not last else []
         pool = Pool(search.record, structure, grouping)

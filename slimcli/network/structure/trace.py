@@ -126,7 +126,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._execute = execute
         self._planes: MutableMapping[Tensor, Planes] = WeakIdKeyDictionary()
         self._aliases: dict[int, list[weakref.ref[Tensor]]] = {}
-        self._recent: list[Tensor] = []
+        self._recent: Sequence[Tensor] = ()
         self._homes: dict[int | None, weakref.ref[Tensor]] = {}
         self._picked: MutableMapping[Tensor, tuple[Tensor, str]] = WeakIdKeyDictionary()
         self._given: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()
@@ -194,24 +194,25 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.calls.note_write(tensor)
         size = inputs[0].shape if inputs else torch.Size()
         output = self._execute(func, args, kwargs)
-        self._note_operator(func, (*args, *kwargs.values()), output)
-        self._note_origin(func, inputs, output)
+        results = list(tensors_in(output))
+        self._note_operator(func, name, (*args, *kwargs.values()), results)
+        self._note_origin(func, inputs, results)
         if makes_zeros(name, output):
             self._blank[output] = True
         planes = self._apply(Op(self, func, name, args, kwargs, output, size)) if labelled else ()
         spoiled = self._spoil(inputs[0]) if in_place and inputs else False
         if not labelled:
-            self._note_views(inputs, output)
+            self._note_views(inputs, results)
             return output
         if in_place and inputs:
             self._write(inputs[0], planes[0] if planes else NO_PLANES, spoiled)
             return output
-        for tensor, each in zip(tensors_in(output), planes, strict=False):
+        for tensor, each in zip(results, planes, strict=False):
             useful = tuple(plane for plane in each if is_useful(plane))
             if useful:
                 self._planes[tensor] = useful
                 self._homes[memory_of(tensor)] = weakref.ref(tensor)
-        self._note_views(inputs, output)
+        self._note_views(inputs, results)
         return output
 
     def _taken_apart(
@@ -254,22 +255,22 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _is_given(self, tensors: Sequence[Tensor]) -> bool:
         return self._gives_all or any(each in self._given for each in tensors)
 
-    def _note_origin(self, func: Any, inputs: Sequence[Tensor], output: Any) -> None:
+    def _note_origin(self, func: Any, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         """What comes from the batch or from dice gives the same."""
-        results = list(tensors_in(output))
-        self._recent = results if inputs else []  # what is made anew torch copies if it is held
+        self._recent = results if inputs else ()  # what is made anew torch copies if it is held
         is_given = torch.Tag.nondeterministic_seeded in func.tags or self._is_given(inputs)
         for result in results:
             self._planes.setdefault(result, NO_PLANES)
             if is_given:
                 self._given[result] = True
 
-    def _note_operator(self, func: Any, args: tuple[Any, ...], output: Any) -> None:
+    def _note_operator(
+        self, func: Any, name: str, args: tuple[Any, ...], results: Sequence[Tensor]
+    ) -> None:
         """What tells one network from another; what dropout layers do makes no other one."""
         if not self.drops:
             numbers = tuple(each for each in args if isinstance(each, _PLAIN))
-            results = list(tensors_in(output))
-            if base_name(func)[0] in LITERAL:  # a number that the code writes, as a tensor
+            if name in LITERAL:  # a number that the code writes, as a tensor
                 numbers += tuple(each.item() for each in results if each.numel() == 1)
             self.ops.append((func.name(), tuple(each.shape for each in results), numbers))
 
@@ -293,9 +294,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if source is not None and source.name not in self.backups:
             self.backups[source.name] = (source.tensor, source.tensor.detach().clone())
 
-    def _note_views(self, inputs: Sequence[Tensor], output: Any) -> None:
+    def _note_views(self, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         """Remembers tensors that share memory, for writes into one of them."""
-        for result in tensors_in(output):
+        for result in results:
             memory = memory_of(result)
             if memory is None:
                 continue

@@ -218,7 +218,7 @@ class Trial:
         after = None
         try:
             capture = constants.Capture(model, cuts)
-            before = Memory(attributes_of(model))
+            before = Memory(attributes_of(model) if self._traced.keeps_state else ())
             with capture:
                 zeroed = self._run_zeroed(model)
             if zeroed is None:
