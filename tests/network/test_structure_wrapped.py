@@ -65,6 +65,19 @@ def test_a_scripted_model_is_frozen_with_what_to_do() -> None:
     assert "give slim the Python module" in structure.groups[0].frozen_reason
 
 
+def test_a_scripted_part_is_frozen_with_what_to_do_and_the_rest_is_not() -> None:
+    torch.manual_seed(0)
+    first, last = structures.conv_bn(3, 16), structures.conv_bn(12, 20)
+    with pytest.warns(FutureWarning, match="deprecated"):
+        part = torch.jit.script(structures.conv_bn(16, 12))
+    whole = nn.Sequential(first, part, last, nn.Conv2d(20, 4, 1))
+    model, example = prepared(whole, structures.image())
+    structure = analyze(model, example)
+    frozen = {group.size for group in structure.groups if "Python module" in group.frozen_reason}
+    assert (frozen, [group.size for group in prunable(structure)]) == ({16, 12}, [20])
+    assert zeroed_and_cut(model, example, prunable(structure), 1)[0] < EXACT
+
+
 class Counting(structures.Net):
     """Its forward writes into a parameter and into a buffer."""
 

@@ -32,14 +32,14 @@ LISTED = 4
 
 def freeze_uncuttable(model: nn.Module, record: Record) -> None:
     """Freezes every channel of the modules that can't be cut, whatever runs."""
-    if isinstance(model, torch.jit.ScriptModule):
-        _freeze_below("", record, SCRIPTED)
     for path, module in model.named_modules():
         if isinstance(module, RECURRENT):
             reason = f"recurrent layers are left alone ({path or type(module).__name__})"
             _freeze_below(path, record, reason)
         elif isinstance(module, nn.parallel.DistributedDataParallel):
             _freeze_below(path, record, DISTRIBUTED)
+        elif isinstance(module, torch.jit.ScriptModule):
+            _freeze_below(path, record, SCRIPTED)
 
 
 def _freeze_below(path: str, record: Record, reason: str) -> None:
