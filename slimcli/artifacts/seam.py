@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 Run = Callable[[Any], Any]
 
@@ -62,14 +63,41 @@ class Seam:
         return "; ".join([text, *self.notes])
 
 
+DEVICES = ("cpu", "cuda")
+
+
+class WithoutAutocast(TorchFunctionMode):
+    """Whatever is called inside runs as if the user's code had not switched autocast on."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Executes the function."""
+        with contextlib.ExitStack() as stack:
+            for device in filter(torch.is_autocast_enabled, DEVICES):
+                stack.enter_context(torch.autocast(device, enabled=False))
+            return func(*args, **(kwargs or {}))
+
+
 @contextlib.contextmanager
 def exact_arithmetic() -> Iterator[None]:
-    """Float32 that is float32: no TF32, no autocast, no gradients. Settings are put back."""
+    """Float32 that is float32: no TF32, no autocast, no gradients. Settings are put back.
+
+    Not even where the user's code switches autocast on: half precision would hide what a cut or a
+    fold changes behind rounding, or take rounding for a change.
+    """
+    with float32_settings(), WithoutAutocast():
+        yield
+
+
+@contextlib.contextmanager
+def float32_settings() -> Iterator[None]:
+    """The same as far as settings go, so that what runs inside is called by nobody but the user."""
     precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     try:
-        cpu, cuda = (torch.autocast(device, enabled=False) for device in ("cpu", "cuda"))
+        cpu, cuda = (torch.autocast(device, enabled=False) for device in DEVICES)
         with cpu, cuda, torch.no_grad():
             yield
     finally:

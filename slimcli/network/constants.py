@@ -37,7 +37,7 @@ def measure(model: nn.Module, cuts: Sequence[Cut], example: Example) -> dict[str
     try:
         model.eval()
         with torch.no_grad(), capture:
-            example.copied().run(model)
+            example.run(model)
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -50,6 +50,9 @@ class Capture:
     Args:
         model: Is run inside the block, in eval mode, the producers' channels at zero.
         cuts: Their ``constants`` are read.
+
+    Attributes:
+        is_single: One that was read is a single number, which can't be another one elsewhere.
     """
 
     def __init__(self, model: nn.Module, cuts: Sequence[Cut]) -> None:
@@ -61,6 +64,7 @@ class Capture:
                 known += [each for each in constant.entries if each not in known]
         self._values: dict[str, Tensor] = {}
         self._refused: RunError | None = None
+        self.is_single = False
         self._handles: list[Any] = []
 
     def __enter__(self) -> Capture:
@@ -110,6 +114,7 @@ class Capture:
         value = constant_value(inputs, self._entries[path], dim)
         if value is None:
             raise _refused(path, "the removed channels do not arrive as constants")
+        self.is_single |= inputs.numel() == inputs.shape[dim]
         before = self._values.setdefault(path, value)
         limit = _rounding(inputs.dtype) * value.abs().clamp_min(1.0)
         if bool(((before - value).abs() > limit).any()):

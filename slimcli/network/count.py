@@ -40,7 +40,7 @@ def count_macs(model: nn.Module, example: Example, samples: int | None = None) -
         ValueError: No tensor in the batch says how many samples there are.
     """
     samples = samples_in(example.batch) if samples is None else samples
-    counter, example = FlopCounterMode(display=False), example.copied()
+    counter = FlopCounterMode(display=False)
     modes = {module: module.training for module in model.modules()}
     fast_path = torch.backends.mha.get_fastpath_enabled()
     try:

@@ -25,12 +25,16 @@ class Example:
     predict: Callable[[nn.Module, Any], Any]
 
     def run(self, model: nn.Module) -> Any:
-        """The model's prediction for this batch, in the mode and under the grad mode found."""
-        return self.predict(model, self.batch)
+        """The model's prediction for this batch, in the mode and under the grad mode found.
 
-    def copied(self) -> Example:
-        """The same with a batch of its own: ``x.sub_(mean)`` would change it for the next run."""
-        return Example(mapped(self.batch, _own), self.predict)
+        The model gets copies: ``x.sub_(mean)`` would change the batch for the next run.
+        """
+        return self.predict(model, own_copy(self.batch))
+
+
+def own_copy(value: Any) -> Any:
+    """The same lists, tuples and dicts with copies of the tensors in them."""
+    return mapped(value, _own)
 
 
 def _own(value: Any) -> Any:

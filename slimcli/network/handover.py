@@ -119,7 +119,6 @@ def _measure(
     try:
         model.eval()
         for batch in batches:
-            fresh = batch.copied()  # the user's code may write into a batch
             _add(model, moments, batch)
             if not all(each.count for each in moments.values()):
                 # A copy, since training writes into a model. Norms stay in eval mode there: a conv
@@ -128,7 +127,7 @@ def _measure(
                     twin = deep_copy(model)
                     set_train_mode(twin)
                 with preserved_randomness(model):
-                    _add(twin, of_training, fresh)
+                    _add(twin, of_training, batch)
     finally:
         for module, mode in modes.items():
             module.training = mode

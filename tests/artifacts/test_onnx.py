@@ -217,6 +217,39 @@ def test_a_random_forward_is_kept_as_failed(tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == ["model.onnx.failed"]
 
 
+class Halving(Linear):
+    """Its forward switches autocast on."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.layer(x)
+
+
+def test_autocast_of_the_forward_is_not_in_the_file(tmp_path):
+    model, batch = Halving().eval(), torch.rand(2, 4)
+    report = onnx.export(model, Example(batch, call), tmp_path / "m.onnx")
+    assert (report.seam.ok, report.seam.max_abs < 1e-6) == (True, True)
+    torch.testing.assert_close(onnx.OnnxModel(report.path)(batch), model.layer(batch))
+
+
+class Scaling(Linear):
+    """Its forward writes into the batch."""
+
+    def forward(self, x):
+        x *= 255
+        return self.layer(x)
+
+
+def test_a_forward_that_writes_into_its_batch_is_exported_and_the_batch_stays(tmp_path):
+    batch = torch.rand(2, 4)
+    before, model = batch.clone(), Scaling().eval()
+    report = onnx.export(model, Example(batch, call), tmp_path / "m.onnx")
+    assert report.seam.ok
+    assert torch.equal(batch, before)
+    expected = torch.nn.functional.linear(before * 255, model.layer.weight, model.layer.bias)
+    torch.testing.assert_close(onnx.OnnxModel(report.path)(before.clone()), expected)
+
+
 def test_a_predict_function_that_avoids_the_model_is_refused(tmp_path):
     example = Example(torch.randn(3, 4), lambda model, batch: model.layer(batch))
     with pytest.raises(RunError, match="does not call the model"):

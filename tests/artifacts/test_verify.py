@@ -131,6 +131,29 @@ def test_every_batch_counts():
     assert (found.ok, found.batches) == (False, 2)
 
 
+def test_autocast_that_the_users_code_switches_on_hides_nothing_and_changes_nothing():
+    torch.manual_seed(0)
+    net, batch = nn.Linear(64, 64), torch.randn(8, 64)
+    near = copy.deepcopy(net)
+    with torch.no_grad():
+        near.weight += 1e-3 * torch.randn(64, 64)
+
+    def predict(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(batch)
+
+    same, other = (
+        verify.compare(verify.runner(net, predict), verify.runner(model, predict), [batch])
+        for model in (copy.deepcopy(net), near)
+    )
+    with torch.no_grad():
+        difference = (net(batch) - near(batch)).abs().max().item()
+    assert (same.ok, same.max_abs) == (True, 0.0)
+    assert not other.ok
+    assert other.max_abs == pytest.approx(difference, rel=1e-4)
+    assert predict(net, batch).dtype == torch.bfloat16
+
+
 def test_settings_and_modes_are_put_back():
     net = Net().train()
     net.second.eval()

@@ -298,9 +298,7 @@ CASES = {
     "regions and zeros by mask": Case(lambda: Regions(0.0, 0.0), ["a.1", "b.1"]),
     "regions and ones by mask": Case(lambda: Regions(0.0, 1.0), ["b.1"], ["a.1"]),
     "regions among ones": Case(lambda: Regions(1.0), ["b.1"], ["a.1"]),
-    "regions beside ones": Case(
-        lambda: Regions(0.0, before=1.0), ["b.1"], frozen={"a.1": "beside a tensor of fixed size"}
-    ),
+    "regions beside ones": Case(lambda: Regions(0.0, before=1.0), ["b.1"], ["a.1"]),
     "pad and resize": Case(PadResize, ["a.1", "b", "c.1"]),
     "dataclass output": Case(DataclassOutput, ["b.1"], frozen={"a.1": "an output of the model"}),
     "dict of integers": Case(DictOfImagesAndKinds, ["kinds", "a.1"], batch=images_and_kinds),

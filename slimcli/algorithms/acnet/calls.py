@@ -61,7 +61,7 @@ def _run(model: nn.Module, example: Example) -> Dimensions:
 
         conv.register_forward_pre_hook(look)
     with preserved_randomness(model), torch.no_grad():
-        example.copied().run(model)
+        example.run(model)
     return seen
 
 
@@ -84,5 +84,5 @@ def _read_weights(model: nn.Module, example: Example) -> set[str]:
     """Convs whose weight is read, by themselves or by other code."""
     reading = _Reading()
     with preserved_randomness(model), torch.no_grad(), reading:
-        example.copied().run(model)
+        example.run(model)
     return {path for path, conv in _convs(model).items() if id(conv.weight) in reading.read}

@@ -17,7 +17,7 @@ from torch import nn
 
 from slimcli.artifacts import nested, verify
 from slimcli.errors import Problem, RunError
-from slimcli.network.example import Example
+from slimcli.network.example import Example, own_copy
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def capture(model: nn.Module, example: Example) -> Capture:
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not calls:
-            calls.append((args, kwargs))
+            calls.append(own_copy((args, kwargs)))  # the forward may write into them
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         if not results:
@@ -188,7 +188,7 @@ def batching(flat: FlatModel, inputs: Mapping[str, torch.Tensor]) -> Batching:
     for samples in (2, 3):
         try:
             with verify.exact_arithmetic(), verify.evaluating(flat):
-                flat(*resized(inputs, which, samples).values())
+                flat(*own_copy(list(resized(inputs, which, samples).values())))
         except Exception as error:  # the user's own code may raise anything
             head = str(error).strip().splitlines()[:1]
             reason = f"the model does not run with {samples} samples: {' '.join(head)}"

@@ -38,8 +38,9 @@ from slimcli.artifacts.onnx.codes import (
 )
 from slimcli.artifacts.onnx.runtime import STRUCTURE_KEY, OnnxModel, is_quantized
 from slimcli.artifacts.onnx.torch_export import Graph, to_graph
+from slimcli.artifacts.seam import float32_settings
 from slimcli.errors import Problem, RunError, VerificationError
-from slimcli.network.example import Example
+from slimcli.network.example import Example, own_copy
 from slimcli.network.quantize import fake_quant, fold
 
 DEFAULT_OPSET = 19
@@ -117,7 +118,7 @@ def export(
     call = capture(model, example)
     flat = FlatModel(model, call.args, call.kwargs)
     batch = batching(flat, call.inputs)
-    with verify.exact_arithmetic(), verify.evaluating(flat):
+    with float32_settings(), verify.evaluating(flat):
         graph = _graph(flat, call, batch, opset)
     tidy.tidy(graph.model, [name for name, _ in model.named_modules() if name])
     norms = fold.folded_norms(model)
@@ -146,7 +147,7 @@ def _graph(flat: FlatModel, call: Capture, batch: Batching, opset: int) -> Graph
         inputs, batched = resized(call.inputs, batch.names, 2), batch.names
     else:
         inputs, batched = call.inputs, ()
-    return to_graph(flat, inputs, list(call.outputs), batched, opset)
+    return to_graph(flat, own_copy(inputs), list(call.outputs), batched, opset)
 
 
 def _require_pairs(model: nn.Module, graph: Graph) -> None:
@@ -203,7 +204,7 @@ def check_numbers(
 
     def module(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         with verify.evaluating(flat):
-            return dict(zip(call.outputs, flat(*inputs.values()), strict=True))
+            return dict(zip(call.outputs, flat(*own_copy(list(inputs.values()))), strict=True))
 
     def file(inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
         tensors = list(inputs.values())

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from slimcli.artifacts.onnx.capture import FlatModel
+from slimcli.artifacts.seam import WithoutAutocast
 from slimcli.errors import Problem, RunError
 
 TORCHSCRIPT_OPSET_MAXIMUM = 20
@@ -66,7 +67,7 @@ def to_graph(
     """
     log: list[str] = []
     try:
-        with _quiet(log):
+        with _quiet(log), WithoutAutocast():
             return Graph(_dynamo(flat, inputs, outputs, batched, opset), "dynamo", "", tuple(log))
     except Exception as error:  # the exporter wraps whatever the user's code raises
         reason = _reason(error)

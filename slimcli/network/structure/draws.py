@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -12,12 +13,15 @@ from slimcli.network.structure.structure import Group
 REDRAWN = 20
 """So often a choice of channels is drawn anew, to be another one than that of the group before."""
 
+ALL_SIZES = 0
+"""Stands for groups of any size."""
+
 Selection = tuple[list[int], int]
 """All channels of a group in some order, and how many of the first ones stay."""
 
 
-def kept_count(size: int, random: torch.Generator, least: int = 1) -> int:
-    """How many of so many channels a trial keeps: a quarter to three quarters, an odd number.
+def kept_counts(size: int, least: int = 1) -> list[int]:
+    """How many of so many channels a trial may keep: a quarter to three quarters, an odd number.
 
     At least ``least``, which is less than ``size``.
 
@@ -25,12 +29,11 @@ def kept_count(size: int, random: torch.Generator, least: int = 1) -> int:
     of a number of heads is a number of heads. Two go if that can be, so that one of them can be
     merged and one zeroed.
 
-    >>> kept_count(64, torch.Generator().manual_seed(0)) % 2
-    1
+    >>> kept_counts(16), kept_counts(4), kept_counts(8, least=4)
+    ([5, 7, 9, 11, 13], [1], [4, 5])
     """
     low, high = max(1, size // 4), 3 * size // 4
-    drawn = int(torch.randint(low, high + 1, (), generator=random)) | 1
-    return max(least, 1, min(drawn, (size - 3) | 1))
+    return sorted({max(least, 1, min(n | 1, (size - 3) | 1)) for n in range(low, high + 1)})
 
 
 class Draws:
@@ -81,22 +84,29 @@ class Draws:
     @contextlib.contextmanager
     def level(self, groups: Sequence[Group]) -> Iterator[None]:
         """Meanwhile these groups keep equally many channels."""
-        fewest = min(kept_count(group.size, self._random) for group in groups)
+        fewest = min(self._any(kept_counts(group.size)) for group in groups)
         with self.exactly({group.name: max(group.least, fewest) for group in groups}):
             yield
 
     def of(self, groups: Sequence[Group]) -> Iterator[Selection]:
         """A choice for each group.
 
-        Of groups of one size no two in a row keep the same channels, nor, where the last attempt
-        is turned round, two others nearby: heads of queries and of values must not fit by luck.
+        Groups keep different numbers of channels, those of one size above all, as long as there are
+        any: two widths that must be equal must not be so by luck. No two of one size in a row keep
+        the same channels, nor, where the last attempt is turned round, two others nearby: heads of
+        queries and of values.
         """
         alike: dict[int, int] = {}
         kept: dict[int, set[int]] = {}
+        counts: dict[int, Counter[int]] = defaultdict(Counter)
         for group in groups:
-            place = alike[group.size] = alike.get(group.size, -1) + 1
-            choice = self._again(group, place) or self._drawn(group, kept.get(group.size, set()))
-            kept[group.size] = set(choice[0][: choice[1]])
+            size = group.size
+            place = alike[size] = alike.get(size, -1) + 1
+            choice = self._again(group, place)
+            choice = choice or self._drawn(group, kept.get(size, set()), counts)
+            kept[size] = set(choice[0][: choice[1]])
+            counts[size][choice[1]] += 1
+            counts[ALL_SIZES][choice[1]] += 1
             yield choice
 
     def _again(self, group: Group, place: int) -> Selection | None:
@@ -110,9 +120,23 @@ class Draws:
             return last
         return last[0][::-1], max(group.least, group.size - last[1])
 
-    def _drawn(self, group: Group, unlike: set[int]) -> Selection:
-        """A random choice, if possible of other channels than these."""
-        keep = self._level.get(group.name) or kept_count(group.size, self._random, group.least)
+    def _any(self, counts: Sequence[int]) -> int:
+        """One of these numbers."""
+        return counts[int(torch.randint(len(counts), (), generator=self._random))]
+
+    def _count(self, group: Group, taken: Mapping[int, Counter[int]]) -> int:
+        """How many stay, if possible a number that is not taken; few channels have all but one."""
+        counts, here = kept_counts(group.size, group.least), taken[group.size]
+        if all(here[each] for each in counts):
+            counts = sorted({*counts, group.size - 1})
+        uses = {each: (here[each], taken[ALL_SIZES][each]) for each in counts}
+        return self._any([each for each in counts if uses[each] == min(uses.values())])
+
+    def _drawn(
+        self, group: Group, unlike: set[int], taken: Mapping[int, Counter[int]]
+    ) -> Selection:
+        """A random choice, if possible of other channels than these, and of another number."""
+        keep = self._level.get(group.name) or self._count(group, taken)
         order: list[int] = []
         for _ in range(REDRAWN):
             order = torch.randperm(group.size, generator=self._random).tolist()

@@ -9,6 +9,7 @@ import numpy as np
 from slimcli.network.structure.assumptions import Pool, Search
 from slimcli.network.structure.comparison import Failure
 from slimcli.network.structure.groups import Grouping
+from slimcli.network.structure.planes import Labels
 from slimcli.network.structure.record import Least
 from slimcli.network.structure.structure import Group, Structure
 from slimcli.network.structure.trial import Trial
@@ -80,13 +81,37 @@ def without_bad_extremes(
             judged.add(group.name)
             labels = pool.labels(group)
             if is_alone and counts[group.name] == group.least:
-                width = _fewest(trial, group) * len(labels) // group.size
-                line = failure.line or f"a comparison: {failure}"
-                record.least.append(Least(labels, width, line))
+                _note_fewest(search, trial, group, labels, failure)
             else:
                 search.ban(labels, str(failure))
     is_same = known == (len(search.bans), len(record.least))
     return (structure, grouping) if is_same else search.structure()
+
+
+def is_only_narrow(
+    search: Search, pool: Pool, trial: Trial, group: Group, failure: Failure
+) -> bool:
+    """Does a group of whose width the code asks fail for few channels only? Then so many stay.
+
+    Found out once: who fails with more than that fails for another reason.
+    """
+    labels = pool.labels(group)
+    is_asked = any(each.name == group.name for each in pool.touching(search.record.asked.values()))
+    is_known = any(np.isin(each.labels, labels).any() for each in search.record.least)
+    if not is_asked or is_known or group.size - 1 <= group.least:
+        return False
+    if trial.exactly([group], {group.name: group.size - 1}) is not None:
+        return False
+    _note_fewest(search, trial, group, labels, failure)
+    return True
+
+
+def _note_fewest(
+    search: Search, trial: Trial, group: Group, labels: Labels, failure: Failure
+) -> None:
+    width = _fewest(trial, group) * len(labels) // group.size
+    line = failure.line or f"a comparison: {failure}"
+    search.record.least.append(Least(labels, width, line))
 
 
 def _failing(

@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from slimcli.network.attributes import Convolution
 from slimcli.network.holders import owner_of
 from slimcli.network.structure.groups import components, first_choices
 from slimcli.network.structure.planes import Labels, entries, labels_of
 from slimcli.network.structure.record import Hands, Record
+from slimcli.network.structure.sources import SourceDim
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 DISTRIBUTED = (
@@ -64,6 +66,8 @@ def freeze_unseen(model: nn.Module, record: Record) -> list[str]:
     parameters = {name for name, _ in model.named_parameters()}
     for dim in record.sources.dims:
         if dim.tensor in parameters and dim.tensor not in record.sources.seen:
+            if _follows_its_weight(model, record, dim):
+                continue
             path = owner_of(*_divided(dim.tensor))[0]
             path = dim.tensor if path in record.hands else path
             if path not in widths:
@@ -74,6 +78,20 @@ def freeze_unseen(model: nn.Module, record: Record) -> list[str]:
         for path in paths:
             _freeze_widths(record, caller, path, widths[path])
     return [_note(record.unseen)] if record.unseen else []
+
+
+def _follows_its_weight(model: nn.Module, record: Record, dim: SourceDim) -> bool:
+    """Is it the bias of a layer whose weight other code reads? It is cut with the weight."""
+    path, local = _divided(dim.tensor)
+    if local != "bias" or not isinstance(model.get_submodule(path), (nn.Linear, Convolution)):
+        return False
+    for other in record.sources.dims:
+        is_weight = other.tensor == f"{path}.weight".removeprefix(".") and other.dim == 0
+        if is_weight and other.size == dim.size and other.tensor in record.sources.seen:
+            labels, weights = (np.arange(d.first, d.first + d.size) for d in (dim, other))
+            record.join_labels(labels, weights)
+            return True
+    return False
 
 
 def freeze_rewired(record: Record) -> None:

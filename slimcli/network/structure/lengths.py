@@ -195,7 +195,7 @@ class Length(int):
 
     def told_apart(self) -> None:
         """Images may be padded, or not, for their size."""
-        if not len(self.labels) and not self.is_batch:
+        if not len(self.labels) and not self.is_batch and not user_line.is_of_einops():
             self.record.remainders += [(each, user_line.current()) for each in self.tensor]
             self.record.counts_sizes |= not self.tensor  # of the images themselves
 

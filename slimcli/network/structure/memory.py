@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from slimcli.network.structure.nodes import Kind, Node, NodeTable
+from slimcli.network.structure.nodes import ZEROS_TO_MEASURE, Kind, Node, NodeTable
 from slimcli.network.structure.planes import active_axes, labels_of, nodes_of, pack
 
 
@@ -65,6 +65,12 @@ def has_gaps(planes: Sequence[Tensor], tensor: Tensor, others: Sequence[Tensor])
     """
     known = max(others, key=Tensor.numel).stride()
     return any(tensor.stride(axis) not in known for p in planes for axis in active_axes(p))
+
+
+def are_zeros(table: NodeTable, planes: Sequence[Tensor]) -> bool:
+    """Are there no channels but those of zeros that were made as wide as others?"""
+    zeros = table.add(ZEROS_TO_MEASURE)
+    return all(bool(((nodes_of(each) == 0) | (nodes_of(each) == zeros)).all()) for each in planes)
 
 
 def bordered(table: NodeTable, plane: Tensor) -> Tensor:

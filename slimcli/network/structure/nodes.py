@@ -59,6 +59,9 @@ class Node:
 MADE_TO_MEASURE = Node(Kind.JOIN, name="made to measure")
 """Of a tensor of equal entries that the code makes as wide as another one is."""
 
+ZEROS_TO_MEASURE = Node(Kind.BORDER, name="zeros made to measure")
+"""The same where all entries are zero."""
+
 
 class NodeTable:
     """All nodes of a trace; equal nodes are one."""
@@ -80,7 +83,8 @@ class NodeTable:
             made = [self._made[parent] for parent in node.parents if parent]
             self._roots.append(self._roots[node.parents[0]] if node.kind == Kind.MAP else number)
             self._summed.append(self._sums(node))
-            self._made.append(node == MADE_TO_MEASURE or (bool(made) and all(made)))
+            is_made = node in (MADE_TO_MEASURE, ZEROS_TO_MEASURE)
+            self._made.append(is_made or (bool(made) and all(made)))
         return number
 
     def one_of(self, numbers: Collection[int]) -> int:
@@ -158,6 +162,8 @@ class ZeroStates:
 
     def _evaluate(self, node: Node) -> State:
         states = [self._known[parent] for parent in node.parents]
+        if node == ZEROS_TO_MEASURE:
+            return State.ZERO
         if node.kind == Kind.SOURCE:
             return State.CONSTANT if node.flags[0] else State.VARYING
         if node.name in self._zeroed and node.kind in (Kind.PRODUCER, Kind.DEPTHWISE):

@@ -15,7 +15,7 @@ import numpy as np
 
 from slimcli.network.cuts import Cut
 from slimcli.network.structure.planes import Labels
-from slimcli.network.structure.record import Consumer, Record
+from slimcli.network.structure.record import Consumer, Record, Split
 
 
 def first_disorder(
@@ -41,6 +41,15 @@ def first_disorder(
         if not all(map(np.array_equal, wanted, met)):
             return path
     return ""
+
+
+def _note_alone_in_blocks(alone: Labels, kept: Labels, split: Split) -> None:
+    """Blocks of which a single channel stays are axes of one entry, too."""
+    labels, firsts = split.block_pairs
+    stays = kept[labels] & (labels != 0)
+    pairs = np.unique(np.stack([firsts[stays], labels[stays]]), axis=1)
+    blocks, counts = np.unique(pairs[0], return_counts=True)
+    alone[pairs[1][np.isin(pairs[0], blocks[counts == 1])]] = True
 
 
 def _by_path(consumers: Sequence[Consumer]) -> dict[str, list[Labels]]:
@@ -71,6 +80,8 @@ def _translation(
     for dim in before.sources.dims:
         mine = slice(dim.first, dim.first + dim.size)
         alone[mine] = kept[mine] & (kept[mine].sum() == 1)
+    for split in before.splits:
+        _note_alone_in_blocks(alone, kept, split)
     old_label = np.zeros(after.sources.count, dtype=np.int64)
     for new in after.sources.dims:
         dim = first.get((new.tensor, new.dim))

@@ -193,13 +193,21 @@ class Record:
             different &= (a != 0) & (b != 0)
             self.edges.append((a[different], b[different]))
 
-    def tie(self, left: Tensor, right: Tensor, reason: str) -> None:
-        """Joins; where only one side has a label, it is frozen."""
+    def tie(self, left: Tensor, right: Tensor, reason: str, *, is_room: bool = False) -> None:
+        """Joins; where only one side has a label, it is frozen.
+
+        Args:
+            left: A plane.
+            right: Another one, broadcastable with it.
+            reason: Why.
+            is_room: The left one is only room for the right one, which is free where there are no
+                labels.
+        """
         a, b = _rows(left, right)
         self.join_labels(a, b)
         if a.all() and b.all():
             return
-        alone = np.concatenate([a[b == 0], b[a == 0]])
+        alone = a[b == 0] if is_room else np.concatenate([a[b == 0], b[a == 0]])
         if alone.any():
             self.freeze_labels(alone, reason)
 

@@ -28,7 +28,8 @@ def rehearse(
     merged = len(goes)
     edits: list[Edit] = []
     if group.exact_zero:
-        merged = (len(goes) + 1) // 2 if merging and group.exact_duplicate else 0
+        can_merge = merging and group.exact_duplicate and (len(goes) > 1 or goes_alone(group))
+        merged = (len(goes) + 1) // 2 if can_merge else 0
         edits += zeros(model, group, goes[merged:])
     clusters = [[stays[i], *goes[i:merged:keep]] for i in range(keep)]
     clusters = sorted(map(sorted, clusters))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slimcli.network import attributes, fuse
-from slimcli.network.example import Example
+from slimcli.network.example import Example, own_copy
 from slimcli.network.nested import tensors_in
 from slimcli.network.structure.calls import Calls
 from slimcli.network.structure.memory import memory_of
@@ -52,10 +52,10 @@ def run_traced(
         execute: How an operator is executed.
     """
     record.runs += 1
-    example = example.copied()
+    batch = own_copy(example.batch)
     calls = Calls()
     tracer = Tracer(record, calls, RULES, execute)
-    tracer.give(example.batch)
+    tracer.give(batch)
     handles = _watch_modules(model, tracer)
     held = [(each, each.data) for each in model.parameters() if not _is_lazy(each)]
     leaves = [each for each, _ in held if each.is_leaf]
@@ -64,7 +64,7 @@ def run_traced(
         parameter.grad = None  # the code may call backward
     try:
         with torch.no_grad(), tracer, Shapes(tracer):
-            output = example.run(model)
+            output = example.predict(model, batch)
         for tensor in output_tensors(output):
             calls.used(tensor)
             record.freeze(tracer.planes_of(tensor), "it is an output of the model")

@@ -14,6 +14,7 @@ from slimcli.network.structure.comparison import Failure
 from slimcli.network.structure.extremes import (
     asked_groups,
     extremes,
+    is_only_narrow,
     without_bad_extremes,
     without_multiples,
 )
@@ -52,8 +53,7 @@ def try_cuts(model: nn.Module, example: Example, traced: Traced, samples: int) -
         structure, grouping = _without_bad_merges(search, structure, grouping, trial)
     structure, grouping = _without_equal_widths(search, structure, grouping, trial)
     if seen is not None:
-        asked = asked_groups(search, structure, grouping)
-        structure, grouping = without_bad_extremes(search, structure, grouping, trial, asked)
+        structure, grouping = _without_bad_extremes(search, structure, grouping, trial)
         if search.learned == known:
             structure, grouping = _frozen(search, structure, grouping, seen)
     structure, grouping = without_multiples(search, structure, grouping, trial)
@@ -82,6 +82,19 @@ def _without_bad_cuts(
     if unexplained is not None:
         return _frozen(search, structure, grouping, unexplained)
     return structure, grouping
+
+
+def _without_bad_extremes(
+    search: Search, structure: Structure, grouping: Grouping, trial: Trial
+) -> tuple[Structure, Grouping]:
+    """The same with what is left tried again: some may have passed only with those that went."""
+    known = search.learned
+    asked = asked_groups(search, structure, grouping)
+    structure, grouping = without_bad_extremes(search, structure, grouping, trial, asked)
+    if search.learned == known or not prunable(structure):
+        return structure, grouping
+    failure = _fails(search, trial, prunable(structure))
+    return _without_bad_cuts(search, structure, grouping, trial, failure)
 
 
 def _frozen(
@@ -218,7 +231,8 @@ def _learn(
     near = failure.module if not thoroughly else ""
     bad = _near_module(pool, trial, near) if near else []
     for group, reason in bad or trial.find_bad(pool.groups, failure):
-        search.blame(pool.labels(group), reason, "")
+        if not is_only_narrow(search, pool, trial, group, reason):
+            search.blame(pool.labels(group), reason, "")
 
 
 def _near_module(pool: Pool, trial: Trial, path: str) -> list[tuple[Group, Failure]]:

@@ -22,8 +22,8 @@ from torch.overrides import TorchFunctionMode
 from slimcli.network.nested import tensors_in
 from slimcli.network.structure import user_line
 from slimcli.network.structure.lengths import Length, plain, same
-from slimcli.network.structure.nodes import MADE_TO_MEASURE
-from slimcli.network.structure.planes import LABEL_MASK, pack
+from slimcli.network.structure.nodes import MADE_TO_MEASURE, ZEROS_TO_MEASURE, Node
+from slimcli.network.structure.planes import LABEL_MASK, axis_entries, pack
 from slimcli.network.structure.record import Record
 from slimcli.network.structure.trace import Tracer
 
@@ -49,15 +49,26 @@ _WIDTHS = {
 RESHAPES = frozenset({torch.Tensor.view, torch.Tensor.reshape, torch.reshape, torch.Tensor.expand})
 """They are told all sizes of their result."""
 
+_UNFLATTENS = frozenset({torch.Tensor.unflatten, torch.unflatten})
+
+_LIKE_ANOTHER = frozenset({torch.Tensor.view_as, torch.Tensor.reshape_as, torch.Tensor.expand_as})
+"""They are told another tensor, whose sizes their result gets."""
+
 _MAKING = {
     torch.Tensor.repeat: 1,
     torch.Tensor.expand: 1,
     torch.Tensor.new_ones: 1,
     torch.Tensor.new_full: 1,
+    torch.Tensor.new_empty: 1,
     torch.ones: 0,
     torch.full: 0,
+    torch.empty: 0,
+    torch.Tensor.new_zeros: 1,
+    torch.zeros: 0,
 }
 """What makes tensors of equal entries, and where its sizes begin."""
+
+_ZEROS = frozenset({torch.zeros, torch.Tensor.new_zeros})
 
 
 class Shapes(TorchFunctionMode):
@@ -82,7 +93,11 @@ class Shapes(TorchFunctionMode):
             args, kwargs = plain(args), {key: plain(value) for key, value in kwargs.items()}
         if func is torch.Tensor.is_same_size:  # asked of the sizes, which tell
             return self._sizes(args[0], caller) == self._sizes(args[1], caller)
-        result = func(*args, **kwargs)
+        self._tracer.checks = func is F.one_hot and _classes(args, kwargs) > 0
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self._tracer.checks = False
         self._hear(func, args, kwargs, result)
         is_asked = bool(args) and isinstance(args[0], Tensor) and not user_line.is_of_slim(caller)
         return self._told_of(func, args, kwargs, result, caller) if is_asked else result
@@ -96,9 +111,18 @@ class Shapes(TorchFunctionMode):
         if func is torch.Tensor.__deepcopy__:
             self._tracer.relabel(result, self._tracer.planes_of(args[0]))
         if func in _MAKING:
-            self._measure(result, list(args[_MAKING[func] :]))
+            sizes = list(args[_MAKING[func] :]) or [kwargs.get("size", ())]
+            self._measure(result, sizes, ZEROS_TO_MEASURE if func in _ZEROS else MADE_TO_MEASURE)
         if func in RESHAPES:
             self._tie(result, [*args[1:], *kwargs.values()])
+        if func in _UNFLATTENS:
+            told = dict(zip(("dim", "sizes"), args[1:], strict=False)) | kwargs
+            dim, sizes = told["dim"] % args[0].dim(), list(told["sizes"])
+            shape = list(result.shape)
+            self._tie(result, [*shape[:dim], *sizes, *shape[dim + len(sizes) :]])
+        if func in _LIKE_ANOTHER:
+            other = next(iter((*args[1:], *kwargs.values())))
+            self._tie(result, [self._length(other, *each) for each in enumerate(other.shape)])
 
     def _told_of(
         self,
@@ -158,9 +182,20 @@ class Shapes(TorchFunctionMode):
             if isinstance(size, Length) and size.record is self._tracer.record:
                 found = self._length(result, dim, plain(size))
                 if len(size.labels) and len(found.labels) and not same(size, found):
-                    size.met(found)
+                    self._meet(size, found, dim)
 
-    def _measure(self, result: Tensor, sizes: list[Any]) -> None:
+    def _meet(self, size: Length, found: Length, dim: int) -> None:
+        """Channels come to lie along an axis as wide as others: one row, or several of them."""
+        reason = f"its width is compared with another at {user_line.current()}"
+        for plane in found.tensor if size.is_full else ():
+            if plane.shape[dim] > 1:
+                rows = axis_entries(plane, dim)
+                width = torch.from_numpy(size.labels).view(-1, 1)
+                self._tracer.record.tie(width, rows, reason)
+        if not size.is_full:
+            size.met(found)
+
+    def _measure(self, result: Tensor, sizes: list[Any], made: Node) -> None:
         """What is made of equal entries, as many as there are channels, has these channels.
 
         ``blur.repeat(x.shape[1], 1, 1, 1)`` is cut with ``x``.
@@ -177,7 +212,7 @@ class Shapes(TorchFunctionMode):
                 continue
             labels = torch.from_numpy(np.repeat(size.labels, result.shape[dim] // plain(size)))
             shape = [-1 if axis == dim else 1 for axis in range(result.dim())]
-            node = self._tracer.record.table.add(MADE_TO_MEASURE)
+            node = self._tracer.record.table.add(made)
             planes += (pack(labels, node).view(shape),)
         self._tracer.relabel(result, planes)
 
@@ -208,6 +243,11 @@ class Shapes(TorchFunctionMode):
             length.is_plain = len(length.labels) == size
         length.is_batch = dim == 0
         return length
+
+
+def _classes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """How many classes ``one_hot`` is told; it looks for them itself if there are none."""
+    return int(plain(args[1] if len(args) > 1 else kwargs.get("num_classes", -1)))
 
 
 @contextlib.contextmanager

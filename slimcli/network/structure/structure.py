@@ -264,6 +264,8 @@ def label_counts(
 ) -> tuple[int, dict[str, int]]:
     """Entries outside all groups, and entries per group."""
     groups = group_of[labels]
+    if not len(groups):
+        return 0, {}
     if (groups == groups[0]).all():  # nearly always
         number, size = int(groups[0]), len(groups)
         return (size, {}) if number < 0 else (0, {names[number]: size})

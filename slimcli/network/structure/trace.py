@@ -22,6 +22,7 @@ from slimcli.network.nested import tensors_in
 from slimcli.network.structure import user_line
 from slimcli.network.structure.calls import Calls
 from slimcli.network.structure.memory import (
+    are_zeros,
     bordered,
     has_gaps,
     joined,
@@ -133,6 +134,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._gives_all = True
         self._blank: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()
         self.backups: dict[str, tuple[Tensor, Tensor]] = {}
+        self.checks = False  # what runs asks for values only to raise
         self.ops: list[Any] = []
         self._dropping = {kind.forward for kind in dropouts()}
 
@@ -234,7 +236,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.record.freeze([plane], f"{ONE_PICKED} at {line}")
         if name in ORDER_DEPENDENT and self.record.static_calls is None:
             self.record.static_calls = self.calls.mixing_entered
-        if name in READING and self._is_given(inputs) and not user_line.is_of_check():
+        is_read = name in READING and not self.checks
+        if is_read and self._is_given(inputs) and not user_line.is_of_check():
             self.record.reads.append((self.calls.top()[0], user_line.current()))
         return [tensor for tensor in inputs if self.planes_of(tensor)]
 
@@ -365,7 +368,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         Returns:
             False where the channels lie otherwise in the memory that is shared.
         """
-        if any(self.planes_of(other) for other in aliases):
+        if not all(are_zeros(self.record.table, self.planes_of(other)) for other in aliases):
             return False
         views = [[seen_from(plane, tensor, other) for other in aliases] for plane in planes]
         whole = [[v for v in found if v is not None] for found in views if None not in found]

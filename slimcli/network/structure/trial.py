@@ -116,7 +116,7 @@ class Trial:
         """
         self._log.calls, self._log.outputs = 0, []
         picks, hollow = Picks(), self._hollow
-        example = self._example.copied()
+        example = self._example
         if hollow is not None and record is None:
             example = run_inside(hollow, example)
         if self._log.limit:
@@ -223,7 +223,7 @@ class Trial:
                 zeroed = self._run_zeroed(model)
             if zeroed is None:
                 return self._attempt_once(groups, thorough, merging)
-            elsewhere = self._zeroed_elsewhere(model, groups, thorough)
+            elsewhere = self._zeroed_elsewhere(model, groups, thorough, capture.is_single)
             if self._traced.keeps_state:  # cut, it may go on, or begin anew in another process
                 elsewhere.append((Situation(self._example, undoes=before.changes()), zeroed))
                 now = Memory(attributes_of(model))
@@ -247,16 +247,16 @@ class Trial:
         return self._recheck(after, cuts) if failure is None and after is not None else failure
 
     def _zeroed_elsewhere(
-        self, model: nn.Module, groups: Sequence[Group], thorough: bool
+        self, model: nn.Module, groups: Sequence[Group], thorough: bool, is_single: bool
     ) -> list[tuple[Situation, Ran | None]]:
         """What the zeroed model gives where the cut one must give the same, too.
 
         On a batch unlike the example, if what becomes of a zero may hang on the batch: the code
-        makes numbers of tensors or sizes, or the batch has some. In train mode, if the code is
-        another one there.
+        makes numbers of tensors or sizes, the batch has some, or a constant was a single number.
+        In train mode, if the code is another one there.
         """
         record, found = self._traced.record, []
-        is_counted = bool(record.reads or record.leaves or record.counts_sizes)
+        is_counted = bool(record.reads or record.leaves or record.counts_sizes or is_single)
         # What becomes of a size can't always be heard.
         may_count = record.asks_sizes and any(group.constants for group in groups)
         if is_counted or may_count or holds_numbers(self._example.batch):
@@ -288,7 +288,7 @@ class Trial:
         twin = (deep_copy if self._traced.record.writes else share_copy)(model).eval()
         batch = next(itertools.islice(other_batches(example.batch), number, None))
         with torch.no_grad(), preserved_randomness(twin), without_fast_path():
-            Example(batch, example.predict).copied().run(twin)
+            Example(batch, example.predict).run(twin)
 
     def _run_in(self, situation: Situation, model: nn.Module) -> Ran | None:
         """What the model gives; None if it drew numbers, whose count is another one after a cut."""

@@ -31,7 +31,7 @@ def nothing_followed(
     """
     twin = deep_copy(model).eval()  # of its own: nobody hears what is written into parameters
     with torch.no_grad(), preserved_randomness(twin):
-        example.copied().run(twin)
+        example.run(twin)
     lines = str(error).splitlines()
     where = user_line.of_error(error)
     what = f"the model could not be followed: {type(error).__name__}: {lines[0] if lines else ''}"

@@ -177,7 +177,7 @@ def sliced(op: Op) -> Sequence[Planes]:
     for plane in op.planes(tensor):
         if plane.shape[axis] > 1 and size != total:
             line = note_line(op, plane)
-            if not _is_block(start, step, size, total):
+            if not _is_block(start, step, size, total) or _is_run(plane, axis, step):
                 op.freeze_planes([plane], "channels are sliced at fixed places")
                 continue
             if size == 1 and _is_alone(plane, axis):  # ``x[:, :c // 4]`` with few channels
@@ -195,6 +195,15 @@ def _is_block(start: int, step: int, size: int, total: int) -> bool:
     if size == 0 or total % size:
         return False
     return start % size == 0 if step == 1 else step * size == total
+
+
+def _is_run(plane: Tensor, axis: int, step: int) -> bool:
+    """Do more entries in a row belong to one channel than a step, as pixels of flattened images?
+
+    How many they are hangs on the image.
+    """
+    labels = labels_of(plane).movedim(axis, 0)
+    return step > 1 and bool((labels[step::step] == labels[step - 1 : -1 : step]).any())
 
 
 def _add_stride(op: Op, plane: Tensor, axis: int, step: int, line: str) -> None:

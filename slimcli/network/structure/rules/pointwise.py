@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from slimcli.network.nested import tensors_in
-from slimcli.network.structure.nodes import Kind, Node
+from slimcli.network.structure import user_line
+from slimcli.network.structure.nodes import ZEROS_TO_MEASURE, Kind, Node
 from slimcli.network.structure.planes import (
     LABEL_MASK,
     SHIFT,
@@ -260,9 +261,16 @@ def _as(dtype: torch.dtype, values: Tensor) -> Tensor:
 
 
 def copied(op: Op) -> Sequence[Planes]:
-    """``copy_``: the target takes the labels of the source, broadcast."""
+    """``copy_``: the target takes the labels of the source, broadcast; it is as wide as before."""
     target, source = op.args[0], op.args[1]
     planes = tuple(with_leading_axes(plane, target.dim()) for plane in op.planes(source))
+    sizes = (1,) * (target.dim() - source.dim()) + tuple(source.shape)
+    line = user_line.current()
+    for place in op.planes(target):
+        if any(sizes[axis] > 1 for axis in active_axes(place)):
+            near = [each for each in planes if set(active_axes(each)) & set(active_axes(place))]
+            for each in near or [place.new_zeros((1,) * place.dim())]:
+                op.record.tie(place, each, f"values of fixed size at {line}", is_room=True)
     return [planes]
 
 
@@ -281,7 +289,13 @@ def filled(op: Op) -> Sequence[Planes]:
     value = op.arg(1, "value", None) if op.name == "fill" else None
     is_zero = op.tracer.is_blank(value) if isinstance(value, Tensor) else value == 0
     if is_zero or op.name == "zero":
-        return [bordered(op, op.planes(op.args[0]), is_zero=True)]
+        table = op.record.table
+
+        def node_of(node: int) -> int:
+            is_made = table.is_made(node)
+            return table.add(ZEROS_TO_MEASURE if is_made else Node(Kind.BORDER, (node,)))
+
+        return [tuple(map_nodes(plane, node_of) for plane in op.planes(op.args[0]))]
     node = _anything(op.record)
     return [tuple(map_nodes(plane, lambda _: node) for plane in op.planes(op.args[0]))]
 
