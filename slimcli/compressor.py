@@ -18,8 +18,8 @@ The loop owns *when*, an algorithm owns *what*. The order of calls::
     model = compressor.handover(best_model, batches)      # what the next stage trains on
     plain = compressor.deploy(best_model)                 # what artifacts are made of
 
-A compressor holds names, numbers and masks, never a parameter: the model is handed in at each call.
-It knows no file, flag, logger or device list. This module imports no torch at run time.
+A compressor holds names, numbers and masks, never a parameter, and knows no file, flag, logger or
+device list. This module imports no torch at run time.
 """
 
 from __future__ import annotations
@@ -203,8 +203,7 @@ class Refusal:
         what: One sentence with the numbers.
         key: The config key to change (``lasso_decay``), without ``config.``.
         fix: The value that works, or what to do.
-        is_for_any_model: The schedule alone forbids it, whatever the widths and weights: a later
-            stage is refused before the first one trains, even if a stage between cuts the model.
+        is_for_any_model: The schedule alone forbids it, so that no stage before it needs to train.
     """
 
     what: str
@@ -226,8 +225,7 @@ class Plan:
         goal: The goal, or None.
         budget: Named numbers of the budget (``shrink_needed``, ``shrink_available`` ...).
         settings: What ``auto`` came out as.
-        notes: Sentences a reader of the plan should see.
-        warnings: Sentences a reader of the plan must see.
+        notes, warnings: Sentences a reader of the plan should see, and must see.
         refusals: If any, training does not start (exit 4).
         private: The algorithm's own analysis, handed back to it by ``prepare``.
     """
@@ -335,6 +333,8 @@ class Compressor:
     info: ClassVar[AlgorithmInfo]
     compresses: ClassVar[bool] = True
     """False for an algorithm that only trains: what it yields is the baseline to compare with."""
+    keeps_widths: ClassVar[bool] = False
+    """True if what it compresses stays as wide as it was: later stages can be sure of that."""
     deploys_to: ClassVar[str] = "module"
     """``module``: deploy() returns a plain model. ``onnx``: one made for the exporter."""
 

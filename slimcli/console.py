@@ -52,13 +52,14 @@ class Settings:
 FILE_WIDTH = 200  # columns of a table in a file or a pipe: module paths should not be folded
 
 _settings = Settings()
+_is_told = False  # a document was written
 _results: TextIO | None = None  # stdout, while ``sys.stdout`` is where other code may print
 
 
 def configure(**changes: bool) -> Settings:
-    """Change the settings of this process; unknown names raise TypeError."""
-    global _settings
-    _settings = replace(_settings, **changes)
+    """Change the settings of this process for what comes next; unknown names raise TypeError."""
+    global _settings, _is_told
+    _settings, _is_told = replace(_settings, **changes), False
     return _settings
 
 
@@ -190,8 +191,15 @@ def result(text: str) -> None:
 
 def document(value: Any) -> None:
     """The result as one JSON document, to stdout."""
+    global _is_told
+    _is_told = True
     if is_main_process():
         _write(json.dumps(value, indent=2, ensure_ascii=not _speaks_unicode()))
+
+
+def has_document() -> bool:
+    """Was a document written? Then nothing else may follow it on stdout."""
+    return _is_told
 
 
 def json_line(value: dict[str, Any]) -> None:

@@ -200,8 +200,11 @@ def _report_slim_error(error: SlimError) -> int:
 
 
 def _told_as_json(exit_code: int, problems: list[dict[str, str]]) -> int:
-    """Says with ``--json`` on stdout what stderr said in words; returns the exit code."""
-    if console.settings().json:
+    """Says with ``--json`` on stdout what stderr said in words; returns the exit code.
+
+    Not behind a document, which would be none any more: a plan holds its refusals itself.
+    """
+    if console.settings().json and not console.has_document():
         console.json_line({"v": 1, "event": "error", "exit_code": exit_code, "problems": problems})
     return exit_code
 

@@ -113,7 +113,8 @@ def _tell(stage: StageForecast, layers: bool) -> None:
         say(f"warning    {text}")
     for refusal in plan.refusals:
         if not stage.is_certain:
-            say(f"warning    on today's weights this stage would be refused: {refusal.what}")
+            fix = f"; fix: {refusal.fix}" if refusal.fix else ""
+            say(f"warning    on today's model this stage would be refused: {refusal.what}{fix}")
 
 
 def _tell_goal(plan: Plan) -> None:

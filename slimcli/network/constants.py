@@ -19,6 +19,8 @@ from slimcli.network.cuts import Cut
 from slimcli.network.example import Example
 from slimcli.network.nested import tensors_in
 
+REFUSED = "E-CUT-CONSTANT"
+
 ROUNDINGS = 64
 """Largest spread of a 'constant' in roundings of its dtype: different kernels round differently."""
 
@@ -205,7 +207,7 @@ def _is_padded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
 def _refused(path: str, reason: str) -> RunError:
     return RunError(
         Problem(
-            "E-CUT-CONSTANT",
+            REFUSED,
             f"the bias of {path} can't take up removed channels: {reason}",
             fix="leave this group out of the cut",
         )

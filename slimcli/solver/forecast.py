@@ -39,10 +39,10 @@ class StageForecast:
     Attributes:
         name: The stage.
         algorithm: Its algorithm.
-        plan: What its compressor plans on today's weights.
+        plan: What its compressor plans on today's model.
         schedule: Its learning rates.
-        is_certain: No compressing stage comes before it, so that its plan is about the very model
-            it will get, but for the weights; or it is refused, and would be with any model.
+        is_certain: No stage before it changes widths, so that its plan is about the very model it
+            will get, but for the weights; or it is refused, and would be with any model.
         metrics: The metrics of one validation batch.
         notices: What to know about the data.
         trial: What a trial step and deployment showed, by name; empty without a trial.
@@ -78,7 +78,7 @@ def forecast(job: Job, *, trial: bool = False) -> list[StageForecast]:
     is_certain = True
     for stage in job.stages:
         found.append(_stage(job, stage, fabric, datasets, (is_certain, trial)))
-        is_certain = is_certain and not stage.compressor.compresses
+        is_certain = is_certain and _keeps_widths(stage)
     return found
 
 
@@ -122,15 +122,15 @@ def refuse_later_stages(
 ) -> None:
     """Stop before the first stage where a later one is certain to fail.
 
-    Certain are the stages up to and with the first compressing one: the model they get is the one
-    at hand, but for the weights. Of the others only what no model could change is certain.
+    Certain are the stages up to and with the first one that changes widths: the model they get is
+    the one at hand, but for the weights. Of the others only what no model could change is certain.
 
     Raises:
         GoalError: A later stage refuses.
     """
     is_certain = True
     for before, stage in zip(job.stages, job.stages[1:], strict=False):
-        is_certain = is_certain and not before.compressor.compresses
+        is_certain = is_certain and _keeps_widths(before)
         try:
             plan = look(job, stage, fabric, datasets, model).plan
         except RecipeError:
@@ -140,6 +140,10 @@ def refuse_later_stages(
         if not is_certain:
             plan.refusals = for_any_model(plan)
         planner.refuse(stage, plan)
+
+
+def _keeps_widths(stage: StageJob) -> bool:
+    return not stage.compressor.compresses or stage.compressor.keeps_widths
 
 
 def for_any_model(plan: Plan) -> list[Refusal]:

@@ -188,6 +188,10 @@ def test_a_plan_that_cannot_work_is_exit_code_4_and_starts_nothing(
     recipe = project.RECIPE.replace("finetune", "resrep").replace("lr: 0.1", "prune_rate: 0.99")
     (here / "recipe.yaml").write_text(recipe)
     assert slim("plan", "recipe.yaml") == 4
+    capsys.readouterr()
+    assert slim("plan", "recipe.yaml", "--json") == 4
+    (stage,) = json.loads(capsys.readouterr().out)["stages"]
+    assert stage["refusals"][0]["fix"]
     assert slim("run", "recipe.yaml") == 4
     summary = json.loads((here / "checkpoints" / "toy" / "latest" / "summary.json").read_text())
     assert summary["exit_code"] == 4

@@ -150,6 +150,27 @@ def test_the_fewest_channels_are_searched_where_a_width_is_compared_by(name: str
     assert zeroed_and_cut(model, example, [group], seed=0)[0] <= EXACT
 
 
+class TwiceAsWide(nn.Module):
+    """Squares where twice one width is another one; cut to one channel, the second one does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 2, 1), nn.Conv2d(2, 2, 1)
+        self.head = nn.Conv2d(2, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        y = self.b(x)
+        return self.head(y if y.shape[1] * 2 != x.shape[1] else y * y)
+
+
+def test_widths_of_two_are_tried_with_one_of_them_whole_and_told_in_channels() -> None:
+    torch.manual_seed(0)
+    structure = analyze(*prepared(TwiceAsWide(), structures.image()))
+    assert "its width must not fall below 2 at " in structure.group("b").frozen_reason
+    assert structure.group("a").exact_zero
+
+
 def test_of_few_channels_each_number_is_tried_because_more_may_fail_where_fewer_pass() -> None:
     torch.manual_seed(0)
     net = Doubled(lambda x: x.shape[1] / 2 not in (0.5, 2), width=8)

@@ -59,6 +59,24 @@ def test_what_another_model_may_change_waits_until_the_cut_model_is_there(tmp_pa
     assert list(tmp_path.rglob("handover"))
 
 
+class Widening(toys.Cutter):
+    """Compresses, but no layer is another one for the next stage."""
+
+    keeps_widths = True
+
+
+def test_behind_a_stage_that_keeps_the_widths_a_refusal_is_told_before_any_training(
+    tmp_path: Path,
+) -> None:
+    job = chain(tmp_path, refusing(is_for_any_model=False))
+    first = replace(job.stages[0], compressor=Widening)
+    job = replace(job, stages=(first, job.stages[1]))
+    assert [stage.is_certain for stage in forecast(job)] == [True, True]
+    with pytest.raises(GoalError, match="5 steps are too few"):
+        run(job)
+    assert list(tmp_path.rglob("handover")) == []
+
+
 class Keeping(FinetuneCompressor):
     """Has something to say, or to complain of, when it hands its model over."""
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import nn
@@ -77,6 +77,7 @@ class ACNetCompressor(Compressor):
     """Replaces convolutions by blocks before training and by plain ones after it."""
 
     info = ALGORITHM
+    keeps_widths: ClassVar[bool] = True
     config: ACNetConfig
 
     def plan(self, model: nn.Module, example: Example, schedule: Schedule) -> Plan:

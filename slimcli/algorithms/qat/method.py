@@ -65,6 +65,7 @@ class QATCompressor(Compressor):
     """The four moments of QAT: place and insert, calibrate, freeze on schedule, export."""
 
     info = ALGORITHM
+    keeps_widths: ClassVar[bool] = True
     deploys_to: ClassVar[str] = "onnx"
     config: QATConfig
     norms: tuple[NormBehind, ...] = ()

@@ -47,8 +47,9 @@ class ResRepConfig(AlgorithmConfig):
     )
     auto_find_module_strategy: Literal["linear_bn", "all_bn", "linear_conv", "all_conv"] = Field(
         "linear_bn",
-        description="linear: chains only (first and second conv of a bottleneck); all: every layer "
-        "that can be cut exactly, residual-coupled ones included; bn or conv: how layers are named",
+        description="linear_bn, linear_conv: chains only (first and second conv of a bottleneck); "
+        "all_bn, all_conv: every layer that can be cut exactly, residual-coupled ones included; "
+        "layers are named by their norm (bn) or by themselves (conv)",
     )
     skip: tuple[str, ...] = Field(
         (), description="patterns of layers or groups to leave alone (`layer4.*`); `*` is all"

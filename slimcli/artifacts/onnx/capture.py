@@ -191,9 +191,23 @@ def batching(flat: FlatModel, inputs: Mapping[str, torch.Tensor]) -> Batching:
                 flat(*own_copy(list(resized(inputs, which, samples).values())))
         except Exception as error:  # the user's own code may raise anything
             head = str(error).strip().splitlines()[:1]
-            reason = f"the model does not run with {samples} samples: {' '.join(head)}"
+            tried = _resized(which, size, samples)
+            reason = f"the model does not run with {tried}: {' '.join(head)}"
             return Batching(size, which, False, reason)
     return Batching(size, which, True)
+
+
+def _resized(names: Sequence[str], size: int, samples: int) -> str:
+    """What was tried; where there are several inputs, whether it was the batch is not known.
+
+    >>> _resized(["x"], 4, 2), _resized(["a", "b"], 3, 2)
+    ('2 samples', '2 for 3 as the first size of a and b')
+    """
+    if len(names) == 1:
+        return f"{samples} samples"
+    listed = ", ".join(names[:-1]) if len(names) < 4 else f"{names[0]} to"
+    listed = f"{listed} {names[-1]}" if len(names) > 3 else f"{listed} and {names[-1]}"
+    return f"{samples} for {size} as the first size of {listed}"
 
 
 def resized(

@@ -30,12 +30,14 @@ class Failure:
         line: The user's line, if it raised.
         module: Path of the module that was entered last, if it raised.
         is_other_batch: On the example itself nothing was wrong.
+        is_no_constant: What a bias should take up is none.
     """
 
     what: str
     line: str = ""
     module: str = ""
     is_other_batch: bool = False
+    is_no_constant: bool = False
 
     def __str__(self) -> str:
         """For a frozen reason."""

@@ -49,10 +49,9 @@ def zeros(model: nn.Module, group: Group, channels: Sequence[int]) -> Iterator[E
         norm = model.get_submodule(site.norm) if site.norm else None
         has_affine = norm is not None and getattr(norm, "weight", None) is not None
         parts = ("weight", "bias") if has_affine else ()
-        followers = [s for s in group.followers if site.norm and _inside(s, site.norm)]
-        for slot in followers:
-            local = slot.tensor.rpartition(".")[2]
-            if local in parts or local == "running_mean":
+        owned = [getattr(norm, name, None) for name in (*parts, "running_mean")] if norm else []
+        for slot in group.followers:  # by identity: norms may share a weight, which has one name
+            if any(each is not None and each is _tensor(model, slot) for each in owned):
                 yield _zero(model, slot, channels)
         if not has_affine:
             for slot in group.producers:

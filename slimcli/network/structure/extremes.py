@@ -31,17 +31,21 @@ def asked_groups(search: Search, structure: Structure, grouping: Grouping) -> li
 def extremes(asked: Sequence[Group]) -> list[dict[str, int]]:
     """How many channels stay in each of the trials that are needed.
 
-    As few of all as may be, then of every second group while the others lose a single one: a number
-    may be made of two widths, by a sum or by a fraction.
+    As few of all as may be, then of every second group while the others lose a single one, or none
+    if that makes the fewest: a number may be made of two widths, by a sum or by a fraction.
     """
     turns = (None, 0, 1) if len(asked) > 1 else (None, 0)
     return [
         {
-            group.name: group.size - 1 if place % 2 == turn else group.least
+            group.name: _most(group) if place % 2 == turn else group.least
             for place, group in enumerate(asked)
         }
         for turn in turns
     ]
+
+
+def _most(group: Group) -> int:
+    return group.size - 1 if group.size - 1 > group.least else group.size
 
 
 def without_multiples(
@@ -109,6 +113,8 @@ def is_only_narrow(
 def _note_fewest(
     search: Search, trial: Trial, group: Group, labels: Labels, failure: Failure
 ) -> None:
+    dim = search.record.sources.dim_of(int(labels[0]))  # one of its tensors stands for all
+    labels = labels[labels < dim.first + dim.size]
     width = _fewest(trial, group) * len(labels) // group.size
     line = failure.line or f"a comparison: {failure}"
     search.record.least.append(Least(labels, width, line))

@@ -67,6 +67,8 @@ def _compared(compare: Callable[[int, Any], bool]) -> Any:
     def method(self: Derived, other: object) -> bool:
         if not user_line.is_of_torch(sys._getframe(1)):
             self.record.ask(self.labels)
+            if isinstance(other, (Derived, Length)):
+                self.record.ask(other.labels)
         return compare(self, other)
 
     return method

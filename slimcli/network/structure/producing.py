@@ -26,6 +26,8 @@ from slimcli.network.structure.trace import Op, Planes
 MIXING = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.EmbeddingBag)
 """Modules that can be named as the place of a producer; subclasses included."""
 
+SEVERAL_KINDS = "several kinds of channels are summed over"
+
 
 def caller(op: Op, weight: Tensor, plane: Tensor | None) -> str:
     """Path of the module whose weight this is, if it is the one running; else ``tensor:NAME``."""
@@ -43,6 +45,19 @@ def caller(op: Op, weight: Tensor, plane: Tensor | None) -> str:
     if isinstance(module, MIXING) and inside:
         return path
     return f"tensor:{owner}"
+
+
+def of_activations(op: Op, planes: Sequence[Tensor]) -> list[Tensor]:
+    """Of several kinds of channels along an axis those of the activations, if there are any.
+
+    Frequencies that a feature is multiplied with, and laid side by side, stay as they are.
+    """
+    is_weight = weights_only(op)
+    others = [plane for plane in planes if not is_weight(plane)]
+    if len(planes) < 2 or not others:
+        return list(planes)
+    op.freeze_planes([plane for plane in planes if is_weight(plane)], SEVERAL_KINDS)
+    return others
 
 
 def is_made(op: Op, plane: Tensor) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
+from slimcli.network.structure import user_line
 from slimcli.network.structure.nodes import NodeTable
 from slimcli.network.structure.planes import (
     LABEL_MASK,
@@ -194,7 +195,7 @@ class Record:
             self.edges.append((a[different], b[different]))
 
     def tie(self, left: Tensor, right: Tensor, reason: str, *, is_room: bool = False) -> None:
-        """Joins; where only one side has a label, it is frozen.
+        """Joins; where only one side has a label, it is frozen, and the user's line is told.
 
         Args:
             left: A plane.
@@ -209,7 +210,8 @@ class Record:
             return
         alone = a[b == 0] if is_room else np.concatenate([a[b == 0], b[a == 0]])
         if alone.any():
-            self.freeze_labels(alone, reason)
+            line = user_line.current()
+            self.freeze_labels(alone, f"{reason} at {line}" if line else reason)
 
     def freeze(self, planes: Sequence[Tensor], reason: str) -> None:
         """No channel in these planes may be cut."""

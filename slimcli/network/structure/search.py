@@ -77,7 +77,8 @@ def _without_bad_cuts(
         failure = _fails(search, trial, groups) if groups else None
     if failure is not None:
         everything = np.arange(1, search.record.sources.count)
-        search.bans.append((everything, f"no set of cuts worked in {MAX_ROUNDS} trials"))
+        why = f"no set of cuts worked in {MAX_ROUNDS} trials, the last one: {failure}"
+        search.bans.append((everything, why))
         return search.structure()
     if unexplained is not None:
         return _frozen(search, structure, grouping, unexplained)
@@ -231,7 +232,9 @@ def _learn(
     near = failure.module if not thoroughly else ""
     bad = _near_module(pool, trial, near) if near else []
     for group, reason in bad or trial.find_bad(pool.groups, failure):
-        if not is_only_narrow(search, pool, trial, group, reason):
+        if reason.is_no_constant and group.exact_zero:
+            search.record.fickle.append((pool.labels(group), reason.what))
+        elif not is_only_narrow(search, pool, trial, group, reason):
             search.blame(pool.labels(group), reason, "")
 
 

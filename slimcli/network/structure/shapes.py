@@ -186,7 +186,7 @@ class Shapes(TorchFunctionMode):
 
     def _meet(self, size: Length, found: Length, dim: int) -> None:
         """Channels come to lie along an axis as wide as others: one row, or several of them."""
-        reason = f"its width is compared with another at {user_line.current()}"
+        reason = "its width is compared with another"
         for plane in found.tensor if size.is_full else ():
             if plane.shape[dim] > 1:
                 rows = axis_entries(plane, dim)

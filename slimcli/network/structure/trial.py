@@ -240,7 +240,8 @@ class Trial:
             cause = error.__cause__  # where a hook raised, slim tells it in its own words
             if cause is not None and user_line.of_error(cause):
                 return self._raised(cause)
-            return Failure(error.problems[0].what)
+            problem = error.problems[0]
+            return Failure(problem.what, is_no_constant=problem.code == constants.REFUSED)
         except Exception as error:  # the user's code on other sizes: anything can come
             return self._raised(error)
         failure = self._compared(zeroed, cut_ran)

@@ -12,11 +12,13 @@ from torch import Tensor
 from slimcli.network.structure.nodes import Kind, Node
 from slimcli.network.structure.planes import labels_of, nodes_of, pack
 from slimcli.network.structure.producing import (
+    SEVERAL_KINDS,
     add_consumer,
     add_producer,
     caller,
     is_made,
     note_unfollowed,
+    of_activations,
     only_plane,
     takes_up,
 )
@@ -77,13 +79,13 @@ def _refuse(op: Op, reason: str) -> Sequence[Planes]:
 
 def _channel_plane(op: Op, tensor: Tensor) -> Tensor | None:
     """The packed entry of each input channel, or None; labels along the image are frozen."""
-    found: Tensor | None = None
-    for plane in op.planes(tensor):
-        if plane.shape[1] > 1:
-            found = plane
-        elif plane.shape[0] == 1:
-            op.freeze_planes([plane], "a convolution runs along an axis with channels")
-    return found
+    planes = op.planes(tensor)
+    along = [each for each in planes if each.shape[1] == 1 and each.shape[0] == 1]
+    op.freeze_planes(along, "a convolution runs along an axis with channels")
+    found = of_activations(op, [each for each in planes if each.shape[1] > 1])
+    if len(found) > 1:
+        op.freeze_planes(found, SEVERAL_KINDS)
+    return found[0] if len(found) == 1 else None
 
 
 def _carried(op: Op, tensor: Tensor) -> Planes:

@@ -19,6 +19,7 @@ from slimcli.network.structure.planes import (
     with_leading_axes,
 )
 from slimcli.network.structure.producing import (
+    SEVERAL_KINDS,
     add_consumer,
     add_producer,
     add_sum,
@@ -26,6 +27,7 @@ from slimcli.network.structure.producing import (
     caller,
     is_made,
     note_unfollowed,
+    of_activations,
     takes_up,
     weights_only,
 )
@@ -151,17 +153,20 @@ def multiply(op: Op, left: Any, right: Any, output: Tensor, bias: Any = None) ->
         note_unfollowed(op, output.shape[-1])
     rows = [p for p in a if p.shape[-1] == 1]
     columns = [p for p in b if p.shape[-2] == 1]
-    result = _leaving(op, columns, weight if b_weight and not a_weight else None, -1, bias)
-    result += _leaving(op, rows, left if a_weight and not b_weight else None, -2, None)
-    return _settle(op, result)
+    right_side = _leaving(op, columns, weight if b_weight and not a_weight else None, -1, bias)
+    left_side = _leaving(op, rows, left if a_weight and not b_weight else None, -2, None)
+    return _settle(op, right_side, left_side)
 
 
-def _settle(op: Op, planes: Planes) -> Planes:
-    """Planes from both sides that share an axis (batch, heads) are one."""
-    result: Planes = NO_PLANES
-    for plane in planes:
+def _settle(op: Op, right_side: Planes, left_side: Planes) -> Planes:
+    """Planes from both sides that share an axis (batch, heads) are one.
+
+    Those of one side go on side by side: ``einsum`` lays two dimensions of a weight along one axis.
+    """
+    result = right_side
+    for plane in left_side:
         axes = active_axes(plane)
-        shared = [each for each in result if set(active_axes(each)) & set(axes)]
+        shared = [each for each in right_side if set(active_axes(each)) & set(axes)]
         result = tuple(each for each in result if all(each is not other for other in shared))
         if not shared:
             result += (plane,)
@@ -205,8 +210,9 @@ def _contract(
         op.freeze_planes(readers, FIXED_INPUT)
         op.freeze_planes(arrivals, FIXED_WEIGHT)
         return
+    arrivals = of_activations(op, arrivals)
     if len(arrivals) > 1 or len(readers) > 1:
-        op.freeze_planes([*arrivals, *readers], "several kinds of channels are summed over")
+        op.freeze_planes([*arrivals, *readers], SEVERAL_KINDS)
         return
     left, right = _one_row(op, arrivals[0]), _one_row(op, readers[0])
     op.record.tie(left, right, FIXED_INPUT)
@@ -254,7 +260,7 @@ def distances(op: Op) -> Sequence[Planes]:
         others = [plane for plane in planes if plane.numel() != plane.shape[-1]]
         op.freeze_planes(others, "distances between channels")
         sides += [plane.reshape(-1) for plane in across[:1]]
-        op.freeze_planes(across[1:], "several kinds of channels are summed over")
+        op.freeze_planes(across[1:], SEVERAL_KINDS)
     if len(sides) == 2:
         left, right = sides
         op.record.tie(left, right, FIXED_INPUT)

@@ -130,6 +130,10 @@ def divided(op: Op) -> Sequence[Planes]:
             if len(set(sizes)) > 1:
                 op.freeze_planes([plane], "channels are split at fixed sizes")
                 continue
+            if sizes[0] == 1 and _is_alone(plane, axis):
+                for each in tensors_in(op.output):
+                    op.tracer.pick(each, plane)
+                continue
             add_split(op, plane, axis, sizes[0], line)
         planes += (plane,)
     return moved_planes(op, planes)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from slimcli.network.nested import tensors_in
-from slimcli.network.structure import user_line
 from slimcli.network.structure.nodes import ZEROS_TO_MEASURE, Kind, Node
 from slimcli.network.structure.planes import (
     LABEL_MASK,
@@ -265,12 +264,11 @@ def copied(op: Op) -> Sequence[Planes]:
     target, source = op.args[0], op.args[1]
     planes = tuple(with_leading_axes(plane, target.dim()) for plane in op.planes(source))
     sizes = (1,) * (target.dim() - source.dim()) + tuple(source.shape)
-    line = user_line.current()
     for place in op.planes(target):
         if any(sizes[axis] > 1 for axis in active_axes(place)):
             near = [each for each in planes if set(active_axes(each)) & set(active_axes(place))]
             for each in near or [place.new_zeros((1,) * place.dim())]:
-                op.record.tie(place, each, f"values of fixed size at {line}", is_room=True)
+                op.record.tie(place, each, "values of fixed size", is_room=True)
     return [planes]
 
 
