@@ -83,6 +83,8 @@ def _cannot_write(path: Path, error: OSError) -> RunError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     reason = "no space left on the disk" if full else (error.strerror or str(error))
     fix = "may the folder be written?"
+    if error.errno == errno.EFBIG:
+        fix = "allow larger files (ulimit -f)"
     if full:
         fix = "free some space, then slim resume RUN (slim run RECIPE where nothing was saved)"
     return RunError(

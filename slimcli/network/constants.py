@@ -7,7 +7,8 @@ only running the model knows what happens on the way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +68,7 @@ class Capture:
         self._values: dict[str, Tensor] = {}
         self._refused: RunError | None = None
         self.is_single = False
+        self._other = "it is used several times with different constants"
         self._handles: list[Any] = []
 
     def __enter__(self) -> Capture:
@@ -83,6 +85,16 @@ class Capture:
         """Watches no more."""
         for handle in self._handles:
             handle.remove()
+
+    @contextlib.contextmanager
+    def of_another_batch(self) -> Iterator[None]:
+        """Reads once more; what is another number then is no constant."""
+        known, self._other = self._other, "with another batch they are others"
+        try:
+            with self:
+                yield
+        finally:
+            self._other = known
 
     def gains(self) -> dict[str, Tensor]:
         """Module path -> what its bias must take up, float64 (out_channels,).
@@ -120,7 +132,7 @@ class Capture:
         before = self._values.setdefault(path, value)
         limit = _rounding(inputs.dtype) * value.abs().clamp_min(1.0)
         if bool(((before - value).abs() > limit).any()):
-            raise _refused(path, "it is used several times with different constants")
+            raise _refused(path, self._other)
 
 
 def bias_change(module: nn.Module, entries: Sequence[int], values: Tensor, path: str) -> Tensor:

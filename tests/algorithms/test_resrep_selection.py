@@ -199,6 +199,13 @@ def test_what_a_refusal_says_works(keys: dict, epochs: int) -> None:
     assert isinstance(find_pace(fixed(refused, config), plan, 30), Pace), refused
 
 
+def test_a_refusal_does_not_ask_for_what_is_written_already() -> None:
+    config = ResRepConfig(warmup_epoch=1, lasso_decay="auto", prune_interval="auto")
+    refused = find_pace(config, schedule(5, 8), updates=26)
+    assert isinstance(refused, Refusal)
+    assert refused.fix == "prune_groups: 2"
+
+
 def test_too_few_epochs_are_refused_with_the_number_that_works() -> None:
     config = ResRepConfig(warmup_epoch=0, lasso_decay="auto", prune_groups=1000)
     for epochs in (0, 1):

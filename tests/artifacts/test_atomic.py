@@ -56,6 +56,13 @@ def test_a_write_that_breaks_off_leaves_nothing(tmp_path: Path, error, seen):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_grows_too_large_is_told_the_limit(tmp_path: Path):
+    error = OSError(errno.EFBIG, "File too large")
+    with pytest.raises(RunError, match="File too large") as caught:
+        write_half_and_raise(tmp_path / "a", error)
+    assert caught.value.problems[0].fix == "allow larger files (ulimit -f)"
+
+
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path):
     with pytest.raises(RunError, match="gone"):
         atomic.write_bytes(tmp_path / "gone" / "a", b"x")

@@ -130,8 +130,8 @@ def _no_step_after_warmup(config: ResRepConfig, schedule: Schedule, updates: int
         trial = config.model_copy(update={"warmup_epoch": warmup})
         if isinstance(find_pace(trial, schedule, updates), Pace):
             return Refusal(what, "warmup_epoch", f"warmup_epoch: {warmup}")
-    fix = f"epoch: {_epochs_needed(config, schedule, updates)} and lasso_decay: auto"
-    return Refusal(what, "epoch", fix)
+    fix = f"epoch: {_epochs_needed(config, schedule, updates)}"
+    return Refusal(what, "epoch", fix + _and_auto(config, "lasso_decay"))
 
 
 def _too_late(
@@ -170,8 +170,13 @@ def _faster(config: ResRepConfig, schedule: Schedule, updates: int) -> tuple[str
         return "prune_interval", f"prune_interval: {free // updates}"
     if free >= 1:
         blocks = -(-updates * config.prune_groups // free)
-        return "prune_groups", f"prune_groups: {blocks} and prune_interval: auto"
+        return "prune_groups", f"prune_groups: {blocks}{_and_auto(config, 'prune_interval')}"
     return "epoch", f"epoch: {_epochs_needed(config, schedule, updates)}"
+
+
+def _and_auto(config: ResRepConfig, key: str) -> str:
+    """What else must be written, if it is not written yet."""
+    return "" if getattr(config, key) == "auto" else f" and {key}: auto"
 
 
 def _epochs_needed(config: ResRepConfig, schedule: Schedule, updates: int) -> int:

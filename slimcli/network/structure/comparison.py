@@ -96,6 +96,13 @@ class Picks(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return output
 
 
+def tells_little(output: Tensor) -> bool:
+    """Is it a class number or a mask, which small errors leave as it is?"""
+    if output.is_complex():
+        return False
+    return not output.is_floating_point() or bool((output == output.round()).all())
+
+
 def compare(zeroed: Ran, cut: Ran, dtype: torch.dtype, *, may_jump: bool) -> Failure | None:
     """Where sorting or suppression makes the output jump, the layers before that count.
 

@@ -81,6 +81,19 @@ def other_batches(batch: Any) -> Iterator[Any]:
     yield scaled
 
 
+def unlike(batch: Any) -> Any:
+    """A batch of the same sizes with other values at all places.
+
+    >>> unlike(torch.tensor([[1.0, 2.0]]))
+    tensor([[2.6000, 1.3000]])
+    """
+
+    def turned(each: Any) -> Any:
+        return each.flip(-1) if isinstance(each, Tensor) and each.dim() > 1 else each
+
+    return mapped(mapped(batch, turned), _scaled)
+
+
 def holds_numbers(batch: Any) -> bool:
     """Are there Python numbers in a batch?
 

@@ -21,7 +21,7 @@ from slimcli.network.copying import deep_copy
 from slimcli.network.cuts import Cut
 from slimcli.network.example import Example
 from slimcli.network.structure import user_line
-from slimcli.network.structure.comparison import Failure, Picks, Ran, compare
+from slimcli.network.structure.comparison import Failure, Picks, Ran, compare, tells_little
 from slimcli.network.structure.draws import Draws
 from slimcli.network.structure.edits import Edit, carry_out
 from slimcli.network.structure.hollow import Hollow, is_large
@@ -39,7 +39,7 @@ from slimcli.network.structure.record import Record
 from slimcli.network.structure.rehearse import rehearse
 from slimcli.network.structure.remembering import Memory, attributes_of
 from slimcli.network.structure.run import run_traced
-from slimcli.network.structure.situations import Situation, holds_numbers, other_batches
+from slimcli.network.structure.situations import Situation, holds_numbers, other_batches, unlike
 from slimcli.network.structure.sources import Sources
 from slimcli.network.structure.structure import Group
 from slimcli.network.structure.traced import Traced
@@ -50,13 +50,6 @@ NO_OTHER = (
     "the code makes numbers of sizes or values, and the model takes no batch but the example: "
     "that cuts are exact on other batches was not tried"
 )
-
-
-def _tells_little(output: Tensor) -> bool:
-    """Is it a class number or a mask, which small errors leave as it is?"""
-    if output.is_complex():
-        return False
-    return not output.is_floating_point() or bool((output == output.round()).all())
 
 
 class Trial:
@@ -140,7 +133,7 @@ class Trial:
         """The same; None where the user's code can't be run so and everything must begin again."""
         try:
             ran = self.run(model)
-            if not self._log.limit and all(map(_tells_little, ran.final)):
+            if not self._log.limit and all(map(tells_little, ran.final)):
                 self._log.limit = sys.maxsize  # class numbers tell little: layers tell more
                 ran = self.run(model)
         except Exception as error:
@@ -223,7 +216,8 @@ class Trial:
                 zeroed = self._run_zeroed(model)
             if zeroed is None:
                 return self._attempt_once(groups, thorough, merging)
-            elsewhere = self._zeroed_elsewhere(model, groups, thorough, capture.is_single)
+            self._read_again(model, capture)
+            elsewhere = self._zeroed_elsewhere(model, groups, thorough)
             if self._traced.keeps_state:  # cut, it may go on, or begin anew in another process
                 elsewhere.append((Situation(self._example, undoes=before.changes()), zeroed))
                 now = Memory(attributes_of(model))
@@ -247,17 +241,28 @@ class Trial:
         failure = self._compared(zeroed, cut_ran)
         return self._recheck(after, cuts) if failure is None and after is not None else failure
 
+    def _read_again(self, model: nn.Module, capture: constants.Capture) -> None:
+        """A constant that was a single number says little: it must be the same on another batch."""
+        if not capture.is_single:
+            return
+        batch = to_dtype(unlike(self._example.batch), self._dtype)
+        try:
+            with capture.of_another_batch():
+                self._run_in(Situation(Example(batch, self._example.predict)), model)
+        except Exception:  # the model refuses this batch, as it may
+            self.notes[NO_OTHER] = None
+
     def _zeroed_elsewhere(
-        self, model: nn.Module, groups: Sequence[Group], thorough: bool, is_single: bool
+        self, model: nn.Module, groups: Sequence[Group], thorough: bool
     ) -> list[tuple[Situation, Ran | None]]:
         """What the zeroed model gives where the cut one must give the same, too.
 
         On a batch unlike the example, if what becomes of a zero may hang on the batch: the code
-        makes numbers of tensors or sizes, the batch has some, or a constant was a single number.
-        In train mode, if the code is another one there.
+        makes numbers of tensors or sizes, or the batch has some. In train mode, if the code is
+        another one there.
         """
         record, found = self._traced.record, []
-        is_counted = bool(record.reads or record.leaves or record.counts_sizes or is_single)
+        is_counted = bool(record.reads or record.leaves or record.counts_sizes)
         # What becomes of a size can't always be heard.
         may_count = record.asks_sizes and any(group.constants for group in groups)
         if is_counted or may_count or holds_numbers(self._example.batch):
