@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from slimcli.network.nested import mapped
+
 Run = Callable[[Any], Any]
 
 
@@ -67,16 +69,39 @@ DEVICES = ("cpu", "cuda")
 
 
 class WithoutAutocast(TorchFunctionMode):
-    """Whatever is called inside runs as if the user's code had not switched autocast on."""
+    """Whatever is called inside runs in float32 where the user's code has switched autocast on.
+
+    So does what the code itself cast to half precision there, because autocast would mix it.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Executes the function."""
+        devices, kwargs = list(filter(torch.is_autocast_enabled, DEVICES)), kwargs or {}
+        if not devices:
+            return func(*args, **kwargs)
+        first = args[:1] if _writes(func) else ()
+        rest = mapped(args[len(first) :], _in_float32)
         with contextlib.ExitStack() as stack:
-            for device in filter(torch.is_autocast_enabled, DEVICES):
+            for device in devices:
                 stack.enter_context(torch.autocast(device, enabled=False))
-            return func(*args, **(kwargs or {}))
+            return func(*first, *rest, **mapped(kwargs, _in_float32))
+
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def _in_float32(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return torch.float32 if value in HALVES else value
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype in HALVES else value
+
+
+def _writes(func: Any) -> bool:
+    """Does a function write into its first argument?"""
+    name = getattr(func, "__name__", "")
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
 @contextlib.contextmanager

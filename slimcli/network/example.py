@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -33,13 +35,30 @@ class Example:
 
 
 def own_copy(value: Any) -> Any:
-    """The same lists, tuples and dicts with copies of the tensors in them."""
-    return mapped(value, _own)
+    """The same lists, tuples, dicts and dataclasses with copies of the tensors in them.
+
+    A tensor that occurs twice does so in the copy.
+    """
+    known: dict[int, Tensor] = {}
+
+    def own(each: Any) -> Any:
+        if dataclasses.is_dataclass(each) and not isinstance(each, type):
+            twin = copy.copy(each)
+            for field in dataclasses.fields(each):
+                object.__setattr__(twin, field.name, mapped(getattr(each, field.name), own))
+            return twin
+        if not isinstance(each, Tensor) or isinstance(each, nn.Parameter):
+            return each
+        if id(each) not in known:
+            known[id(each)] = _own(each)
+        return known[id(each)]
+
+    return mapped(value, own)
 
 
-def _own(value: Any) -> Any:
-    """A copy of a tensor, as if it came from the data set."""
-    if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
-        return value
+def _own(tensor: Tensor) -> Tensor:
+    """A copy of a tensor, as if it came from the data set, with what is noted on it."""
     with torch.no_grad():
-        return value.detach().clone().requires_grad_(value.requires_grad)
+        twin = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    vars(twin).update(vars(tensor))
+    return twin

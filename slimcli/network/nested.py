@@ -44,6 +44,10 @@ def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
         return twin
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(mapped(each, function) for each in value))
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list):
+        several = copy.copy(value)
+        several[:] = [mapped(each, function) for each in value]
+        return several
+    if isinstance(value, tuple):
         return type(value)(mapped(each, function) for each in value)
     return function(value)

@@ -154,6 +154,31 @@ def test_autocast_that_the_users_code_switches_on_hides_nothing_and_changes_noth
     assert predict(net, batch).dtype == torch.bfloat16
 
 
+def half_input(model, batch):
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(batch.bfloat16())
+
+
+def own_cast(model, batch):
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model[0](batch)
+        if torch.is_autocast_enabled("cpu"):
+            hidden = hidden.to(torch.get_autocast_dtype("cpu"))
+        return model[1](hidden)
+
+
+@pytest.mark.parametrize("predict", [half_input, own_cast])
+@pytest.mark.parametrize("is_half", [False, True], ids=["float32", "a half layer"])
+def test_code_that_autocast_lets_mix_precisions_runs_without_it_too(predict, is_half):
+    torch.manual_seed(0)
+    net, batch = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), torch.randn(2, 8)
+    net[1] = net[1].bfloat16() if is_half else net[1]
+    found = verify.compare(verify.runner(net, predict), verify.runner(net, predict), [batch])
+    assert (found.ok, found.max_abs) == (True, 0.0)
+    with verify.exact_arithmetic():
+        assert predict(net, batch).dtype == torch.float32
+
+
 def test_settings_and_modes_are_put_back():
     net = Net().train()
     net.second.eval()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimcli.network.structure import Group, Structure, analyze
+from slimcli.network.structure import Structure, analyze
 
 from .proving import EXACT, merge_difference, prepared, zeroed_and_cut
 
@@ -103,24 +103,56 @@ def test_channels_that_are_split_one_by_one_are_said_to_be() -> None:
     assert "single channels are picked at" in group.frozen_reason
 
 
-class SumOfWeights(nn.Module):
-    """A channel is made by two weights of which one is a site: what a bias took up is no number."""
+class MadeWeight(nn.Module):
+    """A weight that is not zero where its tensors are.
 
-    def __init__(self) -> None:
+    Args:
+        kind: ``sum`` of two weights, of which one is named; ``exp`` of one.
+    """
+
+    def __init__(self, kind: str) -> None:
         super().__init__()
         self.first, self.wide = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
-        self.narrow, self.head = nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
-        self.norm = nn.BatchNorm1d(8)
+        self.kind, self.head, self.norm = kind, nn.Linear(8, 4), nn.BatchNorm1d(8)
+        self.narrow = nn.Conv2d(8, 8, 1) if kind == "sum" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.wide.weight + F.pad(self.narrow.weight, (1, 1, 1, 1))
+        weight = self.wide.weight
+        if self.narrow is not None:
+            weight = weight + F.pad(self.narrow.weight, (1, 1, 1, 1))
+        else:
+            weight = (weight / 4).exp()
         x = F.conv2d(self.first(x).relu(), weight, self.wide.bias, padding=1)
         return self.head(self.norm(x.mean((2, 3))))
 
 
 @pytest.mark.parametrize("samples", [1, 2])
-def test_channels_that_are_no_constants_can_still_be_merged(samples: int) -> None:
+@pytest.mark.parametrize("kind", ["sum", "exp"])
+def test_channels_of_a_weight_that_does_not_vanish_stay_or_are_merged(
+    kind: str, samples: int
+) -> None:
     torch.manual_seed(0)
-    group: Group = proven(SumOfWeights(), torch.randn(samples, 3, 8, 8)).group("wide.weight")
+    group = proven(MadeWeight(kind), torch.randn(samples, 3, 8, 8)).group("wide.weight")
     assert (group.exact_zero, group.exact_duplicate) == (False, True)
-    assert "a removed channel would arrive at head as a constant, and" in group.zero_reason
+    assert "would not be zero where head reads it" in group.zero_reason
+
+
+class WeightTwice(nn.Module):
+    """A layer's input is multiplied with sums of the layer's own weight: of degree two in it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.before, self.first = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, width, 3, padding=1)
+        self.middle, self.head = nn.Conv2d(width, 6, 1), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.before(x))
+        x = self.middle(x * self.middle.weight.sum((0, 2, 3))[:, None, None])
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("width", [3, 4, 6, 8])
+def test_a_small_group_beside_one_of_its_size_is_tried_merged_and_zeroed(width: int) -> None:
+    torch.manual_seed(0)
+    group = proven(WeightTwice(width), torch.randn(2, 3, 8, 8)).group("first")
+    assert (group.exact_zero, group.exact_duplicate) == (True, False)

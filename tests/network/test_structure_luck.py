@@ -134,15 +134,6 @@ def test_every_group_is_turned_round_once_and_neighbours_apart() -> None:
     assert list(draws.of(groups)) != first
 
 
-def test_level_groups_keep_equally_many_channels() -> None:
-    groups = groups_of(16, 12, 30)
-    draws = Draws(torch.Generator().manual_seed(1))
-    with draws.level(groups[:2]):
-        counts = [keep for _, keep in draws.of(groups)]
-    assert counts[0] == counts[1]
-    assert counts[0] < 12
-
-
 class Interleaved(structures.Net):
     """Two branches written into a canvas of zeros, one channel of each in turn."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -269,3 +270,66 @@ def test_a_number_made_of_two_widths_keeps_one_of_them(
     model, example = prepared(TwoWidths(asks), structures.image())
     a, b = (analyze(model, example).group(name) for name in "ab")
     assert not (a.is_prunable and b.is_prunable and a.least == b.least == 1)
+
+
+class Meeting(nn.Module):
+    """Something else happens where one width is the other one, which stays, or is six.
+
+    Args:
+        asks: Gets both tensors, the second with six channels; what it gives is a factor.
+    """
+
+    def __init__(self, asks: Callable[[Tensor, Tensor], Any], width: int = 8) -> None:
+        super().__init__()
+        self.asks, self.head = asks, nn.Conv2d(width, 4, 1)
+        self.a, self.b = nn.Conv2d(3, width, 1), nn.Conv2d(3, 6, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Any:
+        y, z = self.a(x), self.b(x)
+        return self.head(y * self.asks(y, z)), z.mean()
+
+
+MEETING: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "a set": lambda y, z: len({y.shape[1], z.shape[1]}),
+    "a set of shapes": lambda y, z: len({tuple(y.shape), tuple(z.shape)}),
+    "a key": lambda y, z: 1 if z.shape[1] in {y.shape[1]: 0} else 2,
+    "fractions": lambda y, z: 1 + (float(y.shape[1]) == float(z.shape[1])),
+    "a ratio": lambda y, z: 1 + (y.shape[1] / z.shape[1] == 1.0),
+    "text": lambda y, z: 1 + (str(y.shape[1]) == f"{z.shape[1]}"),
+    "text of shapes": lambda y, z: 1 + (str(tuple(y.shape)) == str(tuple(z.shape))),
+    "a hash": lambda y, z: 1 + (hash(y.shape[1]) == hash(z.shape[1])),
+    "twice as many": lambda y, z: 1 + (y.shape[1] * 2 == z.shape[1] * 2),
+    "squares": lambda y, z: 1 + (y.shape[1] ** 2 == z.shape[1] ** 2),
+    "strides": lambda y, z: 1 + (y.stride() == z.stride()),
+    "bytes": lambda y, z: 1 + (y.nbytes == z.nbytes),
+    "a tensor": lambda y, z: 1 + int((torch.tensor(y.shape) == torch.tensor(z.shape)).all()),
+    "a number": lambda y, z: 1 + (int(y.shape[1]) == 6),
+}
+
+
+@pytest.mark.parametrize("name", MEETING)
+def test_a_width_does_not_meet_another_one_that_stays_in(name: str) -> None:
+    torch.manual_seed(0)
+    model, example = prepared(Meeting(MEETING[name]), structures.image())
+    group = analyze(model, example).group("a")
+    for count in range(group.least, 8) if group.exact_zero else ():
+        other = copy.deepcopy(model)
+        zero_channels(other, group, range(count, 8))
+        before = outputs(other, example)
+        surgery.apply(other, [group.cut(range(count))], example=example)
+        assert difference(before, outputs(other, example)) <= EXACT
+
+
+REMAINDERS: dict[str, tuple[Callable[[Tensor], Any], int]] = {
+    "of four": (lambda x: x.shape[1] // 4 * 4 != x.shape[1] - 1, 20),
+    "of eight": (lambda x: x.shape[1] // 8 * 8 != x.shape[1] - 1, 32),
+    "of blocks": (lambda x: (x.shape[1] // 4) % 2 == 0, 26),
+}
+
+
+@pytest.mark.parametrize("name", REMAINDERS)
+def test_no_fewest_channels_are_told_where_more_fail(name: str) -> None:
+    asks, width = REMAINDERS[name]
+    torch.manual_seed(0)
+    net = Meeting(lambda y, z: 1 + bool(asks(y)), width=width)
+    assert not analyze(*prepared(net, structures.image())).group("a").is_prunable

@@ -304,3 +304,92 @@ def test_a_bias_that_is_not_read_is_cut_with_the_weight_that_is() -> None:
         "middle.bias",
     }
     check_cuts(model, example, groups)
+
+
+def by_index(net: Pair, a: Tensor, b: Tensor) -> Tensor:
+    canvas = torch.zeros(b.shape, dtype=b.dtype)
+    canvas[torch.arange(len(a))] = a
+    return canvas * b
+
+
+def by_scatter(net: Pair, a: Tensor, b: Tensor) -> Tensor:
+    canvas = b.new_zeros(b.shape)
+    return canvas.index_add_(3, torch.arange(a.shape[3]), a) * b
+
+
+def sliced_by_another(net: Pair, a: Tensor, b: Tensor) -> Tensor:
+    return torch.cat([a[:, : b.shape[1]], b], 1)[:, : a.shape[1]] + a
+
+
+def expanded_as_another(net: Pair, a: Tensor, b: Tensor) -> Tensor:
+    return a * (a.mean(1, keepdim=True) > 0).expand_as(b) + net.gated * b.sigmoid()
+
+
+@pytest.mark.parametrize("width", [3, 4, 8])
+@pytest.mark.parametrize(
+    "meets",
+    [by_index, by_scatter, sliced_by_another, expanded_as_another],
+    ids=lambda meets: meets.__name__,
+)
+def test_what_is_cut_beside_a_place_of_another_width_is_exact(
+    meets: Callable[[Pair, Tensor, Tensor], Tensor], width: int
+) -> None:
+    model, example, groups = found(Pair(width, meets))
+    check_cuts(model, example, prunable_of(groups))
+
+
+@pytest.mark.parametrize("meets", [by_index, by_scatter], ids=lambda meets: meets.__name__)
+def test_zeros_as_wide_as_others_that_are_written_by_index_are_cut_with_them(
+    meets: Callable[[Pair, Tensor, Tensor], Tensor],
+) -> None:
+    groups = found(Pair(8, meets))[2]
+    assert [group.size for group in groups if group.exact_zero] == [8]
+
+
+class Upsampled(nn.Module):
+    """Pixels are written in turns into a canvas.
+
+    Args:
+        make: Makes the canvas.
+    """
+
+    def __init__(self, make: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.make, self.first, self.head = make, nn.Conv2d(3, 8, 1), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        canvas = self.make(x)
+        canvas[:, :, 0::2, 0::2], canvas[:, :, 1::2, 0::2] = x, -x
+        canvas[:, :, 0::2, 1::2], canvas[:, :, 1::2, 1::2] = 2 * x, x.square()
+        return self.head(canvas)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: torch.zeros(len(x), int(x.shape[1]), 2 * x.shape[2], 2 * x.shape[3]).to(x),
+        lambda x: torch.empty(len(x), x.shape[1], 2 * x.shape[2], 2 * x.shape[3], dtype=x.dtype),
+        lambda x: x.new_empty(len(x), x.shape[1], 2 * x.shape[2], 2 * x.shape[3]),
+    ],
+)
+def test_pixels_that_are_written_in_turns_do_not_freeze_their_channels(
+    make: Callable[[Tensor], Tensor],
+) -> None:
+    model, example, groups = found(Upsampled(make))
+    assert [(group.size, group.exact_zero) for group in groups] == [(8, True)]
+    check_cuts(model, example, groups)
+
+
+class Unflattened(Alternating):
+    """``torch.unflatten`` called by names."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.unflatten(input=self.first(x), dim=1, sizes=(2, -1))
+        return self.head(torch.cat([x[:, 0], x[:, 1].relu()], 1))
+
+
+def test_unflatten_is_followed_however_it_is_called() -> None:
+    model, example, groups = found(Unflattened())
+    assert [(group.size, group.exact_zero) for group in groups] == [(4, True)]
+    check_cuts(model, example, groups)

@@ -205,9 +205,8 @@ def _resized(names: Sequence[str], size: int, samples: int) -> str:
     """
     if len(names) == 1:
         return f"{samples} samples"
-    listed = ", ".join(names[:-1]) if len(names) < 4 else f"{names[0]} to"
-    listed = f"{listed} {names[-1]}" if len(names) > 3 else f"{listed} and {names[-1]}"
-    return f"{samples} for {size} as the first size of {listed}"
+    word = "and" if len(names) == 2 else "to"
+    return f"{samples} for {size} as the first size of {names[0]} {word} {names[-1]}"
 
 
 def resized(

@@ -50,6 +50,11 @@ class Draws:
         self._repeats = False
         self._level: dict[str, int] = {}
 
+    def kept(self, group: Group) -> int | None:
+        """How many channels of a group stayed the last time; None before the first time."""
+        last = self._last.get(group.name)
+        return last[1] if last else None
+
     @contextlib.contextmanager
     def turned(self, turn: int) -> Iterator[None]:
         """Meanwhile the last choices come again, those of some groups the other way round.
@@ -66,11 +71,11 @@ class Draws:
     @contextlib.contextmanager
     def repeated(self) -> Iterator[None]:
         """Meanwhile the last choices come again."""
-        self._repeats = True
+        known, self._repeats = self._repeats, True
         try:
             yield
         finally:
-            self._repeats = False
+            self._repeats = known
 
     @contextlib.contextmanager
     def exactly(self, counts: Mapping[str, int]) -> Iterator[None]:
@@ -80,13 +85,6 @@ class Draws:
             yield
         finally:
             self._level = {}
-
-    @contextlib.contextmanager
-    def level(self, groups: Sequence[Group]) -> Iterator[None]:
-        """Meanwhile these groups keep equally many channels."""
-        fewest = min(self._any(kept_counts(group.size)) for group in groups)
-        with self.exactly({group.name: max(group.least, fewest) for group in groups}):
-            yield
 
     def of(self, groups: Sequence[Group]) -> Iterator[Selection]:
         """A choice for each group.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -14,8 +15,14 @@ from slimcli.network.structure.record import Least
 from slimcli.network.structure.structure import Group, Structure
 from slimcli.network.structure.trial import Trial
 
+MOST_WIDTHS = 8
+"""The widths of so many groups, those that most of them have, are tried."""
+
 FEW_CHANNELS = 8
 """Of so many channels every number is tried, of more the fewest that pass are searched for."""
+
+IN_A_ROW = 9
+"""So many numbers in a row are tried above the fewest."""
 
 
 def asked_groups(search: Search, structure: Structure, grouping: Grouping) -> list[Group]:
@@ -28,24 +35,47 @@ def asked_groups(search: Search, structure: Structure, grouping: Grouping) -> li
     return pool.touching(search.record.asked.values())
 
 
-def extremes(asked: Sequence[Group]) -> list[dict[str, int]]:
+def extremes(asked: Sequence[Group], groups: Sequence[Group]) -> list[dict[str, int]]:
     """How many channels stay in each of the trials that are needed.
 
-    As few of all as may be, then of every second group while the others lose a single one, or none
-    if that makes the fewest: a number may be made of two widths, by a sum or by a fraction.
+    As few of all as may be while those that are not asked are whole, then of every second group
+    while the others lose a single one, or none if that makes the fewest: a number may be made of
+    two widths, by a sum or by a fraction.
+
+    Args:
+        asked: Groups of whose width the code asks.
+        groups: All.
     """
+    names = {group.name for group in asked}
+    whole = {group.name: group.size for group in groups if group.name not in names}
     turns = (None, 0, 1) if len(asked) > 1 else (None, 0)
     return [
         {
             group.name: _most(group) if place % 2 == turn else group.least
             for place, group in enumerate(asked)
         }
+        | (whole if turn is None else {})
         for turn in turns
     ]
 
 
 def _most(group: Group) -> int:
     return group.size - 1 if group.size - 1 > group.least else group.size
+
+
+def levels(structure: Structure, names: Collection[str]) -> list[dict[str, int]]:
+    """Trials in which the groups of these names are as wide as each other, and as another group."""
+    asked = [group for group in structure.groups if group.name in names]
+    sizes = Counter(group.size for group in structure.groups)
+    widths = [size for size, _ in sizes.most_common(MOST_WIDTHS)]
+    if len(asked) > 1:
+        widths += [max(1, min(group.size for group in asked) // 2)]
+    found = []
+    for width in dict.fromkeys(widths):
+        counts = {g.name: max(width, g.least) for g in asked if max(width, g.least) < g.size}
+        if counts and counts not in found:
+            found.append(counts)
+    return found
 
 
 def without_multiples(
@@ -74,19 +104,17 @@ def without_bad_extremes(
     """Says how many channels must stay where few are too few; freezes what breaks otherwise."""
     record, pool = search.record, Pool(search.record, structure, grouping)
     known, judged = (len(search.bans), len(record.least)), set[str]()
-    for counts in extremes(asked):
+    for counts in extremes(asked, pool.groups):
         open_ones = [group for group in asked if group.name not in judged]
-        counts = {group.name: counts[group.name] for group in open_ones}
-        together = trial.exactly(pool.groups, counts) if counts else None
+        together = trial.exactly(pool.groups, counts) if open_ones else None
         if together is None:
             continue
-        found = _failing(trial, open_ones, counts)
+        found = failing(trial, open_ones, counts)
         for group, failure, is_alone in found or [(each, together, False) for each in open_ones]:
             judged.add(group.name)
             labels = pool.labels(group)
-            if is_alone and counts[group.name] == group.least:
-                _note_fewest(search, trial, group, labels, failure)
-            else:
+            is_narrow = is_alone and counts[group.name] == group.least
+            if not (is_narrow and _notes_fewest(search, trial, group, labels, failure)):
                 search.ban(labels, str(failure))
     is_same = known == (len(search.bans), len(record.least))
     return (structure, grouping) if is_same else search.structure()
@@ -106,21 +134,24 @@ def is_only_narrow(
         return False
     if trial.exactly([group], {group.name: group.size - 1}) is not None:
         return False
-    _note_fewest(search, trial, group, labels, failure)
+    return _notes_fewest(search, trial, group, labels, failure)
+
+
+def _notes_fewest(
+    search: Search, trial: Trial, group: Group, labels: Labels, failure: Failure
+) -> bool:
+    """Notes how many channels must stay, if there is such a number."""
+    fewest = _fewest(trial, group)
+    if fewest is None:
+        return False
+    dim = search.record.sources.dim_of(int(labels[0]))  # one of its tensors stands for all
+    labels = labels[labels < dim.first + dim.size]
+    line = failure.line or f"a comparison: {failure}"
+    search.record.least.append(Least(labels, fewest * len(labels) // group.size, line))
     return True
 
 
-def _note_fewest(
-    search: Search, trial: Trial, group: Group, labels: Labels, failure: Failure
-) -> None:
-    dim = search.record.sources.dim_of(int(labels[0]))  # one of its tensors stands for all
-    labels = labels[labels < dim.first + dim.size]
-    width = _fewest(trial, group) * len(labels) // group.size
-    line = failure.line or f"a comparison: {failure}"
-    search.record.least.append(Least(labels, width, line))
-
-
-def _failing(
+def failing(
     trial: Trial, groups: Sequence[Group], counts: Mapping[str, int]
 ) -> list[tuple[Group, Failure, bool]]:
     """Those that fail with so many channels while the others are whole; alone, or together."""
@@ -130,12 +161,16 @@ def _failing(
     if len(groups) == 1:
         return [(groups[0], failure, True)]
     middle = len(groups) // 2
-    found = [*_failing(trial, groups[:middle], counts), *_failing(trial, groups[middle:], counts)]
+    found = [*failing(trial, groups[:middle], counts), *failing(trial, groups[middle:], counts)]
     return found or [(group, failure, False) for group in groups]
 
 
-def _fewest(trial: Trial, group: Group) -> int:
-    """The fewest channels that pass alone, as all more do; of many, if more do where fewer do."""
+def _fewest(trial: Trial, group: Group) -> int | None:
+    """The fewest channels that pass alone, as all more do; None where some of those fail.
+
+    Of many channels not every number is tried, but as many in a row, above the fewest and below
+    all, as a remainder needs to come again.
+    """
 
     def fails(count: int) -> bool:
         return trial.exactly([group], {group.name: count}) is not None
@@ -146,4 +181,5 @@ def _fewest(trial: Trial, group: Group) -> int:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fails(middle) else (low, middle)
-    return high
+    above = {*range(high + 1, high + IN_A_ROW), *range(group.size - IN_A_ROW, group.size)}
+    return None if any(fails(each) for each in sorted(above) if high < each < group.size) else high

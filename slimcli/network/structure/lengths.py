@@ -66,10 +66,22 @@ def _multiplied(multiply: Callable[[int, Any], Any]) -> Any:
 def _compared(compare: Callable[[int, Any], bool]) -> Any:
     def method(self: Derived, other: object) -> bool:
         if not user_line.is_of_torch(sys._getframe(1)):
-            self.record.ask(self.labels)
+            self.record.tell(self.labels)
             if isinstance(other, (Derived, Length)):
-                self.record.ask(other.labels)
+                self.record.tell(other.labels)
         return compare(self, other)
+
+    return method
+
+
+def _told(say: Callable[..., Any]) -> Any:
+    """As a key, or in a text, it is compared where nobody hears."""
+
+    def method(self: Length, *args: Any) -> Any:
+        caller = sys._getframe(1)
+        if not (user_line.is_of_torch(caller) or user_line.is_of_slim(caller)):
+            self.record.tell(self.labels)
+        return say(self, *args)
 
     return method
 
@@ -123,7 +135,7 @@ class Derived(int):
 
 def _derived(number: Any, record: Record, labels: Labels) -> Any:
     if type(number) is not int:  # not implemented, or a fraction: it tells nothing from here on
-        record.ask(labels)
+        record.tell(labels)
         return number
     derived = Derived(number)
     derived.record, derived.labels = record, labels
@@ -207,7 +219,10 @@ class Length(int):
     __le__ = _heard(int.__le__)
     __gt__ = _heard(int.__gt__)
     __ge__ = _heard(int.__ge__)
-    __hash__ = int.__hash__
+    __hash__ = _told(int.__hash__)
+    __str__ = _told(int.__repr__)
+    __repr__ = _told(int.__repr__)
+    __format__ = _told(int.__format__)
 
     __sub__ = _subtracted(int.__sub__)
     __rsub__ = _subtracted(int.__rsub__)
@@ -229,7 +244,7 @@ class Length(int):
 
     def _said(self) -> None:
         """From here on it is a number that tells nothing."""
-        self.record.ask(self.labels)
+        self.record.tell(self.labels)
         self.record.counts_sizes |= not len(self.labels)
 
     def __float__(self) -> float:

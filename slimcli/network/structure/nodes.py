@@ -45,7 +45,8 @@ class Node:
         parents: Nodes it was made from.
         flags: COMBINE: does f(0 here, anything elsewhere) = 0, per parent. DEPTHWISE: (biased,
             padded). SOURCE: (one number per channel,).
-        keeps_zero: MAP, COMBINE, JUMP: f(0, ...) = 0. BORDER: the border is zero.
+        keeps_zero: MAP, COMBINE, JUMP: f(0, ...) = 0. BORDER: the border is zero. PRODUCER: no
+            other weight was added to its own.
         name: PRODUCER, DEPTHWISE: key of the producer; AFFINE: path of the norm; SOURCE: tensor.
     """
 
@@ -167,7 +168,7 @@ class ZeroStates:
         if node.kind == Kind.SOURCE:
             return State.CONSTANT if node.flags[0] else State.VARYING
         if node.name in self._zeroed and node.kind in (Kind.PRODUCER, Kind.DEPTHWISE):
-            return State.ZERO
+            return State.ZERO if node.keeps_zero else State.VARYING
         if node.kind == Kind.COMBINE:
             return self._combine(node, states)
         return self._unary(node, states) if states else State.VARYING

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -138,15 +139,50 @@ def add_sum(op: Op, plane: Tensor) -> None:
 
 
 def add_producer(
-    op: Op, key: str, labels: Tensor, *, is_plain: bool, bias: Tensor | None = None
+    op: Op,
+    key: str,
+    labels: Tensor,
+    *,
+    weight: Tensor,
+    is_plain: bool,
+    bias: Tensor | None = None,
 ) -> int:
-    """Records the writing side of a mixing op; returns the node of its values."""
+    """Records the writing side of a mixing op; returns the node of its values.
+
+    Args:
+        op: Multiplies.
+        key: Path of the layer; ``tensor:NAME`` where none does it.
+        labels: Of the outputs.
+        weight: Plane of the weight that makes them.
+        is_plain: One group.
+        bias: What it adds.
+    """
     biases = [labels_of(plane).reshape(-1).numpy() for plane in op.planes(bias)]
     op.record.layers.setdefault(key, labels.reshape(-1).numpy())
     op.record.producers.append(
         Producer(op.record.next_order(), key, labels.reshape(-1).numpy(), is_plain, tuple(biases))
     )
-    return op.record.table.add(Node(Kind.PRODUCER, name=key))
+    nodes = distinct(weight.numpy().ravel() >> SHIFT)
+    vanishes = all(_vanishes(op, int(node), weight) for node in nodes)
+    return op.record.table.add(Node(Kind.PRODUCER, name=key, keeps_zero=vanishes))
+
+
+def _vanishes(op: Op, number: int, plane: Tensor) -> bool:
+    """Is a weight zero where its own tensor is? Not if others were added, nor its exponential."""
+    first = int(labels_of(plane).max())
+    owner = op.record.sources.dim_of(first).tensor if first else ""
+    names = op.record.sources.names_of(owner)
+
+    def is_zero(number: int) -> bool:
+        node = op.record.table.nodes[number]
+        if node.kind == Kind.SOURCE:
+            return not node.name or node.name in names
+        found = [is_zero(parent) for parent in node.parents]
+        if node.kind == Kind.COMBINE and any(map(operator.and_, found, node.flags)):
+            return True
+        return node.keeps_zero and all(found)
+
+    return is_zero(number)
 
 
 def note_unfollowed(op: Op, size: int) -> None:

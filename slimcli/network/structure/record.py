@@ -130,7 +130,7 @@ class Record:
         least: Widths below which the code does something else.
         asked: Labels of widths that the code asks for, and may make numbers of.
         divisors: Labels of widths whose remainder the code asks for, and what it divides by.
-        escaped: Labels of widths that the code turned into plain numbers.
+        escaped: Labels of widths that the code turned into plain numbers, keys or text.
         counts_sizes: Numbers are made of sizes, or of how many entries a tensor has.
         writes: It writes into parameters, their gradients, or arrays of them.
         asks_sizes: The code asks for sizes of tensors, whatever it does with them.
@@ -236,6 +236,12 @@ class Record:
         """The code asks how many these are."""
         if len(labels):
             self.asked.setdefault((int(labels[0]), int(labels[-1]), len(labels)), labels)
+
+    def tell(self, labels: Labels) -> None:
+        """The same; what becomes of the number can't be heard."""
+        if len(labels):
+            self.ask(labels)
+            self.escaped.append(labels)
 
     def next_order(self) -> int:
         """A position for the next mixing op."""

@@ -28,8 +28,7 @@ def rehearse(
     merged = len(goes)
     edits: list[Edit] = []
     if group.exact_zero:
-        can_merge = merging and group.exact_duplicate and (len(goes) > 1 or goes_alone(group))
-        merged = (len(goes) + 1) // 2 if can_merge else 0
+        merged = (len(goes) + 1) // 2 if merging and group.exact_duplicate else 0
         edits += zeros(model, group, goes[merged:])
     clusters = [[stays[i], *goes[i:merged:keep]] for i in range(keep)]
     clusters = sorted(map(sorted, clusters))
@@ -37,6 +36,12 @@ def rehearse(
     return group.merge(clusters), edits
 
 
-def goes_alone(group: Group) -> bool:
-    """Can so few of its channels go that, if they are to be merged, none is left to be zeroed?"""
-    return group.exact_zero and group.exact_duplicate and group.size - max(group.least, 1) < 2
+def goes_alone(group: Group, keep: int | None = None) -> bool:
+    """Do so few of its channels go that, if they are merged, none is left to be zeroed?
+
+    Args:
+        group: Can be cut.
+        keep: So many stay; without it as few as may be.
+    """
+    keep = max(group.least, 1) if keep is None else keep
+    return group.exact_zero and group.exact_duplicate and group.size - keep < 2

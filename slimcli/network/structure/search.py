@@ -14,13 +14,15 @@ from slimcli.network.structure.comparison import Failure
 from slimcli.network.structure.extremes import (
     asked_groups,
     extremes,
+    failing,
     is_only_narrow,
+    levels,
     without_bad_extremes,
     without_multiples,
 )
 from slimcli.network.structure.groups import Choice, Grouping, first_choices
+from slimcli.network.structure.guilty import find_bad
 from slimcli.network.structure.left_alone import other_ways
-from slimcli.network.structure.rehearse import goes_alone
 from slimcli.network.structure.structure import Group, Structure
 from slimcli.network.structure.traced import Traced
 from slimcli.network.structure.trial import Trial
@@ -53,7 +55,7 @@ def try_cuts(model: nn.Module, example: Example, traced: Traced, samples: int) -
         structure, grouping = _without_bad_merges(search, structure, grouping, trial)
     structure, grouping = _without_equal_widths(search, structure, grouping, trial)
     if seen is not None:
-        structure, grouping = _without_bad_extremes(search, structure, grouping, trial)
+        structure, grouping = _left_of_extremes(search, structure, grouping, trial)
         if search.learned == known:
             structure, grouping = _frozen(search, structure, grouping, seen)
     structure, grouping = without_multiples(search, structure, grouping, trial)
@@ -85,10 +87,10 @@ def _without_bad_cuts(
     return structure, grouping
 
 
-def _without_bad_extremes(
+def _left_of_extremes(
     search: Search, structure: Structure, grouping: Grouping, trial: Trial
 ) -> tuple[Structure, Grouping]:
-    """The same with what is left tried again: some may have passed only with those that went."""
+    """Tries again what extremes leave: some may have passed only with those that went."""
     known = search.learned
     asked = asked_groups(search, structure, grouping)
     structure, grouping = without_bad_extremes(search, structure, grouping, trial, asked)
@@ -133,7 +135,7 @@ def _without_bad_merges(
             return structure, grouping
         if not merged:
             break
-        bad = trial.find_bad(merged, failure, merging=True) if not last else []
+        bad = find_bad(trial, merged, failure, merging=True) if not last else []
         pool = Pool(search.record, structure, grouping)
         for group, reason in bad or [(group, failure) for group in merged]:
             refused = f"equal channels were merged for trial: {reason.what}"
@@ -166,8 +168,8 @@ def _first_failure(
 ) -> Failure | None:
     """Tries everything as it was traced, and more often where once shows too little."""
     failure = trial.attempt(groups, thorough=True, merging=True)
-    if asked or any(map(goes_alone, groups)):
-        for counts in extremes(asked) if asked else [{}]:
+    if asked or trial.merged_all(groups):
+        for counts in extremes(asked, groups) if asked else [{}]:
             failure = failure or trial.exactly(groups, counts)
     if failure is None and Choice.BLOCKS in search.choices:
         failure = trial.opposite(groups)
@@ -190,17 +192,17 @@ def _without_equal_widths(
         for group in groups
         if any((slot.tensor, slot.dim) in places for slot in group.slots)
     }
-    if len(names) < 2:
-        return structure, grouping
-    failure = trial.level(groups, names)
-    if failure is None:
-        return structure, grouping
     pool = Pool(search.record, structure, grouping)
-    for group in groups:
-        if group.name in names:
+    for counts in levels(structure, names):
+        asked = [group for group in groups if group.name in counts]
+        found = failing(trial, asked, counts)
+        for group, failure, is_alone in found:
             reason = f"its width is read as a number and must not meet another one: {failure.what}"
-            search.ban(pool.labels(group), reason)
-    return search.structure()
+            if not (is_alone and is_only_narrow(search, pool, trial, group, failure)):
+                search.ban(pool.labels(group), reason)
+        if found:  # each time a group less, or a number of channels that must stay
+            return _without_equal_widths(search, *search.structure(), trial)
+    return structure, grouping
 
 
 def _learn(
@@ -215,7 +217,7 @@ def _learn(
     pool = Pool(search.record, structure, grouping)
     if failure.is_other_batch:
         why = "on another batch, of other sizes and values, it is another one"
-        bad = trial.find_bad(pool.groups, failure) or [(group, failure) for group in pool.groups]
+        bad = find_bad(trial, pool.groups, failure) or [(group, failure) for group in pool.groups]
         for group, reason in bad:
             if reason.is_other_batch and group.exact_zero:
                 search.record.fickle.append((pool.labels(group), f"{why}: {reason.what}"))
@@ -231,7 +233,7 @@ def _learn(
         return
     near = failure.module if not thoroughly else ""
     bad = _near_module(pool, trial, near) if near else []
-    for group, reason in bad or trial.find_bad(pool.groups, failure):
+    for group, reason in bad or find_bad(trial, pool.groups, failure):
         if reason.is_no_constant and group.exact_zero:
             search.record.fickle.append((pool.labels(group), reason.what))
         elif not is_only_narrow(search, pool, trial, group, reason):

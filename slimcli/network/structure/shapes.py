@@ -23,7 +23,7 @@ from slimcli.network.nested import tensors_in
 from slimcli.network.structure import user_line
 from slimcli.network.structure.lengths import Length, plain, same
 from slimcli.network.structure.nodes import MADE_TO_MEASURE, ZEROS_TO_MEASURE, Node
-from slimcli.network.structure.planes import LABEL_MASK, axis_entries, pack
+from slimcli.network.structure.planes import LABEL_MASK, NONE, axis_entries, pack
 from slimcli.network.structure.record import Record
 from slimcli.network.structure.trace import Tracer
 
@@ -49,6 +49,8 @@ _WIDTHS = {
 RESHAPES = frozenset({torch.Tensor.view, torch.Tensor.reshape, torch.reshape, torch.Tensor.expand})
 """They are told all sizes of their result."""
 
+_OF_NUMBERS = frozenset({torch.tensor, torch.as_tensor, torch.arange})
+
 _UNFLATTENS = frozenset({torch.Tensor.unflatten, torch.unflatten})
 
 _LIKE_ANOTHER = frozenset({torch.Tensor.view_as, torch.Tensor.reshape_as, torch.Tensor.expand_as})
@@ -68,7 +70,8 @@ _MAKING = {
 }
 """What makes tensors of equal entries, and where its sizes begin."""
 
-_ZEROS = frozenset({torch.zeros, torch.Tensor.new_zeros})
+_ZEROS = frozenset({torch.zeros, torch.Tensor.new_zeros, torch.empty, torch.Tensor.new_empty})
+"""Where nothing was written yet, nothing is that could be missed."""
 
 
 class Shapes(TorchFunctionMode):
@@ -93,11 +96,12 @@ class Shapes(TorchFunctionMode):
             args, kwargs = plain(args), {key: plain(value) for key, value in kwargs.items()}
         if func is torch.Tensor.is_same_size:  # asked of the sizes, which tell
             return self._sizes(args[0], caller) == self._sizes(args[1], caller)
-        self._tracer.checks = func is F.one_hot and _classes(args, kwargs) > 0
+        known, checks = self._tracer.checks, func is F.one_hot and _classes(args, kwargs) > 0
+        self._tracer.checks = known or checks
         try:
             result = func(*args, **kwargs)
         finally:
-            self._tracer.checks = False
+            self._tracer.checks = known
         self._hear(func, args, kwargs, result)
         is_asked = bool(args) and isinstance(args[0], Tensor) and not user_line.is_of_slim(caller)
         return self._told_of(func, args, kwargs, result, caller) if is_asked else result
@@ -115,14 +119,29 @@ class Shapes(TorchFunctionMode):
             self._measure(result, sizes, ZEROS_TO_MEASURE if func in _ZEROS else MADE_TO_MEASURE)
         if func in RESHAPES:
             self._tie(result, [*args[1:], *kwargs.values()])
+        if func in _OF_NUMBERS:
+            self._tell_sizes((args, kwargs))
         if func in _UNFLATTENS:
-            told = dict(zip(("dim", "sizes"), args[1:], strict=False)) | kwargs
-            dim, sizes = told["dim"] % args[0].dim(), list(told["sizes"])
-            shape = list(result.shape)
+            told = dict(zip(("input", "dim", "sizes"), args, strict=False)) | kwargs
+            sizes, shape = list(told["sizes"]), list(result.shape)
+            dim = told["dim"] % (len(shape) - len(sizes) + 1)
             self._tie(result, [*shape[:dim], *sizes, *shape[dim + len(sizes) :]])
         if func in _LIKE_ANOTHER:
             other = next(iter((*args[1:], *kwargs.values())))
-            self._tie(result, [self._length(other, *each) for each in enumerate(other.shape)])
+            sizes = [self._length(other, *each) for each in enumerate(other.shape)]
+            self._tie(result, sizes)
+            if func is torch.Tensor.expand_as and _is_no_index(result):
+                strides = zip(sizes, result.stride(), strict=True)
+                repeated = [size if stride == 0 else plain(size) for size, stride in strides]
+                self._measure(result, repeated, MADE_TO_MEASURE)
+
+    def _tell_sizes(self, value: Any) -> None:
+        """As numbers of a tensor, sizes are compared where nobody hears."""
+        if isinstance(value, Length):
+            self._tracer.record.tell(value.labels)
+        elif isinstance(value, (tuple, list, dict)):
+            for each in value.values() if isinstance(value, dict) else value:
+                self._tell_sizes(each)
 
     def _told_of(
         self,
@@ -140,7 +159,10 @@ class Shapes(TorchFunctionMode):
             return self._told(args[0], dim, result, caller) if isinstance(dim, int) else result
         if isinstance(result, torch.Size) or func in _TELLING:
             sizes = self._sizes(args[0], caller)
-            return sizes if isinstance(result, torch.Size) else result
+            if isinstance(result, torch.Size):
+                return sizes
+            for each in sizes:
+                self._tracer.record.tell(getattr(each, "labels", NONE))
         return result
 
     def _hear_scalars(self, args: tuple[Any, ...], result: Any) -> None:
@@ -186,14 +208,14 @@ class Shapes(TorchFunctionMode):
 
     def _meet(self, size: Length, found: Length, dim: int) -> None:
         """Channels come to lie along an axis as wide as others: one row, or several of them."""
-        reason = "its width is compared with another"
-        for plane in found.tensor if size.is_full else ():
-            if plane.shape[dim] > 1:
-                rows = axis_entries(plane, dim)
-                width = torch.from_numpy(size.labels).view(-1, 1)
-                self._tracer.record.tie(width, rows, reason)
         if not size.is_full:
             size.met(found)
+            return
+        width = torch.from_numpy(size.labels).view(-1, 1)
+        for plane in found.tensor:
+            if plane.shape[dim] > 1:
+                reason = "its width is compared with another"
+                self._tracer.record.tie(width, axis_entries(plane, dim), reason)
 
     def _measure(self, result: Tensor, sizes: list[Any], made: Node) -> None:
         """What is made of equal entries, as many as there are channels, has these channels.
@@ -243,6 +265,10 @@ class Shapes(TorchFunctionMode):
             length.is_plain = len(length.labels) == size
         length.is_batch = dim == 0
         return length
+
+
+def _is_no_index(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool
 
 
 def _classes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

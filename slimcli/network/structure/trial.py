@@ -7,9 +7,10 @@ scales are made unequal so that nothing is right by accident.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -36,7 +37,7 @@ from slimcli.network.structure.modes import (
 from slimcli.network.structure.precision import copy_as, in_double, run_inside, to_dtype
 from slimcli.network.structure.recheck import first_disorder
 from slimcli.network.structure.record import Record
-from slimcli.network.structure.rehearse import rehearse
+from slimcli.network.structure.rehearse import goes_alone, rehearse
 from slimcli.network.structure.remembering import Memory, attributes_of
 from slimcli.network.structure.run import run_traced
 from slimcli.network.structure.situations import Situation, holds_numbers, other_batches, unlike
@@ -181,14 +182,17 @@ class Trial:
                 return failure
         return None
 
+    def repeated(self) -> contextlib.AbstractContextManager[None]:
+        """Meanwhile the channels of the last attempt go again."""
+        return self._draws.repeated()
+
+    def merged_all(self, groups: Sequence[Group]) -> bool:
+        """Was there one in the last attempt of which all that went were merged, if any were?"""
+        return any(goes_alone(group, self._draws.kept(group)) for group in groups)
+
     def exactly(self, groups: Sequence[Group], counts: Mapping[str, int]) -> Failure | None:
         """One attempt in which the groups of these names keep so many channels."""
         with self._draws.exactly(counts):
-            return self.attempt(groups)
-
-    def level(self, groups: Sequence[Group], names: Collection[str]) -> Failure | None:
-        """One attempt in which the groups of these names keep equally many channels."""
-        with self._draws.level([group for group in groups if group.name in names]):
             return self.attempt(groups)
 
     def _attempt_once(
@@ -368,31 +372,3 @@ class Trial:
             return None
         self._rechecks = True
         return Failure(f"the channels do not arrive at {path} in the predicted order", "", path)
-
-    def find_bad(
-        self, groups: Sequence[Group], failure: Failure, *, merging: bool = False
-    ) -> list[tuple[Group, Failure]]:
-        """The groups that fail, by halving; ``failure`` is what all of them together gave."""
-        if len(groups) == 1:
-            return [(groups[0], failure)]
-        middle = len(groups) // 2
-        found: list[tuple[Group, Failure]] = []
-        for half in (groups[:middle], groups[middle:]):
-            problem = self.attempt(half, merging=merging)
-            if problem is not None:
-                found += self.find_bad(half, problem, merging=merging)
-        return found or self._find_interaction(groups, merging)
-
-    def _find_interaction(
-        self, groups: Sequence[Group], merging: bool
-    ) -> list[tuple[Group, Failure]]:
-        """Both halves pass alone: adds groups one at a time and drops those that break it."""
-        good: list[Group] = []
-        found = []
-        for group in groups:
-            problem = self.attempt([*good, group], merging=merging)
-            if problem is None:
-                good.append(group)
-            else:
-                found.append((group, problem))
-        return found

@@ -176,9 +176,8 @@ def _outputs(op: Op, leaving: Tensor | None, groups: int, transposed: bool) -> P
         planes = op.planes(bias)
         other = planes[0].reshape(-1) if planes else torch.zeros_like(labels)
         op.record.tie(labels, other, FIXED_WEIGHT)
-    node = add_producer(
-        op, caller(op, op.args[1], leaving), labels, is_plain=groups == 1, bias=bias
-    )
+    key = caller(op, op.args[1], leaving)
+    node = add_producer(op, key, labels, weight=leaving, is_plain=groups == 1, bias=bias)
     shape = [1] * op.output.dim()
     shape[1] = size
     return (pack(labels, node).view(shape),)

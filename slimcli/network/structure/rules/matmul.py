@@ -277,7 +277,7 @@ def _leaving(op: Op, planes: list[Tensor], weight: Tensor | None, axis: int, bia
         if weight is not None and plane.numel() == plane.shape[axis]:
             labels = labels_of(plane)
             key = caller(op, weight, plane)
-            node = add_producer(op, key, labels, is_plain=True, bias=bias)
+            node = add_producer(op, key, labels, weight=plane, is_plain=True, bias=bias)
             op.tracer.calls.produced(op.output, key)
             result += (pack(labels, node),)
         else:
@@ -352,7 +352,8 @@ def embedding(op: Op) -> Sequence[Planes]:
         plane = plane.reshape([1] * (output.dim() - 1) + [-1])
         if is_weight(plane):
             labels = labels_of(plane)
-            node = add_producer(op, caller(op, weight, plane), labels, is_plain=True)
+            key = caller(op, weight, plane)
+            node = add_producer(op, key, labels, weight=plane, is_plain=True)
             return [(pack(labels, node),)]
         if op.name == "embedding":
             return [(plane,)]

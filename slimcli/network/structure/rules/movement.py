@@ -204,10 +204,15 @@ def _is_block(start: int, step: int, size: int, total: int) -> bool:
 def _is_run(plane: Tensor, axis: int, step: int) -> bool:
     """Do more entries in a row belong to one channel than a step, as pixels of flattened images?
 
-    How many they are hangs on the image.
+    How many they are hangs on the image. Where one channel, or none yet, is all along the axis, as
+    in a canvas of pixels, it is no axis of channels.
     """
+    if step == 1:
+        return False
     labels = labels_of(plane).movedim(axis, 0)
-    return step > 1 and bool((labels[step::step] == labels[step - 1 : -1 : step]).any())
+    is_same = (labels[step::step] == labels[step - 1 : -1 : step]) & (labels[step::step] != 0)
+    is_channel = ((labels != labels.amax(0)) & (labels != 0)).any(0)
+    return bool((is_same & is_channel).any())
 
 
 def _add_stride(op: Op, plane: Tensor, axis: int, step: int, line: str) -> None:

@@ -78,7 +78,7 @@ def written(op: Op, target: Tensor, old: Planes, new: Planes) -> Planes:
         new: Planes of the values, laid out like the target.
     """
     joined = new
-    if not op.tracer.is_blank(target):
+    if old or not op.tracer.is_blank(target):  # zeros may be made as wide as other channels are
         joined = joined_across(op, [(target, old), (target, new)], -1, stacks=False)
     return bordered(op, joined, is_zero=True)
 
