@@ -69,6 +69,14 @@ def unflattened(net: Pair, a: Tensor, b: Tensor) -> Tensor:
     return b.flatten(1).unflatten(1, tuple(a.shape[1:]))
 
 
+def broadcast_both(net: Pair, a: Tensor, b: Tensor) -> Tensor:
+    return torch.stack(torch.broadcast_tensors(a, b), 1).amax(1)
+
+
+def broadcast_like_another(net: Pair, a: Tensor, b: Tensor) -> Tensor:
+    return torch.broadcast_to(b, a.shape)
+
+
 def in_rows(net: Pair, a: Tensor, b: Tensor) -> Tensor:
     rows = torch.cat([a, b], 1).view(a.shape[0], 2, a.shape[1], *a.shape[2:])
     return rows.amax(1)
@@ -79,7 +87,8 @@ def styled(net: Pair, a: Tensor, b: Tensor) -> Tensor:
     return a * style[:, 0] + b * style[:, 1]
 
 
-TIES = [overwritten, copied, like_another, shaped_like_another, unflattened, in_rows, styled]
+LIKE_ANOTHER = [like_another, shaped_like_another, broadcast_both, broadcast_like_another]
+TIES = [*LIKE_ANOTHER, overwritten, copied, unflattened, in_rows, styled]
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from slimcli.network.structure.memory import memory_of
-from slimcli.network.structure.nodes import Kind, Node
+from slimcli.network.structure.nodes import Kind, Node, NodeTable
 from slimcli.network.structure.planes import (
     LABEL_MASK,
     SHIFT,
@@ -163,26 +163,27 @@ def add_producer(
         Producer(op.record.next_order(), key, labels.reshape(-1).numpy(), is_plain, tuple(biases))
     )
     nodes = distinct(weight.numpy().ravel() >> SHIFT)
-    vanishes = all(_vanishes(op, int(node), weight) for node in nodes)
+    vanishes = all(_vanishes(op.record.table, int(node)) for node in nodes)
     return op.record.table.add(Node(Kind.PRODUCER, name=key, keeps_zero=vanishes))
 
 
-def _vanishes(op: Op, number: int, plane: Tensor) -> bool:
-    """Is a weight zero where its own tensor is? Not if others were added, nor its exponential."""
-    first = int(labels_of(plane).max())
-    owner = op.record.sources.dim_of(first).tensor if first else ""
-    names = op.record.sources.names_of(owner)
+def _vanishes(table: NodeTable, number: int) -> bool:
+    """Is a weight zero where one of its tensors is? No sum of two, and no exponential."""
 
-    def is_zero(number: int) -> bool:
-        node = op.record.table.nodes[number]
+    def named(number: int) -> set[str]:
+        node = table.nodes[number]
+        return {node.name}.union(*map(named, node.parents)) - {""}
+
+    def is_zero(number: int, name: str) -> bool:
+        node = table.nodes[number]
         if node.kind == Kind.SOURCE:
-            return not node.name or node.name in names
-        found = [is_zero(parent) for parent in node.parents]
+            return node.name in ("", name)
+        found = [is_zero(parent, name) for parent in node.parents]
         if node.kind == Kind.COMBINE and any(map(operator.and_, found, node.flags)):
             return True
         return node.keeps_zero and all(found)
 
-    return is_zero(number)
+    return any(is_zero(number, name) for name in named(number) or ("",))
 
 
 def note_unfollowed(op: Op, size: int) -> None:

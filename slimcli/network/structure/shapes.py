@@ -8,6 +8,7 @@ are heard as well: no operator follows.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Iterator
 from types import FrameType
@@ -46,7 +47,14 @@ _WIDTHS = {
 }
 """Attributes of layers, and which dimension of the weight has this size."""
 
-RESHAPES = frozenset({torch.Tensor.view, torch.Tensor.reshape, torch.reshape, torch.Tensor.expand})
+_BROADCASTS = frozenset({torch.broadcast_to, torch.Tensor.broadcast_to})
+
+RESHAPES = _BROADCASTS | {
+    torch.Tensor.view,
+    torch.Tensor.reshape,
+    torch.reshape,
+    torch.Tensor.expand,
+}
 """They are told all sizes of their result."""
 
 _OF_NUMBERS = frozenset({torch.tensor, torch.as_tensor, torch.arange})
@@ -59,6 +67,7 @@ _LIKE_ANOTHER = frozenset({torch.Tensor.view_as, torch.Tensor.reshape_as, torch.
 _MAKING = {
     torch.Tensor.repeat: 1,
     torch.Tensor.expand: 1,
+    **dict.fromkeys(_BROADCASTS, 1),
     torch.Tensor.new_ones: 1,
     torch.Tensor.new_full: 1,
     torch.Tensor.new_empty: 1,
@@ -117,6 +126,12 @@ class Shapes(TorchFunctionMode):
         if func in _MAKING:
             sizes = list(args[_MAKING[func] :]) or [kwargs.get("size", ())]
             self._measure(result, sizes, ZEROS_TO_MEASURE if func in _ZEROS else MADE_TO_MEASURE)
+        self._hear_layout(func, args, kwargs, result)
+
+    def _hear_layout(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> None:
+        """Notes which channels come to lie where others do."""
         if func in RESHAPES:
             self._tie(result, [*args[1:], *kwargs.values()])
         if func in _OF_NUMBERS:
@@ -127,13 +142,20 @@ class Shapes(TorchFunctionMode):
             dim = told["dim"] % (len(shape) - len(sizes) + 1)
             self._tie(result, [*shape[:dim], *sizes, *shape[dim + len(sizes) :]])
         if func in _LIKE_ANOTHER:
-            other = next(iter((*args[1:], *kwargs.values())))
-            sizes = [self._length(other, *each) for each in enumerate(other.shape)]
-            self._tie(result, sizes)
-            if func is torch.Tensor.expand_as and _is_no_index(result):
-                strides = zip(sizes, result.stride(), strict=True)
-                repeated = [size if stride == 0 else plain(size) for size, stride in strides]
-                self._measure(result, repeated, MADE_TO_MEASURE)
+            self._lie_like(result, next(iter((*args[1:], *kwargs.values()))))
+        if func is torch.broadcast_tensors:
+            for each, other in itertools.product(result, tensors_in(args)):
+                self._lie_like(each, other)
+
+    def _lie_like(self, result: Tensor, other: Tensor) -> None:
+        """A tensor is laid out, or expanded, like another one."""
+        lead = result.dim() - other.dim()
+        sizes = [1] * lead + [self._length(other, *each) for each in enumerate(other.shape)]
+        self._tie(result, sizes)
+        if _is_no_index(result):
+            strides = zip(sizes, result.stride(), strict=True)
+            repeated = [size if stride == 0 else plain(size) for size, stride in strides]
+            self._measure(result, repeated, MADE_TO_MEASURE)
 
     def _tell_sizes(self, value: Any) -> None:
         """As numbers of a tensor, sizes are compared where nobody hears."""
