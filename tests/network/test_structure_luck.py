@@ -87,6 +87,22 @@ def test_a_trial_keeps_an_odd_number_of_channels_and_removes_two_or_more(size: i
     assert size < 16 or len(counts) > 2
 
 
+@pytest.mark.parametrize("size", [3, 4, 6, 8, 16, 64])
+def test_two_groups_of_one_size_never_keep_equally_many_channels(size: int) -> None:
+    for seed in range(20):
+        draws = Draws(torch.Generator().manual_seed(seed))
+        one, two = (keep for _, keep in draws.of(groups_of(size, size)))
+        assert one != two
+        assert max(one, two) < size
+
+
+@pytest.mark.parametrize("size", [6, 8, 16, 32])
+def test_of_many_groups_two_channels_or_more_go_and_never_half(size: int) -> None:
+    counts = [keep for _, keep in Draws(torch.Generator()).of(groups_of(*[size] * 100))]
+    assert max(counts) <= size - 2
+    assert size // 2 not in counts or size // 2 % 2
+
+
 class OfQuantizedWeights(nn.Module):
     """Scales the rows of a weight by their largest entries: of a zero row nothing is a number."""
 

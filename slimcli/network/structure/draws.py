@@ -13,6 +13,9 @@ from slimcli.network.structure.structure import Group
 REDRAWN = 20
 """So often a choice of channels is drawn anew, to be another one than that of the group before."""
 
+FEW = 3
+"""Of fewer numbers of channels to keep, two groups have the same one soon."""
+
 ALL_SIZES = 0
 """Stands for groups of any size."""
 
@@ -123,10 +126,15 @@ class Draws:
         return counts[int(torch.randint(len(counts), (), generator=self._random))]
 
     def _count(self, group: Group, taken: Mapping[int, Counter[int]]) -> int:
-        """How many stay, if possible a number that is not taken; few channels have all but one."""
-        counts, here = kept_counts(group.size, group.least), taken[group.size]
-        if all(here[each] for each in counts):
-            counts = sorted({*counts, group.size - 1})
+        """How many stay, if possible a number that is not taken.
+
+        Where there are few, even ones are taken too, but for a half; of four channels all but one.
+        """
+        counts, here, size = kept_counts(group.size, group.least), taken[group.size], group.size
+        if len(counts) < FEW and all(here[each] for each in counts):
+            more = range(max(group.least, size // 4, 1), size - 1)
+            counts = sorted({*counts, *(each for each in more if 2 * each != size)})
+            counts = sorted({*counts, size - 1}) if len(counts) == 1 else counts
         uses = {each: (here[each], taken[ALL_SIZES][each]) for each in counts}
         return self._any([each for each in counts if uses[each] == min(uses.values())])
 
