@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from slimcli.artifacts import nested
+from slimcli.artifacts.arithmetic import exact_arithmetic
 from slimcli.artifacts.leaf import RELATIVE_LIMIT, as_tensor
-from slimcli.artifacts.seam import Run, Seam, exact_arithmetic, runner
+from slimcli.artifacts.seam import Run, Seam, runner
 
 DISTURBANCES = (1e-7, 1e-6, 1e-5)
 FLOOR_CAP_DECIBEL = 36.0

@@ -8,11 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
-
-from slimcli.network.nested import mapped
 
 Run = Callable[[Any], Any]
 
@@ -63,71 +59,6 @@ class Seam:
         place = f" at output {self.where}" if self.where else ""
         text = f"{self.source} -> {self.target}: {self.max_abs:.1e} (limit {self.limit:.1e}){place}"
         return "; ".join([text, *self.notes])
-
-
-DEVICES = ("cpu", "cuda")
-
-
-class WithoutAutocast(TorchFunctionMode):
-    """Whatever is called inside runs in float32 where the user's code has switched autocast on.
-
-    So does what the code itself cast to half precision there, because autocast would mix it.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Executes the function."""
-        devices, kwargs = list(filter(torch.is_autocast_enabled, DEVICES)), kwargs or {}
-        if not devices:
-            return func(*args, **kwargs)
-        first = args[:1] if _writes(func) else ()
-        rest = mapped(args[len(first) :], _in_float32)
-        with contextlib.ExitStack() as stack:
-            for device in devices:
-                stack.enter_context(torch.autocast(device, enabled=False))
-            return func(*first, *rest, **mapped(kwargs, _in_float32))
-
-
-HALVES = (torch.float16, torch.bfloat16)
-
-
-def _in_float32(value: Any) -> Any:
-    if isinstance(value, torch.dtype):
-        return torch.float32 if value in HALVES else value
-    return value.float() if isinstance(value, torch.Tensor) and value.dtype in HALVES else value
-
-
-def _writes(func: Any) -> bool:
-    """Does a function write into its first argument?"""
-    name = getattr(func, "__name__", "")
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-
-
-@contextlib.contextmanager
-def exact_arithmetic() -> Iterator[None]:
-    """Float32 that is float32: no TF32, no autocast, no gradients. Settings are put back.
-
-    Not even where the user's code switches autocast on: half precision would hide what a cut or a
-    fold changes behind rounding, or take rounding for a change.
-    """
-    with float32_settings(), WithoutAutocast():
-        yield
-
-
-@contextlib.contextmanager
-def float32_settings() -> Iterator[None]:
-    """The same as far as settings go, so that what runs inside is called by nobody but the user."""
-    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        cpu, cuda = (torch.autocast(device, enabled=False) for device in DEVICES)
-        with cpu, cuda, torch.no_grad():
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = cudnn
 
 
 @contextlib.contextmanager

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from slimcli.artifacts import nested, noise
+from slimcli.artifacts.arithmetic import exact_arithmetic
 from slimcli.artifacts.data_dependent import Watch
 from slimcli.artifacts.leaf import RELATIVE_LIMIT, Worst, as_tensor, compare_leaf
-from slimcli.artifacts.seam import Run, Runner, Seam, evaluating, exact_arithmetic, runner
+from slimcli.artifacts.seam import Run, Runner, Seam, evaluating, runner
 from slimcli.network.example import Example
 
 __all__ = [

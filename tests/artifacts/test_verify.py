@@ -167,6 +167,25 @@ def own_cast(model, batch):
         return model[1](hidden)
 
 
+def written_in_place(model, batch):
+    with torch.autocast("cpu", torch.bfloat16):
+        half = batch.bfloat16()
+        part, place = half.view(-1), torch.empty(2, 8, dtype=torch.bfloat16)
+        part += 1
+        torch.nn.functional.relu(part, inplace=True)
+        torch.mul(half, 2, out=place)
+        return model(place)
+
+
+def test_what_the_code_writes_into_what_it_cast_is_written_in_a_comparison_too():
+    torch.manual_seed(0)
+    net, batch = nn.Linear(8, 4), torch.randn(2, 8)
+    with verify.exact_arithmetic():
+        found = written_in_place(net, batch)
+        expected = net(2 * (batch + 1).relu())
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("predict", [half_input, own_cast])
 @pytest.mark.parametrize("is_half", [False, True], ids=["float32", "a half layer"])
 def test_code_that_autocast_lets_mix_precisions_runs_without_it_too(predict, is_half):

@@ -156,3 +156,22 @@ def test_a_small_group_beside_one_of_its_size_is_tried_merged_and_zeroed(width: 
     torch.manual_seed(0)
     group = proven(WeightTwice(width), torch.randn(2, 3, 8, 8)).group("first")
     assert (group.exact_zero, group.exact_duplicate) == (True, False)
+
+
+class Iterated(nn.Module):
+    """A weight that comes out of many steps, each of which reads the last one three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.first.weight
+        for _ in range(40):
+            weight = 1.5 * weight - 0.5 * weight * weight * weight
+        return self.head(F.conv2d(x, weight).relu())
+
+
+def test_a_weight_that_comes_out_of_many_steps_is_followed_once() -> None:
+    torch.manual_seed(0)
+    assert cut_groups(proven(Iterated(), torch.randn(2, 3, 8, 8))) == {"first.weight": 8}

@@ -188,7 +188,7 @@ def batching(flat: FlatModel, inputs: Mapping[str, torch.Tensor]) -> Batching:
     for samples in (2, 3):
         try:
             with verify.exact_arithmetic(), verify.evaluating(flat):
-                flat(*own_copy(list(resized(inputs, which, samples).values())))
+                flat(*resized(inputs, which, samples).values())
         except Exception as error:  # the user's own code may raise anything
             head = str(error).strip().splitlines()[:1]
             tried = _resized(which, size, samples)
@@ -212,10 +212,10 @@ def _resized(names: Sequence[str], size: int, samples: int) -> str:
 def resized(
     inputs: Mapping[str, torch.Tensor], which: Sequence[str], samples: int
 ) -> dict[str, torch.Tensor]:
-    """The inputs with ``samples`` samples: the first ones, repeated as often as needed."""
+    """Copies with ``samples`` samples: the first ones, repeated as often as needed."""
 
     def resize(tensor: torch.Tensor) -> torch.Tensor:
         times = -(-samples // tensor.shape[0])
         return torch.cat([tensor] * times)[:samples].clone()
 
-    return {name: resize(each) if name in which else each for name, each in inputs.items()}
+    return {n: resize(each) if n in which else each.clone() for n, each in inputs.items()}

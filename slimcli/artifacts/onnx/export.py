@@ -20,6 +20,7 @@ from torch import nn
 
 import slimcli
 from slimcli.artifacts import lint, noise, verify
+from slimcli.artifacts.arithmetic import float32_settings
 from slimcli.artifacts.onnx import qdq, store, tidy
 from slimcli.artifacts.onnx.capture import (
     Batching,
@@ -38,7 +39,6 @@ from slimcli.artifacts.onnx.codes import (
 )
 from slimcli.artifacts.onnx.runtime import STRUCTURE_KEY, OnnxModel, is_quantized
 from slimcli.artifacts.onnx.torch_export import Graph, to_graph
-from slimcli.artifacts.seam import float32_settings
 from slimcli.errors import Problem, RunError, VerificationError
 from slimcli.network.example import Example, own_copy
 from slimcli.network.quantize import fake_quant, fold
@@ -146,8 +146,8 @@ def _graph(flat: FlatModel, call: Capture, batch: Batching, opset: int) -> Graph
     if batch.is_dynamic:
         inputs, batched = resized(call.inputs, batch.names, 2), batch.names
     else:
-        inputs, batched = call.inputs, ()
-    return to_graph(flat, own_copy(inputs), list(call.outputs), batched, opset)
+        inputs, batched = own_copy(call.inputs), ()
+    return to_graph(flat, inputs, list(call.outputs), batched, opset)
 
 
 def _require_pairs(model: nn.Module, graph: Graph) -> None:

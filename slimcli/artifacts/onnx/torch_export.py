@@ -21,8 +21,8 @@ import onnx
 import torch
 from torch import nn
 
+from slimcli.artifacts.arithmetic import WithoutAutocast
 from slimcli.artifacts.onnx.capture import FlatModel
-from slimcli.artifacts.seam import WithoutAutocast
 from slimcli.errors import Problem, RunError
 
 TORCHSCRIPT_OPSET_MAXIMUM = 20

@@ -53,10 +53,9 @@ class Draws:
         self._repeats = False
         self._level: dict[str, int] = {}
 
-    def kept(self, group: Group) -> int | None:
-        """How many channels of a group stayed the last time; None before the first time."""
-        last = self._last.get(group.name)
-        return last[1] if last else None
+    def kept(self, group: Group) -> int:
+        """How many channels of a group stayed the last time."""
+        return self._last[group.name][1]
 
     @contextlib.contextmanager
     def turned(self, turn: int) -> Iterator[None]:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from slimcli.network.structure.assumptions import Pool, Search
 from slimcli.network.structure.comparison import Failure
 from slimcli.network.structure.groups import Grouping
+from slimcli.network.structure.guilty import failing
 from slimcli.network.structure.planes import Labels
 from slimcli.network.structure.record import Least
 from slimcli.network.structure.structure import Group, Structure
 from slimcli.network.structure.trial import Trial
 
 MOST_WIDTHS = 8
-"""The widths of so many groups, those that most of them have, are tried."""
+"""So many of the network's widths are tried, those that most groups have."""
 
 FEW_CHANNELS = 8
 """Of so many channels every number is tried, of more the fewest that pass are searched for."""
@@ -149,20 +150,6 @@ def _notes_fewest(
     line = failure.line or f"a comparison: {failure}"
     search.record.least.append(Least(labels, fewest * len(labels) // group.size, line))
     return True
-
-
-def failing(
-    trial: Trial, groups: Sequence[Group], counts: Mapping[str, int]
-) -> list[tuple[Group, Failure, bool]]:
-    """Those that fail with so many channels while the others are whole; alone, or together."""
-    failure = trial.exactly(groups, counts)
-    if failure is None:
-        return []
-    if len(groups) == 1:
-        return [(groups[0], failure, True)]
-    middle = len(groups) // 2
-    found = [*failing(trial, groups[:middle], counts), *failing(trial, groups[middle:], counts)]
-    return found or [(group, failure, False) for group in groups]
 
 
 def _fewest(trial: Trial, group: Group) -> int | None:

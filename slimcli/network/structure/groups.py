@@ -117,13 +117,13 @@ def _frozen_components(
     for labels, reason in bans:
         reasons.append(reason)
         frozen.append((labels, len(reasons) - 1))
-    numbers = {reason: number for number, reason in reversed(list(enumerate(reasons)))}
     none = len(reasons)
     first = np.full(int(component.max()) + 1, none, dtype=np.int64)
     for labels, number in frozen:
-        np.minimum.at(first, component[labels], numbers[reasons[number]])
-    first[first == none] = -1
-    return reasons, first
+        np.minimum.at(first, component[labels], number)
+    numbers = {reason: number for number, reason in reversed(list(enumerate(reasons)))}
+    equal = np.array([*(numbers[reason] for reason in reasons), -1], dtype=np.int64)
+    return reasons, equal[first]
 
 
 def _slot_of_label(record: Record) -> Labels:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from slimcli.network.structure.comparison import Failure
 from slimcli.network.structure.structure import Group
@@ -45,3 +45,17 @@ def _interacting(trial: Trial, groups: Sequence[Group], merging: bool) -> Found:
         else:
             found.append((group, problem))
     return found
+
+
+def failing(
+    trial: Trial, groups: Sequence[Group], counts: Mapping[str, int]
+) -> list[tuple[Group, Failure, bool]]:
+    """Those that fail with so many channels while the others are whole; alone, or together."""
+    failure = trial.exactly(groups, counts)
+    if failure is None:
+        return []
+    if len(groups) == 1:
+        return [(groups[0], failure, True)]
+    middle = len(groups) // 2
+    found = [*failing(trial, groups[:middle], counts), *failing(trial, groups[middle:], counts)]
+    return found or [(group, failure, False) for group in groups]

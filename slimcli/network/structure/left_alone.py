@@ -66,7 +66,7 @@ def freeze_unseen(model: nn.Module, record: Record) -> list[str]:
     parameters = {name for name, _ in model.named_parameters()}
     for dim in record.sources.dims:
         if dim.tensor in parameters and dim.tensor not in record.sources.seen:
-            if _follows_its_weight(model, record, dim):
+            if _joined_with_weight(model, record, dim):
                 continue
             path = owner_of(*_divided(dim.tensor))[0]
             path = dim.tensor if path in record.hands else path
@@ -80,8 +80,8 @@ def freeze_unseen(model: nn.Module, record: Record) -> list[str]:
     return [_note(record.unseen)] if record.unseen else []
 
 
-def _follows_its_weight(model: nn.Module, record: Record, dim: SourceDim) -> bool:
-    """Is it the bias of a layer whose weight other code reads? It is cut with the weight."""
+def _joined_with_weight(model: nn.Module, record: Record, dim: SourceDim) -> bool:
+    """Joins the bias of a layer whose weight other code reads with that weight; was it one?"""
     path, local = _divided(dim.tensor)
     if local != "bias" or not isinstance(model.get_submodule(path), (nn.Linear, Convolution)):
         return False

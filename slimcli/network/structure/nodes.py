@@ -93,6 +93,15 @@ class NodeTable:
         different = sorted(set(numbers))
         return different[0] if len(different) == 1 else self.add(Node(Kind.JOIN, (*different,)))
 
+    def names_below(self, number: int) -> set[str]:
+        """Of the tensors and layers that a value is computed from."""
+        found, todo = {number}, [number]
+        while todo:
+            new = set(self.nodes[todo.pop()].parents) - found
+            found |= new
+            todo += new
+        return {self.nodes[each].name for each in found} - {""}
+
     def is_made(self, number: int) -> bool:
         """Is the value computed from nothing but tensors made to measure?"""
         return self._made[number]
@@ -136,7 +145,7 @@ class ZeroStates:
 
     Args:
         table: The nodes.
-        zeroed: Keys of the producers that are zero.
+        zeroed: Keys of the producers, or names of the tensors, that are zero.
         norm_after: For a producer's key, the norm behind which its zero is made.
     """
 
@@ -166,6 +175,8 @@ class ZeroStates:
         if node == ZEROS_TO_MEASURE:
             return State.ZERO
         if node.kind == Kind.SOURCE:
+            if node.name and node.name in self._zeroed:
+                return State.ZERO
             return State.CONSTANT if node.flags[0] else State.VARYING
         if node.name in self._zeroed and node.kind in (Kind.PRODUCER, Kind.DEPTHWISE):
             return State.ZERO if node.keeps_zero else State.VARYING

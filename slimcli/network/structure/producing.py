@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from slimcli.network.structure.memory import memory_of
-from slimcli.network.structure.nodes import Kind, Node, NodeTable
+from slimcli.network.structure.nodes import Kind, Node, NodeTable, State, ZeroStates
 from slimcli.network.structure.planes import (
     LABEL_MASK,
     SHIFT,
@@ -169,21 +168,8 @@ def add_producer(
 
 def _vanishes(table: NodeTable, number: int) -> bool:
     """Is a weight zero where one of its tensors is? No sum of two, and no exponential."""
-
-    def named(number: int) -> set[str]:
-        node = table.nodes[number]
-        return {node.name}.union(*map(named, node.parents)) - {""}
-
-    def is_zero(number: int, name: str) -> bool:
-        node = table.nodes[number]
-        if node.kind == Kind.SOURCE:
-            return node.name in ("", name)
-        found = [is_zero(parent, name) for parent in node.parents]
-        if node.kind == Kind.COMBINE and any(map(operator.and_, found, node.flags)):
-            return True
-        return node.keeps_zero and all(found)
-
-    return any(is_zero(number, name) for name in named(number) or ("",))
+    names = table.names_below(number)
+    return any(ZeroStates(table, (name,), {}).of(number) == State.ZERO for name in names)
 
 
 def note_unfollowed(op: Op, size: int) -> None:

@@ -36,12 +36,6 @@ def rehearse(
     return group.merge(clusters), edits
 
 
-def goes_alone(group: Group, keep: int | None = None) -> bool:
-    """Do so few of its channels go that, if they are merged, none is left to be zeroed?
-
-    Args:
-        group: Can be cut.
-        keep: So many stay; without it as few as may be.
-    """
-    keep = max(group.least, 1) if keep is None else keep
+def goes_alone(group: Group, keep: int) -> bool:
+    """Do so few channels go, where so many stay, that, if they are merged, none is zeroed?"""
     return group.exact_zero and group.exact_duplicate and group.size - keep < 2

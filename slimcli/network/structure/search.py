@@ -14,14 +14,13 @@ from slimcli.network.structure.comparison import Failure
 from slimcli.network.structure.extremes import (
     asked_groups,
     extremes,
-    failing,
     is_only_narrow,
     levels,
     without_bad_extremes,
     without_multiples,
 )
 from slimcli.network.structure.groups import Choice, Grouping, first_choices
-from slimcli.network.structure.guilty import find_bad
+from slimcli.network.structure.guilty import failing, find_bad
 from slimcli.network.structure.left_alone import other_ways
 from slimcli.network.structure.structure import Group, Structure
 from slimcli.network.structure.traced import Traced

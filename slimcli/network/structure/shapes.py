@@ -58,8 +58,10 @@ RESHAPES = _BROADCASTS | {
 """They are told all sizes of their result."""
 
 _OF_NUMBERS = frozenset({torch.tensor, torch.as_tensor, torch.arange})
+"""They make tensors of numbers, sizes among them."""
 
 _UNFLATTENS = frozenset({torch.Tensor.unflatten, torch.unflatten})
+"""They are told the sizes that one axis becomes."""
 
 _LIKE_ANOTHER = frozenset({torch.Tensor.view_as, torch.Tensor.reshape_as, torch.Tensor.expand_as})
 """They are told another tensor, whose sizes their result gets."""
@@ -80,7 +82,7 @@ _MAKING = {
 """What makes tensors of equal entries, and where its sizes begin."""
 
 _ZEROS = frozenset({torch.zeros, torch.Tensor.new_zeros, torch.empty, torch.Tensor.new_empty})
-"""Where nothing was written yet, nothing is that could be missed."""
+"""Their entries are zero; in empty memory are none yet that could be missed."""
 
 
 class Shapes(TorchFunctionMode):

@@ -51,6 +51,10 @@ NO_OTHER = (
     "the code makes numbers of sizes or values, and the model takes no batch but the example: "
     "that cuts are exact on other batches was not tried"
 )
+ONE_NUMBER = (
+    "of one sample a constant is a single number, and the model takes no other values: that it is "
+    "the same for them was not tried"
+)
 
 
 class Trial:
@@ -254,7 +258,7 @@ class Trial:
             with capture.of_another_batch():
                 self._run_in(Situation(Example(batch, self._example.predict)), model)
         except Exception:  # the model refuses this batch, as it may
-            self.notes[NO_OTHER] = None
+            self.notes[ONE_NUMBER] = None
 
     def _zeroed_elsewhere(
         self, model: nn.Module, groups: Sequence[Group], thorough: bool

@@ -167,10 +167,12 @@ def _settle(op: Op, right_side: Planes, left_side: Planes) -> Planes:
     for plane in left_side:
         axes = active_axes(plane)
         shared = [each for each in right_side if set(active_axes(each)) & set(axes)]
+        is_free = all(any(each is other for other in result) for each in shared)
+        is_alike = len(shared) == 1 and active_axes(shared[0]) == axes
         result = tuple(each for each in result if all(each is not other for other in shared))
         if not shared:
             result += (plane,)
-        elif len(shared) == 1 and active_axes(shared[0]) == axes and axes[-1] < plane.dim() - 2:
+        elif is_free and is_alike and axes[-1] < plane.dim() - 2:
             result += (_side_by_side(op, shared[0], plane),)
         else:
             op.freeze_planes([*shared, plane], "channels on both sides of a product share an axis")

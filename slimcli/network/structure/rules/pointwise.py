@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from slimcli.network.nested import tensors_in
+from slimcli.network.structure.memory import are_zeros
 from slimcli.network.structure.nodes import ZEROS_TO_MEASURE, Kind, Node
 from slimcli.network.structure.planes import (
     LABEL_MASK,
@@ -124,8 +125,16 @@ def _merge_group(op: Op, tensors: Sequence[Tensor], group: list[Operand]) -> Ten
     note_united(op, wide)
     for other in wide[1:]:
         op.record.tie(wide[0], other, "channels meet fixed values")
-    nodes = _combined(op, tensors, [index for index, _ in group], wide)
+    own = [place for place, plane in enumerate(wide) if not _is_filler(op.record, plane)]
+    own = own or list(range(len(wide)))
+    nodes = _combined(op, tensors, [group[each][0] for each in own], [wide[each] for each in own])
     return pack(labels_of(wide[0]), nodes)
+
+
+def _is_filler(record: Record, plane: Tensor) -> bool:
+    """Has it channels only in so far as it is as wide as they are? Any value, but not a zero."""
+    node = int(plane.reshape(-1)[0]) >> SHIFT
+    return record.table.is_made(node) and not are_zeros(record.table, [plane])
 
 
 def jumps(op: Op) -> bool:
@@ -268,7 +277,9 @@ def copied(op: Op) -> Sequence[Planes]:
         if any(sizes[axis] > 1 for axis in active_axes(place)):
             near = [each for each in planes if set(active_axes(each)) & set(active_axes(place))]
             for each in near or [place.new_zeros((1,) * place.dim())]:
-                op.record.tie(place, each, "values of fixed size", is_room=True)
+                op.record.tie(
+                    place, each, "channels are overwritten by a tensor of fixed size", is_room=True
+                )
     return [planes]
 
 
