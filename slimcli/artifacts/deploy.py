@@ -97,8 +97,9 @@ def find(path: Path) -> Path:
             "E-DEPLOY-MISSING",
             f"there is no {DESCRIPTION} in {path}",
             expected="a finished run folder, its artifacts folder, or a deploy.json",
-            fix="slim export RUN makes it again from checkpoints/best.pt; runs with "
-            "save_deploy_format: false have none: slim eval RUN --compare trained",
+            fix="slim export RUN makes it again from checkpoints/best.pt; runs that end with qat "
+            "have model.onnx only; those with save_deploy_format: false have none: "
+            "slim eval RUN --compare trained",
         )
     )
 

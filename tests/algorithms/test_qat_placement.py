@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional
 
-from slimcli.errors import RecipeError
+from slimcli.errors import RecipeError, RunError
 from slimcli.network.example import Example
 from slimcli.network.quantize.audit import float_readers
 from slimcli.network.quantize.fake_quant import Phase, quantizers, set_phase
@@ -375,6 +375,49 @@ def test_a_rewritten_forward_has_both_the_training_and_the_evaluation_path():
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert example.run(model.eval()).shape == (4, 5)
     assert isinstance(model, TrainingOnly)
+
+
+class Told(nn.Module):
+    """A part with two readers of what it gets; it may return more in training."""
+
+    def __init__(self, returns_more):
+        super().__init__()
+        self.left, self.right, self.returns_more = conv(8, 8), conv(8, 8), returns_more
+
+    def forward(self, x, mask=None):
+        x = x if mask is None else x * mask
+        x = functional.relu(self.left(x) + self.right(x))
+        return (x, x.abs().mean()) if self.returns_more and self.training else x
+
+
+class OtherInTraining(nn.Module):
+    def __init__(self, returns_more):
+        super().__init__()
+        self.stem, self.part, self.left, self.right = (
+            conv(3, 8),
+            Told(returns_more),
+            conv(8, 8),
+            conv(8, 8),
+        )
+
+    def forward(self, x):
+        x = functional.relu(self.stem(x))
+        is_masked = self.training and not self.part.returns_more
+        x = self.part(x, torch.ones_like(x)) if is_masked else self.part(x=x)
+        x = x[0] if isinstance(x, tuple) else x
+        return (self.left(x) + self.right(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("returns_more", "received"), [(True, "Told returns"), (False, "Told is called")]
+)
+def test_a_part_that_training_calls_or_leaves_otherwise_is_named_with_a_way_out(
+    returns_more, received
+):
+    model = quantized(OtherInTraining(returns_more))
+    with pytest.raises(RunError, match=f"{received} in another way than in evaluation mode"):
+        example_of().run(model.train())
+    assert example_of().run(model.eval()).shape == (4, 8)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
+from slimcli.errors import Problem, RunError
 from slimcli.network.quantize.fake_quant import (
     WEIGHT_LOW,
     FakeQuant,
@@ -22,7 +23,7 @@ from slimcli.network.quantize.fake_quant import (
 )
 from slimcli.network.quantize.layers import TRANSPOSED
 from slimcli.network.quantize.place import Activation, Placement
-from slimcli.network.quantize.record import Path, replaced
+from slimcli.network.quantize.record import Path, at, replaced
 from slimcli.network.quantize.rewrite import rewrite
 
 Granularity = Literal["tensor", "channel"]
@@ -63,6 +64,7 @@ class InputHook:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with that tensor quantized."""
+        _check(module, "is called", (args, kwargs), self.path, self.quantizer)
         return replaced((args, kwargs), self.path, self.quantizer)  # type: ignore[no-any-return]
 
 
@@ -74,7 +76,25 @@ class OutputHook:
 
     def __call__(self, module: nn.Module, args: Any, result: Any) -> Any:
         """The result with that tensor quantized."""
+        _check(module, "returns", result, self.path, self.quantizer)
         return replaced(result, self.path, self.quantizer)
+
+
+def _check(module: nn.Module, does: str, container: Any, path: Path, quantizer: FakeQuant) -> None:
+    """A module can be called otherwise, or return something else, than when it was recorded."""
+    if isinstance(at(container, path), Tensor):
+        return
+    name, received = type(module).__name__, at(container, path)
+    raise RunError(
+        Problem(
+            "E-QUANTIZE-MODES",
+            f"{name} {does} in another way than in evaluation mode",
+            expected=f"a tensor where evaluation has the {quantizer.label}",
+            received="nothing there" if received is None else f"{type(received).__name__}",
+            fix=f"let {name} take and return the same in both modes, or list the layers that read "
+            "this tensor in config.skip",
+        )
+    )
 
 
 def insert(

@@ -138,6 +138,20 @@ def tensors_in(container: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]
             yield from tensors_in(each, (*path, key))
 
 
+def at(container: Any, path: Path) -> Any:
+    """What is at a place of a nest; None where it has no such place.
+
+    >>> at([1, {"a": 2}], (1, "a")), at([1], (1, "a")), at(torch.ones(1), (0, 0))
+    (2, None, None)
+    """
+    for head in path:
+        if not isinstance(container, (dict, list, tuple)):
+            return None
+        inside = container if isinstance(container, dict) else dict(enumerate(container))
+        container = inside.get(head)
+    return container
+
+
 def replaced(container: Any, path: Path, change: Callable[[Tensor], Tensor]) -> Any:
     """``container`` with the tensor at ``path`` changed; everything on the way is copied.
 
