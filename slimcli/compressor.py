@@ -289,11 +289,8 @@ def default_param_groups(model: nn.Module, defaults: GroupDefaults) -> list[dict
     """
     import torch
 
-    norms = (
-        torch.nn.modules.batchnorm._NormBase,
-        torch.nn.LayerNorm,
-        torch.nn.GroupNorm,
-    )
+    norm = torch.nn.modules.batchnorm._NormBase
+    norms = (norm, torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.RMSNorm)
     norm_parameters = {
         id(parameter)
         for module in model.modules()

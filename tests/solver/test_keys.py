@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from slimcli.artifacts import checkpoint
+from slimcli.compressor import GroupDefaults, default_param_groups
 from slimcli.errors import MissingError
 from slimcli.solver.config import TrainingConfig
 from slimcli.solver.job import RunResult
@@ -177,3 +178,22 @@ def test_accumulated_steps_equal_one_large_step(tmp_path: Path) -> None:
     small_job = toys.job(tmp_path / "b", batch_size=4, accumulate_grad_batches=2)
     small = run(toys.with_hooks(small_job, **hooks))
     assert weights(large, {}) == pytest.approx(weights(small, {}), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm2d(4),
+        nn.InstanceNorm2d(4, affine=True),
+        nn.GroupNorm(2, 4),
+        nn.LayerNorm(4),
+        nn.RMSNorm(4),
+    ],
+    ids=lambda norm: type(norm).__name__,
+)
+def test_no_decay_of_norms_is_for_all_norms_of_torch_and_for_them_alone(norm: nn.Module) -> None:
+    defaults = GroupDefaults(0.1, weight_decay=0.01, no_decay=("norm",))
+    groups = default_param_groups(nn.Sequential(nn.Linear(4, 4), norm), defaults)
+    decays = {name: group["weight_decay"] for group in groups for name in group["names"]}
+    assert {decays.pop("0.weight"), decays.pop("0.bias")} == {0.01}
+    assert decays == {f"1.{name}": 0.0 for name, _ in norm.named_parameters()}
