@@ -409,7 +409,8 @@ class OtherInTraining(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("returns_more", "received"), [(True, "Told returns"), (False, "Told is called")]
+    ("returns_more", "received"),
+    [(True, r"part \(Told\) returns"), (False, r"part \(Told\) is called")],
 )
 def test_a_part_that_training_calls_or_leaves_otherwise_is_named_with_a_way_out(
     returns_more, received

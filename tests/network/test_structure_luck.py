@@ -97,7 +97,7 @@ def test_two_groups_of_one_size_never_keep_equally_many_channels(size: int) -> N
 
 
 @pytest.mark.parametrize("size", [6, 8, 16, 32])
-def test_of_many_groups_two_channels_or_more_go_and_never_half(size: int) -> None:
+def test_of_many_groups_two_channels_or_more_go_and_never_an_even_half(size: int) -> None:
     counts = [keep for _, keep in Draws(torch.Generator()).of(groups_of(*[size] * 100))]
     assert max(counts) <= size - 2
     assert size // 2 not in counts or size // 2 % 2

@@ -22,8 +22,8 @@ from slimcli.network.quantize.fake_quant import (
     quantizers,
 )
 from slimcli.network.quantize.layers import TRANSPOSED
-from slimcli.network.quantize.place import Activation, Placement
-from slimcli.network.quantize.record import Path, at, replaced
+from slimcli.network.quantize.place import Activation, Placement, Point
+from slimcli.network.quantize.record import at, replaced
 from slimcli.network.quantize.rewrite import rewrite
 
 Granularity = Literal["tensor", "channel"]
@@ -57,42 +57,44 @@ class QuantizedWeight(nn.Module):
 class InputHook:
     """Quantizes one tensor among a module's arguments; an object, so that copies stay apart."""
 
-    def __init__(self, quantizer: FakeQuant, path: Path) -> None:
-        self.quantizer, self.path = quantizer, path
+    def __init__(self, quantizer: FakeQuant, point: Point) -> None:
+        self.quantizer, self.point = quantizer, point
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with that tensor quantized."""
-        _check(module, "is called", (args, kwargs), self.path, self.quantizer)
-        return replaced((args, kwargs), self.path, self.quantizer)  # type: ignore[no-any-return]
+        _require(module, (args, kwargs), self.point, self.quantizer)
+        return replaced((args, kwargs), self.point.path, self.quantizer)  # type: ignore[no-any-return]
 
 
 class OutputHook:
     """Quantizes one tensor of a module's result."""
 
-    def __init__(self, quantizer: FakeQuant, path: Path) -> None:
-        self.quantizer, self.path = quantizer, path
+    def __init__(self, quantizer: FakeQuant, point: Point) -> None:
+        self.quantizer, self.point = quantizer, point
 
     def __call__(self, module: nn.Module, args: Any, result: Any) -> Any:
         """The result with that tensor quantized."""
-        _check(module, "returns", result, self.path, self.quantizer)
-        return replaced(result, self.path, self.quantizer)
+        _require(module, result, self.point, self.quantizer)
+        return replaced(result, self.point.path, self.quantizer)
 
 
-def _check(module: nn.Module, does: str, container: Any, path: Path, quantizer: FakeQuant) -> None:
-    """A module can be called otherwise, or return something else, than when it was recorded."""
-    if isinstance(at(container, path), Tensor):
+def _require(module: nn.Module, container: Any, point: Point, quantizer: FakeQuant) -> None:
+    """Is the tensor there? Placement saw evaluation mode; training may call or return otherwise."""
+    received = at(container, point.path)
+    if isinstance(received, Tensor):
         return
-    name, received = type(module).__name__, at(container, path)
+    does = "is called" if point.kind == "input" else "returns"
+    name = f"{point.module} ({type(module).__name__})" if point.module else type(module).__name__
     raise RunError(
         Problem(
             "E-QUANTIZE-MODES",
             f"{name} {does} in another way than in evaluation mode",
             expected=f"a tensor where evaluation has the {quantizer.label}",
-            received="nothing there" if received is None else f"{type(received).__name__}",
-            fix=f"let {name} take and return the same in both modes, or list the layers that read "
-            "this tensor in config.skip",
+            received="nothing there" if received is None else type(received).__name__,
+            fix="let it take and return the same in both modes, or list the layers that read this "
+            "tensor in config.skip",
         )
     )
 
@@ -145,10 +147,10 @@ def _add_activation(
     for point in activation.points:
         module = model.get_submodule(point.module)
         if point.kind == "input":
-            hook = InputHook(quantizer, point.path)
+            hook = InputHook(quantizer, point)
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         elif point.kind == "output":
-            handles.append(module.register_forward_hook(OutputHook(quantizer, point.path)))
+            handles.append(module.register_forward_hook(OutputHook(quantizer, point)))
         else:
             inside = f"{activation.layer}.{name}".removeprefix(f"{point.module}.")
             insertions[point.module][str(point.path[0])] = inside
