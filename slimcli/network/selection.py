@@ -97,10 +97,10 @@ def select(
     tensor([[4., 2.]])
     """
     result = tensor.detach()
-    cheapest_first = sorted(sources.items(), key=lambda item: (max(map(len, item[1])), item[0]))
     dtype = dtype or tensor.dtype
-    for dim, entries in cheapest_first:
-        result = _select_dimension(result, dim, entries, dtype)
+    cheapest_first = sorted((max(map(len, each)), dim) for dim, each in sources.items())
+    for most, dim in cheapest_first:
+        result = _select_dimension(result, dim, sources[dim], most, dtype)
     result = result.to(dtype)
     if sources and _lies_in_order(tensor):
         return result
@@ -175,14 +175,16 @@ def groups_after(sources: Sources, size: int, groups: int) -> int:
     return len(counts)
 
 
-def _select_dimension(tensor: Tensor, dim: int, sources: Sources, dtype: torch.dtype) -> Tensor:
+def _select_dimension(
+    tensor: Tensor, dim: int, sources: Sources, most: int, dtype: torch.dtype
+) -> Tensor:
     """Sums in rounds with unique targets, so that the result doesn't depend on thread order.
 
-    The result has this dtype if it has sums, else that of the tensor.
+    ``most`` is the length of the longest sum. The result has this dtype if it has sums, else that
+    of the tensor.
     """
     first = np.fromiter(map(itemgetter(0), sources), np.int64, len(sources))
     result = tensor.index_select(dim, torch.from_numpy(first).to(tensor.device))
-    most = max(map(len, sources))
     result = result.to(dtype) if most > 1 else result
     for turn in range(1, most):
         targets = [place for place, entry in enumerate(sources) if len(entry) > turn]

@@ -119,7 +119,7 @@ class Group:
         >>> Group("conv", 3, (slot,), (), (), ()).cut([2, 0]).slots[0].sources
         ((0,), (2,))
         """
-        return self.merge([[channel] for channel in sorted(keep)])
+        return self._made(sorted(keep), ())
 
     def merge(self, clusters: Sequence[Sequence[int]]) -> Cut:
         """Keeps the lowest channel of each cluster; consumers get the sum over the cluster.
@@ -135,19 +135,21 @@ class Group:
         >>> [each.sources for each in cut.slots]
         [((0,), (1,)), ((0, 4), (1, 5), (2,), (3,))]
         """
-        channels = [channel for cluster in clusters for channel in cluster]
+        ordered = sorted(sorted(cluster) for cluster in clusters if cluster)
+        firsts = [cluster[0] for cluster in ordered]
+        return self._made(firsts, [cluster for cluster in ordered if len(cluster) > 1])
+
+    def _made(self, firsts: Sequence[int], clusters: Sequence[Sequence[int]]) -> Cut:
+        """``firsts`` stay, in this order; consumers sum over ``clusters``, which begin with some."""
+        channels = [*firsts, *chain.from_iterable(cluster[1:] for cluster in clusters)]
         _check_channels(channels, self.size)
-        clusters = sorted(sorted(cluster) for cluster in clusters if cluster)
-        if len(clusters) < self.least:
+        if len(firsts) < self.least:
             raise ValueError(f"{self.name} must keep {self.least} channels at least")
-        firsts = [cluster[0] for cluster in clusters]
-        singles = [[first] for first in firsts]
-        sums = clusters if any(len(cluster) > 1 for cluster in clusters) else singles
         known: dict[Any, Sources] = {}
-        slots = [_summed(slot, singles, known) for slot in self.producers + self.followers]
-        slots += [_summed(slot, sums, known) for slot in self.consumers]
-        slots += [_summed(slot, singles, known) for slot in self.counters]
-        gone = sorted(set(range(self.size)) - set(channels))
+        slots = [_summed(slot, firsts, (), known) for slot in self.producers + self.followers]
+        slots += [_summed(slot, firsts, clusters, known) for slot in self.consumers]
+        slots += [_summed(slot, firsts, (), known) for slot in self.counters]
+        gone = sorted(set(range(self.size)) - set(channels)) if self.constants else []
         constants = tuple(
             Constant(path, tuple(sorted(i for c in gone for i in slot.indices[c])))
             for path, slot in self.constants
@@ -230,32 +232,38 @@ def _check_channels(channels: Sequence[int], size: int) -> None:
         raise ValueError(f"channels must be in 0..{size - 1}")
 
 
-def _summed(slot: Slot, clusters: Sequence[Sequence[int]], known: dict[Any, Sources]) -> SlotCut:
+def _summed(
+    slot: Slot,
+    firsts: Sequence[int],
+    clusters: Sequence[Sequence[int]],
+    known: dict[Any, Sources],
+) -> SlotCut:
     """Entries outside the group stay; entry k of a first channel sums entry k of its cluster.
 
     What is worked out for one slot serves all that have the same indices.
     """
-    key = id(slot.indices), slot.size, id(clusters)
+    key = id(slot.indices), slot.size, bool(clusters)
     if key not in known:
         size = slot.size or max(map(max, slot.indices)) + 1
-        known[key] = _sums(slot.indices, size, clusters)
+        known[key] = _sums(slot.indices, size, firsts, clusters)
     return SlotCut(slot.tensor, slot.dim, known[key])
 
 
 def _sums(
-    indices: Sequence[tuple[int, ...]], size: int, clusters: Sequence[Sequence[int]]
+    indices: Sequence[tuple[int, ...]],
+    size: int,
+    firsts: Sequence[int],
+    clusters: Sequence[Sequence[int]],
 ) -> Sources:
     sources = list(whole(size))
     stays = bytearray(b"\1" * size)
     for index in chain.from_iterable(indices):
         stays[index] = 0
+    for index in chain.from_iterable(map(indices.__getitem__, firsts)):
+        stays[index] = 1
     for cluster in clusters:
-        firsts = indices[cluster[0]]
-        for index in firsts:
-            stays[index] = 1
-        if len(cluster) > 1:
-            for column in zip(*(indices[channel] for channel in cluster), strict=True):
-                sources[column[0]] = tuple(column)
+        for column in zip(*(indices[channel] for channel in cluster), strict=True):
+            sources[column[0]] = tuple(column)
     return tuple(compress(sources, stays))
 
 
