@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -94,6 +95,13 @@ def test_two_groups_of_one_size_never_keep_equally_many_channels(size: int) -> N
         one, two = (keep for _, keep in draws.of(groups_of(size, size)))
         assert one != two
         assert max(one, two) < size
+
+
+@pytest.mark.parametrize("size", [3, 4, 5])
+def test_of_few_channels_another_number_stays_each_time(size: int) -> None:
+    draws = Draws(torch.Generator().manual_seed(0))
+    counts = [keep for _ in range(9) for _, keep in draws.of(groups_of(size))]
+    assert all(one != two for one, two in itertools.pairwise(counts))
 
 
 @pytest.mark.parametrize("size", [6, 8, 16, 32])

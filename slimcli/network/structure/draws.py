@@ -125,11 +125,15 @@ class Draws:
         return counts[int(torch.randint(len(counts), (), generator=self._random))]
 
     def _count(self, group: Group, taken: Mapping[int, Counter[int]]) -> int:
-        """How many stay, if possible a number that is not taken.
+        """How many stay: if possible no number that is taken, nor the one of the last time.
 
         Where there are few, even ones are taken too, but for a half; of four channels all but one.
+        A single channel that stays, again and again, would be broadcast over those of others.
         """
         counts, here, size = kept_counts(group.size, group.least), taken[group.size], group.size
+        order, last = self._last.get(group.name, ((), 0))
+        if len(counts) < FEW and len(order) == size:
+            here = here + Counter([last])
         if len(counts) < FEW and all(here[each] for each in counts):
             more = range(max(group.least, size // 4, 1), size - 1)
             counts = sorted({*counts, *(each for each in more if 2 * each != size)})

@@ -140,7 +140,7 @@ class Group:
         return self._made(firsts, [cluster for cluster in ordered if len(cluster) > 1])
 
     def _made(self, firsts: Sequence[int], clusters: Sequence[Sequence[int]]) -> Cut:
-        """``firsts`` stay, in this order; consumers sum over ``clusters``, which begin with some."""
+        """``firsts`` stay, in order; consumers sum over ``clusters``, which begin with some."""
         channels = [*firsts, *chain.from_iterable(cluster[1:] for cluster in clusters)]
         _check_channels(channels, self.size)
         if len(firsts) < self.least:
