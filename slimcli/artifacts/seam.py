@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from slimcli.network.evaluating import evaluating
 
 Run = Callable[[Any], Any]
 
@@ -59,20 +58,6 @@ class Seam:
         place = f" at output {self.where}" if self.where else ""
         text = f"{self.source} -> {self.target}: {self.max_abs:.1e} (limit {self.limit:.1e}){place}"
         return "; ".join([text, *self.notes])
-
-
-@contextlib.contextmanager
-def evaluating(*models: Any) -> Iterator[None]:
-    """Every module of the models in eval mode; each gets its own mode back."""
-    modules = [m for model in models if isinstance(model, nn.Module) for m in model.modules()]
-    modes = [module.training for module in modules]
-    for module in modules:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
 
 
 @dataclass(frozen=True)

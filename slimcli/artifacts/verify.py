@@ -17,12 +17,13 @@ from slimcli.artifacts import nested, noise
 from slimcli.artifacts.arithmetic import exact_arithmetic
 from slimcli.artifacts.data_dependent import Watch
 from slimcli.artifacts.leaf import RELATIVE_LIMIT, Worst, as_tensor, compare_leaf
-from slimcli.artifacts.seam import Run, Runner, Seam, evaluating, runner
+from slimcli.artifacts.seam import Run, Runner, Seam, runner
+from slimcli.network.evaluating import evaluating
 from slimcli.network.example import Example
 
 __all__ = [
     "RELATIVE_LIMIT", "Difference", "Run", "Runner", "Seam", "as_tensor", "compare",
-    "compare_values", "evaluating", "exact_arithmetic", "first_difference", "locate", "record",
+    "compare_values", "exact_arithmetic", "first_difference", "locate", "record",
     "runner",
 ]  # fmt: skip
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from slimcli.errors import Problem, RunError
 from slimcli.network.attributes import Convolution, Transposed
 from slimcli.network.cuts import Cut
+from slimcli.network.evaluating import evaluating
 from slimcli.network.example import Example
 from slimcli.network.nested import tensors_in
 
@@ -36,14 +37,8 @@ def measure(model: nn.Module, cuts: Sequence[Cut], example: Example) -> dict[str
         RunError: A value isn't constant, or a bias can't stand for it in that layer.
     """
     capture = Capture(model, cuts)
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.no_grad(), capture:
-            example.run(model)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model), torch.no_grad(), capture:
+        example.run(model)
     return capture.gains()
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from slimcli.network.evaluating import evaluating
 from slimcli.network.example import Example
 
 
@@ -41,18 +42,14 @@ def count_macs(model: nn.Module, example: Example, samples: int | None = None) -
     """
     samples = samples_in(example.batch) if samples is None else samples
     counter = FlopCounterMode(display=False)
-    modes = {module: module.training for module in model.modules()}
     fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
-        model.eval()
         torch.backends.mha.set_fastpath_enabled(False)
         # Plain matrix products, because not every fused attention kernel is known to the counter.
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        with evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
             example.run(model)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, mode in modes.items():
-            module.training = mode
     macs = {
         path: sum(counts.values()) // 2 // samples
         for path, counts in counter.get_flop_counts().items()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from slimcli.errors import Problem, RunError
 from slimcli.network.copying import deep_copy
+from slimcli.network.evaluating import evaluating
 from slimcli.network.example import Example
 from slimcli.network.structure.modes import preserved_randomness
 from slimcli.network.structure.train_mode import set_train_mode
@@ -114,10 +115,8 @@ def _measure(
     """Moments of the outputs of each module: in eval mode, else in train mode, else empty."""
     moments = {path: Moments() for path in paths}
     of_training = {path: Moments() for path in paths}
-    modes = {module: module.training for module in model.modules()}
     twin: nn.Module | None = None
-    try:
-        model.eval()
+    with evaluating(model):
         for batch in batches:
             _add(model, moments, batch)
             if not all(each.count for each in moments.values()):
@@ -128,9 +127,6 @@ def _measure(
                     set_train_mode(twin)
                 with preserved_randomness(model):
                     _add(twin, of_training, batch)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return {path: each if each.count else of_training[path] for path, each in moments.items()}
 
 

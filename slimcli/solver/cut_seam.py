@@ -11,6 +11,7 @@ from torch import nn
 
 from slimcli.artifacts import verify
 from slimcli.artifacts.data_dependent import Watch
+from slimcli.network.evaluating import evaluating
 from slimcli.network.example import Example
 from slimcli.network.structure.modes import preserved_randomness
 
@@ -40,5 +41,5 @@ def measured(model: nn.Module, example: Example, emit: Callable[..., Any]) -> It
 
 
 def _predicted(model: nn.Module, example: Example) -> Any:
-    with preserved_randomness(model), verify.exact_arithmetic(), verify.evaluating(model):
+    with preserved_randomness(model), verify.exact_arithmetic(), evaluating(model):
         return example.run(model)

@@ -179,6 +179,24 @@ def test_scales_move_until_their_epoch_and_stay_from_then_on(policy):
     assert compressor.status(model) == {"quantizers": 8.0, "frozen_scales": 8.0}
 
 
+@pytest.mark.parametrize("failing_run", [1, 2])  # the second is that of the batch's own statistics
+def test_a_batch_that_fails_leaves_modes_and_statistics_as_they_were(failing_run):
+    compressor, model = started(build("residual"), calibrated=False)
+    model.train()
+    before, runs = statistics(model), []
+
+    def failing(net, images):
+        runs.append(net(images))
+        if len(runs) == failing_run:
+            raise ValueError("no such image")
+
+    with pytest.raises(ValueError, match="no such image"):
+        compressor.calibrate(model, [Example(batches(1)[0].batch, failing)])
+    assert len(runs) == failing_run
+    assert all(module.training for module in model.modules())
+    assert equal(before, statistics(model))
+
+
 def test_batch_statistics_move_until_their_epoch_and_stay_from_then_on():
     compressor, model = started(build("residual"), freeze_bn_epoch=2)
     seen, gains = [statistics(model)], []

@@ -41,6 +41,7 @@ from slimcli.errors import Problem, RunError
 from slimcli.network.copying import deep_copy
 from slimcli.network.count import count_macs, count_params
 from slimcli.network.cuts import Cut
+from slimcli.network.evaluating import evaluating
 from slimcli.network.example import Example
 from slimcli.network.quantize.audit import float_readers
 from slimcli.network.quantize.calibrate import collector, finite_magnitude, not_finite
@@ -157,7 +158,6 @@ class QATCompressor(Compressor):
         Raises:
             RunError: A tensor holds NaN or inf, or no batch reached it.
         """
-        modes = {module: module.training for module in model.modules()}
         found = quantizers(model)
         for each in found.values():
             if not each.is_weight:
@@ -165,17 +165,14 @@ class QATCompressor(Compressor):
                     self.config.calibration, each.label, self.config.percentile
                 )
                 each.phase = Phase.CALIBRATE
-        model.eval()
         example = None
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             for example in itertools.islice(batches, self.config.calibration_batches):
                 example.run(model)
                 if self.config.freeze_bn_epoch != 0:
                     with batch_statistics(model):
                         example.run(model)
             self._take_ranges(model)
-        for module, mode in modes.items():
-            module.training = mode
         set_phase(model, Phase.FROZEN if self.config.scale == "frozen" else Phase.TRAIN)
         if example is not None:
             _audit(model, example)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from slimcli.algorithms.resrep.bundles import Bundles
+from slimcli.network.evaluating import evaluating
 from slimcli.network.example import Example
 from slimcli.network.nested import tensors_in
 
@@ -35,10 +36,6 @@ def project(groups: Sequence[Bundles], model: nn.Module, example: Example) -> di
 
 def outputs(model: nn.Module, example: Example) -> list[Tensor]:
     """Floating-point tensors of the prediction in eval mode, float64 on the CPU."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    with torch.no_grad():
+    with evaluating(model), torch.no_grad():
         prediction = example.run(model)
-    for module, mode in modes.items():
-        module.training = mode
     return [each.cpu().double() for each in tensors_in(prediction) if each.is_floating_point()]

@@ -17,6 +17,7 @@ from torch import nn
 
 from slimcli.artifacts import nested, verify
 from slimcli.errors import Problem, RunError
+from slimcli.network.evaluating import evaluating
 from slimcli.network.example import Example, own_copy
 
 
@@ -78,7 +79,7 @@ def capture(model: nn.Module, example: Example) -> Capture:
         model.register_forward_hook(after),
     ]
     try:
-        with verify.exact_arithmetic(), verify.evaluating(model):
+        with verify.exact_arithmetic(), evaluating(model):
             example.run(model)
     finally:
         for handle in handles:
@@ -187,7 +188,7 @@ def batching(flat: FlatModel, inputs: Mapping[str, torch.Tensor]) -> Batching:
         return Batching(0, (), False, "the first input has no batch dimension")
     for samples in (2, 3):
         try:
-            with verify.exact_arithmetic(), verify.evaluating(flat):
+            with verify.exact_arithmetic(), evaluating(flat):
                 flat(*resized(inputs, which, samples).values())
         except Exception as error:  # the user's own code may raise anything
             head = str(error).strip().splitlines()[:1]

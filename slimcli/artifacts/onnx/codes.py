@@ -21,6 +21,7 @@ from torch import nn
 from slimcli.artifacts import verify
 from slimcli.artifacts.onnx import qdq
 from slimcli.artifacts.onnx.capture import capture
+from slimcli.network.evaluating import evaluating
 from slimcli.network.example import Example
 
 AGREEMENT_MINIMUM = 0.999
@@ -149,7 +150,7 @@ def _module_codes(model: nn.Module, example: Example, sites: list[_Site]) -> dic
     modules, paths = dict(model.named_modules()), {site.module for site in sites}
     handles = [modules[path].register_forward_pre_hook(hook(path)) for path in paths]
     try:
-        with verify.exact_arithmetic(), verify.evaluating(model):
+        with verify.exact_arithmetic(), evaluating(model):
             example.run(model)
     finally:
         for handle in handles:

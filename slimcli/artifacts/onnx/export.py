@@ -40,6 +40,7 @@ from slimcli.artifacts.onnx.codes import (
 from slimcli.artifacts.onnx.runtime import STRUCTURE_KEY, OnnxModel, is_quantized
 from slimcli.artifacts.onnx.torch_export import Graph, to_graph
 from slimcli.errors import Problem, RunError, VerificationError
+from slimcli.network.evaluating import evaluating
 from slimcli.network.example import Example, own_copy
 from slimcli.network.quantize import fake_quant, fold
 
@@ -118,7 +119,7 @@ def export(
     call = capture(model, example)
     flat = FlatModel(model, call.args, call.kwargs)
     batch = batching(flat, call.inputs)
-    with float32_settings(), verify.evaluating(flat):
+    with float32_settings(), evaluating(flat):
         graph = _graph(flat, call, batch, opset)
     tidy.tidy(graph.model, [name for name, _ in model.named_modules() if name])
     norms = fold.folded_norms(model)
@@ -203,7 +204,7 @@ def check_numbers(
     index = {name: position for position, name in enumerate(call.inputs)}
 
     def module(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        with verify.evaluating(flat):
+        with evaluating(flat):
             return dict(zip(call.outputs, flat(*own_copy(list(inputs.values()))), strict=True))
 
     def file(inputs: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -72,12 +72,14 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
     stored = [[value.clone() for value in each.buffers(recurse=False)] for each in norms]
     for norm in norms:
         norm.train()
-    yield
-    with torch.no_grad():
-        for norm, mode, values in zip(norms, modes, stored, strict=True):
-            norm.training = mode
-            for buffer, value in zip(norm.buffers(recurse=False), values, strict=True):
-                buffer.copy_(value)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for norm, mode, values in zip(norms, modes, stored, strict=True):
+                norm.training = mode
+                for buffer, value in zip(norm.buffers(recurse=False), values, strict=True):
+                    buffer.copy_(value)
 
 
 def remove_switches(model: nn.Module) -> None:
