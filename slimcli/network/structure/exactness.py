@@ -142,11 +142,13 @@ def _choose_sites(record: Record, flow: Flow, norm_after: dict[str, str], is_fro
 
 def _needed(record: Record, flow: Flow, keys: list[str], norm_after: dict[str, str]) -> list[str]:
     """Drops producers, last first, whose zero changes nothing for any reader (gates)."""
-    best = _states(record, flow, keys, norm_after)
-    for key in reversed(list(keys)):
-        fewer = [each for each in keys if each != key]
-        if fewer and _states(record, flow, fewer, norm_after) == best:
-            keys = fewer
+    if len(keys) < 2:
+        return keys
+    states = ZeroStates(record.table, keys, norm_after)
+    readings = [reading.nodes for reading in flow.readings]
+    for key in reversed(keys):
+        if len(keys) > 1 and states.let_go(key, readings):
+            keys = [each for each in keys if each != key]
     return keys
 
 

@@ -170,6 +170,32 @@ class ZeroStates:
             todo.pop()
         return self._known[number]
 
+    def let_go(self, name: str, readings: Collection[Collection[int]]) -> bool:
+        """From now on this producer is not zero, if no reading gets worse by that.
+
+        Args:
+            name: One of those that are zero.
+            readings: Nodes of what is read together; the worst counts.
+
+        Returns:
+            Whether it was let go.
+        """
+        before = [max(map(self.of, nodes)) for nodes in readings]
+        known = self._known
+        touched: set[int] = set()
+        for number in known:  # parents first
+            node = self._nodes[number]
+            if node.name == name or not touched.isdisjoint(node.parents):
+                touched.add(number)
+        self._zeroed.discard(name)
+        self._known = {number: known[number] for number in known if number not in touched}
+        for nodes, worst in zip(readings, before, strict=True):
+            if not touched.isdisjoint(nodes) and max(map(self.of, nodes)) != worst:
+                self._zeroed.add(name)
+                self._known = known
+                return False
+        return True
+
     def _evaluate(self, node: Node) -> State:
         states = [self._known[parent] for parent in node.parents]
         if node == ZEROS_TO_MEASURE:
