@@ -1,11 +1,13 @@
-"""Which process a run belongs to, and whether it still lives: process.json in the run folder."""
+"""Which process is at work on a run, and whether it still lives: process.json in the run folder."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -61,15 +63,48 @@ def _start_of(pid: int) -> str:
     return "" if state in "ZX" else rest[18]  # a zombie has ended
 
 
-def note(folder: Path) -> None:
-    """Writes down that this process works on the run."""
+def claim(folder: Path) -> None:
+    """From now on this process, and no other, works on the run.
+
+    Raises:
+        RecipeError: Another process on this machine does.
+    """
+    with _alone(folder):
+        refuse_running(folder)
+        _note(folder)
+
+
+def release(folder: Path) -> None:
+    """The run has ended, though this process may live on."""
+    with contextlib.suppress(OSError):
+        (folder / NAME).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time, where the system and the disk can lock folders."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _note(folder: Path) -> None:
     pid = os.getpid()
     own = Process(pid, socket.gethostname(), _start_of(pid))
     atomic.write_text(folder / NAME, json.dumps(asdict(own)) + "\n")
 
 
 def of(folder: Path) -> Process | None:
-    """The process of a run; None where it is not known."""
+    """The process of a run; None where it is not known, or the run has ended."""
     try:
         return Process(**json.loads((folder / NAME).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -91,16 +126,14 @@ def state(folder: Path, status: str) -> str:
     return "died" if status == "running" and is_dead else status
 
 
-def refuse_running(folder: Path, status: str) -> None:
+def refuse_running(folder: Path) -> None:
     """Two processes must not write into one run folder.
 
     Raises:
         RecipeError: Another process on this machine is at work on the run.
     """
     process = of(folder)
-    if status != "running" or process is None or process.pid == os.getpid():
-        return
-    if process.is_alive:
+    if process is not None and process.pid != os.getpid() and process.is_alive:
         raise RecipeError(
             Problem(
                 "E-RUN-RUNNING",

@@ -58,7 +58,7 @@ def command(
 
     folder = run_folder.open_run(run)
     if console.is_main_process():
-        process.refuse_running(folder.path, summary.status(folder.summary))
+        process.refuse_running(folder.path)
     before = load(folder.recipe)
     after = load(folder.recipe, overrides)
     _check_recipe(before, after, allow_recipe_change)

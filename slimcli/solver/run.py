@@ -130,6 +130,7 @@ class Run:
             summary.write(self.folder.summary, shown)
             if exit_code is not None:
                 self._report()
+                process.release(self.folder.path)
 
     def _report(self) -> None:
         """report.html and card.md; a fault in drawing them must not change how the run ended."""
@@ -152,7 +153,7 @@ def begin(job: Job, signals: Signals, stored: dict[str, Any] | None) -> Run:
     if job.resume is None and is_main:
         _write_origin(job, folder, environment(fabric))
     if is_main:
-        process.note(folder.path)
+        process.claim(folder.path)
     length = stored["events_bytes"] if stored else 0
     events = EventLog(folder.path if is_main else None, job.listeners, length, job.started_in)
     record = stored["record"] if stored else _record(job)
@@ -186,10 +187,7 @@ def _write_origin(job: Job, folder: RunFolder, machine: dict[str, Any]) -> None:
 def _folder(job: Job, fabric: Fabric) -> RunFolder:
     """Made by the first process, known to all."""
     if job.resume is not None:
-        resumed = run_folder.open_run(job.resume)
-        if fabric.is_global_zero:
-            process.refuse_running(resumed.path, summary.status(resumed.summary))
-        return resumed
+        return run_folder.open_run(job.resume)
     path = None
     if fabric.is_global_zero:
         save_dir = job.started_in / job.stages[0].training.save_dir
