@@ -6,6 +6,7 @@ The keys and callables are those of a recipe; the command line is a thin user of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -250,7 +251,13 @@ def _model_of_run(folder: Path) -> nn.Module:
     from slimcli.recipe.job import job_of
     from slimcli.solver.planner import fresh_model
 
-    job = job_of(load(folder / "recipe.yaml"))
+    try:
+        job = job_of(load(folder / "recipe.yaml"))
+    except RecipeError as error:
+        *others, last = error.problems
+        way = "load_deploy(run, model=...), with a fresh model, needs none of the hooks"
+        fix = f"{last.fix}; or {way}" if last.fix else way
+        raise RecipeError(*others, replace(last, fix=fix)) from error
     return fresh_model(job.hooks, job.stages[0].training.seed)
 
 

@@ -87,6 +87,15 @@ def test_load_deploy_gives_the_compressed_model(tmp_path: Path) -> None:
     assert metrics["acc"] == pytest.approx(done.summary["final"]["metrics"]["acc"], abs=1e-6)
 
 
+def test_without_the_hooks_of_a_run_its_model_is_asked_for(tmp_path: Path) -> None:
+    done = slimcli.FinetuneSolver(toys.Net(), config(tmp_path)).run()
+    recipe = "algorithm: finetune\nmodel: gone.py:build_model\nhooks: {}\n"
+    (done.folder / "recipe.yaml").write_text(recipe)
+    with pytest.raises(RecipeError) as caught:
+        slimcli.load_deploy(done.folder)
+    assert "load_deploy(run, model=...)" in caught.value.problems[-1].fix
+
+
 def evaluated(model: nn.Module) -> tuple[Any, Any]:
     batch = next(iter(torch.utils.data.DataLoader(toys.datasets()[1], batch_size=20)))
     with torch.no_grad():

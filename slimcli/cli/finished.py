@@ -255,6 +255,6 @@ def _opened(folder: RunFolder, content: dict[str, Any], job: Job) -> FinishedRun
     def move(batch: Any) -> Any:
         return move_batch(fabric, batch, training.channels_last)
 
-    example = planner.example_of(stage, data, job.hooks, fabric)
+    example = planner.example_of(stage, data, job.hooks, fabric, model)
     evaluator = Evaluator(job.hooks, move, warn=console.warn)
     return FinishedRun(folder, content, job, fabric, data, evaluator, example)

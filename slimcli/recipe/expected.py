@@ -28,7 +28,7 @@ def expected(field: FieldInfo) -> str:
     >>> expected(TrainingConfig.model_fields["momentum"])
     'a number >= 0 and < 1'
     >>> expected(TrainingConfig.model_fields["devices"])
-    'a list of integers, or cpu'
+    'a list of integers >= 0, or cpu'
     """
     return describe(field.annotation, field.metadata)
 
@@ -60,12 +60,16 @@ def _yaml(value: object) -> str:
 def _bounds(metadata: list[Any]) -> str:
     """`` >= 0 and < 1`` for the numeric constraints among the metadata."""
     parts = [
-        f"{sign} {getattr(each, name):g}"
+        f"{sign} {_number(getattr(each, name))}"
         for kind, name, sign in _BOUNDS
         for each in _flat(metadata)
         if isinstance(each, kind)
     ]
     return f" {' and '.join(parts)}" if parts else ""
+
+
+def _number(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def _flat(metadata: list[Any]) -> list[Any]:
@@ -78,6 +82,9 @@ def _flat(metadata: list[Any]) -> list[Any]:
 
 
 def _plural(annotation: Any) -> str:
+    if get_origin(annotation) is Annotated:
+        inner, *metadata = get_args(annotation)
+        return _plural(inner) + _bounds(metadata)
     if is_list(annotation):
         return f"lists of {_plural(item_annotation(annotation))}"
     if get_origin(annotation) is Literal:

@@ -86,6 +86,8 @@ def check_target(target: str, folders: Sequence[Path]) -> NotFound | None:
         if path is None:
             return _no_file(module, folders)
         return check_name(path, name)
+    if name == "py":
+        return NotFound("E-HOOK-TARGET", f"{target} names a file alone", _one_of(target, folders))
     if not module:
         fix = "write file.py:function or package.module.function"
         return NotFound("E-HOOK-TARGET", f"{target} names no file or module", fix)
@@ -101,6 +103,13 @@ def check_target(target: str, folders: Sequence[Path]) -> NotFound | None:
     if find_file(f"{module.replace('.', '/')}.py", folders):
         fix = f"write {module.replace('.', '/')}.py:{name}"
     return NotFound("E-HOOK-FILE", what, fix)
+
+
+def _one_of(file: str, folders: Sequence[Path]) -> str:
+    """What a target in this file may look like."""
+    path = find_file(file, folders)
+    missing = check_name(path, "") if path is not None else None
+    return f"write {file}:NAME" + (f"; {missing.fix}" if missing is not None else "")
 
 
 def _no_file(file: str, folders: Sequence[Path]) -> NotFound:

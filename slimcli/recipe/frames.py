@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sysconfig
 import traceback
 from pathlib import Path
@@ -15,6 +16,11 @@ _INSTALLED = tuple(
 )
 
 
+_OF_WORKER = "Original Traceback (most recent call last):\n"
+_FRAME = re.compile(r'  File "(.+)", line (\d+), in (.+)\n(?:    (.*)\n)?')
+"""A data loader's worker hands over its error as text: the message has the frames in it."""
+
+
 def is_users(file: str) -> bool:
     """True for a file that belongs neither to slim nor to Python nor to an installed package."""
     return not file.startswith((_OURS, *_INSTALLED, "<frozen"))
@@ -25,7 +31,12 @@ def user_frames(error: BaseException) -> list[traceback.FrameSummary]:
 
     If there are none (a hook of an installed package), those below slim's last frame.
     """
-    frames = list(traceback.extract_tb(error.__traceback__))
+    told = str(error).partition(_OF_WORKER)[2]
+    frames = [
+        traceback.FrameSummary(file, int(number), name, lookup_line=False, line=line)
+        for file, number, name, line in _FRAME.findall(told)
+    ]
+    frames = frames or list(traceback.extract_tb(error.__traceback__))
     users = [each for each in frames if is_users(each.filename)]
     if users:
         return users
@@ -64,4 +75,9 @@ def describe(error: BaseException) -> str:
     """
     is_bare = isinstance(error, SystemExit) and error.code is None  # its text would be "None"
     text = "" if is_bare else str(error).strip()
+    told = text.partition(_OF_WORKER)[2]
+    if told:  # behind the last frame
+        lines = told.splitlines()
+        last = max((i for i, line in enumerate(lines) if line.startswith("  ")), default=-1)
+        return "\n".join(lines[last + 1 :]) or type(error).__name__
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 
 
 class TrainingConfig(BaseModel):
@@ -15,7 +15,9 @@ class TrainingConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
-    epoch: int = Field(360, ge=0, description="epochs to train; 0 folds, cuts, verifies, exports")
+    epoch: int = Field(
+        360, ge=0, le=1_000_000, description="epochs to train; 0 folds, cuts, verifies, exports"
+    )
     lr: float = Field(0.1, gt=0, description="learning rate")
     batch_size: int = Field(128, ge=1, description="training samples a step")
     test_batch_size: int = Field(128, ge=1, description="validation samples a step")
@@ -27,7 +29,7 @@ class TrainingConfig(BaseModel):
     )
     bias_lr_multiplier: float = Field(1.0, gt=0, description="learning rate factor of biases")
     num_workers: int = Field(0, ge=0, description="data loader processes")
-    devices: tuple[int, ...] | Literal["cpu"] = Field(
+    devices: tuple[NonNegativeInt, ...] | Literal["cpu"] = Field(
         (), description="CUDA ids; [] takes one GPU if there is one, else the CPU; `cpu` forces it"
     )
     num_processes: int | None = Field(

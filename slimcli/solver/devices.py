@@ -62,6 +62,15 @@ def _choose(training: TrainingConfig) -> tuple[str, Any]:
                 fix="devices: cpu, or [] for what there is",
             )
         )
+    if len(set(training.devices)) < len(training.devices):
+        raise RecipeError(
+            Problem(
+                "E-RECIPE-DEVICES",
+                "config.devices names a GPU twice",
+                expected="each id once",
+                received=str(list(training.devices)),
+            )
+        )
     return "cuda", list(training.devices) or [0]
 
 

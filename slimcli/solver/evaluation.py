@@ -13,9 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from slimcli.errors import HookError, Problem, SlimError
+from slimcli.network.nested import tensors_in
 from slimcli.recipe.binding import RAISED, hook_failed
 from slimcli.solver.data import Batch, Source
 from slimcli.solver.job import JobHooks
+
+NAN = "nan"
+"""Under which it is kept that predictions hold some."""
 
 MoveToDevice = Callable[[Any], Any]
 
@@ -153,19 +157,55 @@ class Evaluator:
         averages = Averages()
         accumulates = is_accumulating(self.pristine)
         metric = copy.deepcopy(self.pristine) if accumulates else None
+        flags: list[list[Tensor]] = []
         for batch in itertools.islice(source.batches(0), limit):
             self.check_stop()
             data = self.move(batch.data)
-            prediction = self.hooks.predict_function(model, data)
+            prediction = self._predict(model, data)
+            flags.append(
+                [each.isnan().any() for each in tensors_in(prediction) if each.is_floating_point()]
+            )
             if metric is not None:
                 call_metric(metric.update, prediction, data)
             else:
                 values = as_numbers(self.hooks.evaluate_function(prediction, data), self.hooks)
                 averages.add(values, batch.size)
+        self._warn_of_nan(flags)
         if metric is not None:
             return as_numbers(call_metric(metric.compute), self.hooks)
         self._warn_of_gaps(averages)
         return averages.means()
+
+    def _predict(self, model: Any, data: Any) -> Any:
+        """The prediction of one batch.
+
+        Raises:
+            HookError: The hook put the model into train mode: its metric is that of another model.
+        """
+        was_training = _is_module(model) and model.training
+        prediction = self.hooks.predict_function(model, data)
+        if _is_module(model) and model.training and not was_training:
+            raise HookError(
+                Problem(
+                    "E-HOOK-MODE",
+                    "hook `predict_function` put the model into train mode",
+                    self.hooks.where("predict_function"),
+                    expected="eval mode to stay in an evaluation",
+                    received="train mode",
+                    fix="no model.train() in the hook: training and evaluation set the mode",
+                )
+            )
+        return prediction
+
+    def _warn_of_nan(self, flags: list[list[Tensor]]) -> None:
+        """Flags of each batch, one a tensor: the device is waited for here, not for each batch."""
+        count = sum(any(bool(flag) for flag in batch) for batch in flags)
+        if count and NAN not in self._warned:
+            self._warned.add(NAN)
+            self.warn(
+                f"predictions of {count} of {len(flags)} validation batches hold nan; "
+                "evaluate_function got them as they are"
+            )
 
     def _warn_of_gaps(self, averages: Averages) -> None:
         """An average over some of the batches is not one over the data set."""

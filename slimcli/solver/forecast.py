@@ -108,7 +108,7 @@ def look(
     evaluator = Evaluator(
         job.hooks, lambda each: move_batch(fabric, each, stage.training.channels_last)
     )
-    example = planner.example_of(stage, data, job.hooks, fabric)
+    example = planner.example_of(stage, data, job.hooks, fabric, model)
     schedule = planner.schedule_of(stage, data, job.hooks, job.max_steps)
     exported = planner.exported_from(job, stage, example)
     metrics = planner.check_one_batch(model, stage, data, job.hooks, evaluator, exported)
@@ -147,8 +147,13 @@ def _keeps_widths(stage: StageJob) -> bool:
 
 
 def for_any_model(plan: Plan) -> list[Refusal]:
-    """The refusals that another model would not change."""
-    return [refusal for refusal in plan.refusals if refusal.is_for_any_model]
+    """The refusals that another model would not change; what would work hangs on the model."""
+    again = "or more: the stage is judged again on the model that it gets"
+    return [
+        replace(refusal, fix=f"{refusal.fix}, {again}" if refusal.fix else "")
+        for refusal in plan.refusals
+        if refusal.is_for_any_model
+    ]
 
 
 def _stage(

@@ -85,7 +85,7 @@ def inspect(job: Job, *, with_plan: bool = False) -> Inspection:
     model = planner.copied(model, job.hooks)
     model.to(fabric.device)
     data = build_data(datasets, job.hooks, training, model, Sharding(), lambda each: each)
-    example = planner.example_of(stage, data, job.hooks, fabric)
+    example = planner.example_of(stage, data, job.hooks, fabric, model)
     structure = analyze(model, example)
     compressing = next((each for each in job.stages if each.compressor.compresses), None)
     smaller = None

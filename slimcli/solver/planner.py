@@ -16,6 +16,9 @@ from slimcli.compressor import Compressor, Plan, Schedule
 from slimcli.errors import GoalError, HookError, Problem, RecipeError, RunError, SlimError
 from slimcli.network.copying import deep_copy
 from slimcli.network.example import Example
+from slimcli.network.nested import tensors_in
+from slimcli.recipe.binding import RAISED
+from slimcli.recipe.frames import describe
 from slimcli.recipe.hooks import check_model
 from slimcli.solver.datasets import Data
 from slimcli.solver.evaluation import Evaluator, missing_keyword
@@ -95,15 +98,40 @@ def teacher_model(hooks: JobHooks, seed: int, fabric: Fabric) -> nn.Module | Non
     return teacher.to(fabric.device).eval().requires_grad_(False)
 
 
-def example_of(stage: StageJob, data: Data, hooks: JobHooks, fabric: Fabric) -> Example:
-    """A small batch on the device, or zeros of ``input_shapes`` where those are given."""
+def example_of(
+    stage: StageJob, data: Data, hooks: JobHooks, fabric: Fabric, model: nn.Module
+) -> Example:
+    """A small batch on the device, or random inputs of ``input_shapes`` where those are given.
+
+    Raises:
+        RecipeError: The model, which is not changed, can't be run on such inputs.
+    """
     training = stage.training
     if training.input_shapes is None:
         batch = move_batch(fabric, data.example_batch, training.channels_last)
         return Example(batch=batch, predict=hooks.predict_function)
     seed_all(training.seed, "input_shapes")
     inputs = tuple(torch.randn(2, *shape, device=fabric.device) for shape in training.input_shapes)
-    return Example(batch=inputs, predict=_call_with_inputs)
+    example = Example(batch=inputs, predict=_call_with_inputs)
+    try:
+        with untouched_rng(), torch.no_grad():
+            example.run(copied(model, hooks).eval())
+    except RAISED as error:
+        raise RecipeError(_wrong_input_shapes(stage, data, error)) from error
+    return example
+
+
+def _wrong_input_shapes(stage: StageJob, data: Data, error: BaseException) -> Problem:
+    sizes = [list(each.shape[1:]) for each in tensors_in(data.example_batch) if each.dim() > 1]
+    problem = Problem(
+        "E-RECIPE-INPUT-SHAPES",
+        f"the model can't be called with inputs of these sizes: {describe(error)}",
+        "config.input_shapes",
+        expected=f"sizes without batch; tensors of a real batch have {sizes}",
+        received=str([list(shape) for shape in stage.training.input_shapes or ()]),
+        fix="leave input_shapes out: sizes then come from a real batch",
+    )
+    return stage.located(problem)
 
 
 def _call_with_inputs(model: nn.Module, batch: Any) -> Any:

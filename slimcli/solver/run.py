@@ -159,7 +159,7 @@ def begin(job: Job, signals: Signals, stored: dict[str, Any] | None) -> Run:
     record = stored["record"] if stored else _record(job)
     record["seconds_before"] = record["seconds"]
     record["environment"] = environment(fabric)
-    record["changes"] = list(job.changes)
+    record["changes"] = [_as_first_written(each, record["changes"]) for each in job.changes]
     run = Run(job, fabric, datasets, folder, events, signals, record)
     events.emit(
         "run_start",
@@ -171,6 +171,12 @@ def begin(job: Job, signals: Signals, stored: dict[str, Any] | None) -> Run:
         resumed=stored is not None,
     )
     return run
+
+
+def _as_first_written(change: dict[str, Any], before: list[dict[str, Any]]) -> dict[str, Any]:
+    """A resumed run reads its own copy of the recipe; a change that was there keeps its origin."""
+    same = ("key", "default", "value")
+    return next((b for b in before if all(b[key] == change[key] for key in same)), change)
 
 
 def _write_origin(job: Job, folder: RunFolder, machine: dict[str, Any]) -> None:

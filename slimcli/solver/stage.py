@@ -48,7 +48,7 @@ class Stage:
         self.data = run.data(self.job, model)
         self.evaluator = run.evaluator(self.job)
         hooks = run.job.hooks
-        self.example = planner.example_of(self.job, self.data, hooks, run.fabric)
+        self.example = planner.example_of(self.job, self.data, hooks, run.fabric, model)
         self.schedule = planner.schedule_of(self.job, self.data, hooks, run.job.max_steps)
         exported = planner.exported_from(run.job, self.job, self.example)
         metrics = planner.check_one_batch(

@@ -11,7 +11,7 @@ from slimcli.cli import main
 from tests.solver import project
 
 
-def test_the_summary_says_what_differs_from_the_defaults_and_who_said_so(
+def test_the_summary_says_what_differs_from_the_defaults_and_who_said_so_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project.write(tmp_path)
@@ -27,3 +27,12 @@ def test_the_summary_says_what_differs_from_the_defaults_and_who_said_so(
     origins = {each["key"]: each["origin"] for each in changes}
     assert origins["config.seed"].startswith("command line")
     assert origins["export.onnx"].startswith("recipe.yaml:")
+    words = ["resume", "checkpoints/toy/a", "-q", "epoch=3", "--allow-recipe-change"]
+    with pytest.raises(SystemExit) as caught:
+        main.main(words)
+    assert caught.value.code == 0
+    changes = json.loads(Path("checkpoints/toy/a/summary.json").read_text())["changes"]
+    later = {each["key"]: each["origin"] for each in changes}
+    assert later["config.seed"] == origins["config.seed"]
+    assert later["export.onnx"] == origins["export.onnx"]
+    assert later["config.epoch"] != origins["config.epoch"]

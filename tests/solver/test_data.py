@@ -144,7 +144,8 @@ def test_averages_are_weighted_by_the_number_of_samples(tmp_path: Path) -> None:
         assert eights.summary["final"]["metrics"][name] == pytest.approx(value, abs=1e-6)
 
 
-def test_a_sample_that_cannot_be_read_names_the_hook(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sample_that_cannot_be_read_names_the_hook(tmp_path: Path, workers: int) -> None:
     class Broken(toys.Noisy):
         def __getitem__(self, index: int) -> Any:
             if index == 33:
@@ -154,8 +155,14 @@ def test_a_sample_that_cannot_be_read_names_the_hook(tmp_path: Path) -> None:
     def datasets() -> Any:
         return Broken(toys.images(40, 1)), toys.images(20, 2)
 
-    with pytest.raises(RunError, match="image 33 is gone"):
-        run(toys.with_hooks(toys.job(tmp_path), dataset_generator=datasets))
+    with pytest.raises(RunError) as caught:
+        run(toys.with_hooks(toys.job(tmp_path, num_workers=workers), dataset_generator=datasets))
+    (problem,) = caught.value.problems
+    what = "hook `dataset_generator` failed: FileNotFoundError: image 33 is gone"
+    assert problem.what == what
+    assert "test_data.py:" in problem.where
+    (frame,) = caught.value.user_frames
+    assert frame.endswith('in __getitem__   raise FileNotFoundError("image 33 is gone")')
 
 
 def test_an_iterable_without_a_length_is_refused(tmp_path: Path) -> None:

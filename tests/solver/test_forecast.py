@@ -48,7 +48,9 @@ def test_what_no_model_could_change_is_refused_before_a_stage_that_cuts_trains(
     with pytest.raises(GoalError, match="5 steps are too few"):
         run(job)
     assert list(tmp_path.rglob("handover")) == []
-    assert [stage.is_certain for stage in forecast(job)] == [True, True]
+    found = forecast(job)
+    assert [stage.is_certain for stage in found] == [True, True]
+    assert found[1].refusals[0].fix.startswith("more, or more: the stage is judged again")
 
 
 def test_what_another_model_may_change_waits_until_the_cut_model_is_there(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from slimcli.artifacts import checkpoint
 from slimcli.compressor import GroupDefaults, default_param_groups
-from slimcli.errors import MissingError
+from slimcli.errors import MissingError, RecipeError
 from slimcli.solver.config import TrainingConfig
 from slimcli.solver.job import RunResult
 from slimcli.solver.stages import run
@@ -197,3 +197,14 @@ def test_no_decay_of_norms_is_for_all_norms_of_torch_and_for_them_alone(norm: nn
     decays = {name: group["weight_decay"] for group in groups for name in group["names"]}
     assert {decays.pop("0.weight"), decays.pop("0.bias")} == {0.01}
     assert decays == {f"1.{name}": 0.0 for name, _ in norm.named_parameters()}
+
+
+def test_input_shapes_that_the_model_does_not_take_are_refused_with_those_it_gets(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        run(toys.job(tmp_path, input_shapes=((1, 10),)))
+    (problem,) = caught.value.problems
+    assert problem.code == "E-RECIPE-INPUT-SHAPES"
+    assert problem.received == "[[1, 10]]"
+    assert "[1, 6, 6]" in problem.expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,46 @@ def test_what_expected_received_and_fix_are_said(name: str, tmp_path: Path) -> N
     assert problem.expected
     assert problem.received
     assert problem.fix
+
+
+def putting_into_train_mode(model: Any, data: Any) -> Any:
+    model.train()
+    return toys.predict(model, data)
+
+
+def test_a_prediction_that_changes_the_mode_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(HookError) as caught:
+        run(toys.with_hooks(toys.job(tmp_path), predict_function=putting_into_train_mode))
+    (problem,) = caught.value.problems
+    assert problem.code == "E-HOOK-MODE"
+    assert "train mode" in problem.received
+
+
+def with_a_part_in_train_mode(model: Any, data: Any) -> Any:
+    model.fc.train()
+    return toys.predict(model, data)
+
+
+def test_a_prediction_may_switch_a_part_of_the_model(tmp_path: Path) -> None:
+    done = run(
+        toys.with_hooks(toys.job(tmp_path, epoch=0), predict_function=with_a_part_in_train_mode)
+    )
+    assert done.summary["status"] == "finished"
+
+
+def test_predictions_without_a_number_are_told(tmp_path: Path) -> None:
+    def datasets() -> Any:
+        validation = toys.images(20, 2)
+        validation.tensors[0][9] = math.nan
+        return toys.images(40, 1), validation
+
+    job = toys.with_hooks(
+        toys.job(tmp_path, epoch=1, test_batch_size=5), dataset_generator=datasets
+    )
+    notes = run(job).summary["notes"]
+    assert [each for each in notes if each.startswith("predictions of 1 of 4 validation batches")]
+    others = run(toys.job(tmp_path, epoch=1)).summary["notes"]
+    assert not [each for each in others if "nan" in each]
 
 
 def test_without_any_metric_the_fix_is_to_return_one(tmp_path: Path) -> None:
