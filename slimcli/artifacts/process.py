@@ -68,16 +68,18 @@ def claim(folder: Path) -> None:
 
     Raises:
         RecipeError: Another process on this machine does.
+        RunError: The folder can't be written.
     """
     with _alone(folder):
         refuse_running(folder)
-        _note(folder)
+        atomic.write_text(folder / NAME, json.dumps(asdict(_own())) + "\n")
 
 
 def release(folder: Path) -> None:
-    """The run has ended, though this process may live on."""
-    with contextlib.suppress(OSError):
-        (folder / NAME).unlink(missing_ok=True)
+    """The run has ended, though this process may live on; another's claim stays."""
+    if of(folder) == _own():
+        with contextlib.suppress(OSError):
+            (folder / NAME).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -97,10 +99,9 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _note(folder: Path) -> None:
+def _own() -> Process:
     pid = os.getpid()
-    own = Process(pid, socket.gethostname(), _start_of(pid))
-    atomic.write_text(folder / NAME, json.dumps(asdict(own)) + "\n")
+    return Process(pid, socket.gethostname(), _start_of(pid))
 
 
 def of(folder: Path) -> Process | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,18 +53,36 @@ def command(
       slim resume checkpoints/digits/latest num_workers=4
       slim resume checkpoints/digits/latest epoch=40 --allow-recipe-change
     """
-    from slimcli.artifacts import process, run_folder, summary
+    from slimcli.artifacts import process, run_folder
+
+    folder = run_folder.open_run(run)
+    if not console.is_main_process():
+        _resume(run, folder, overrides, (allow_code_change, allow_recipe_change), max_steps)
+        return
+    process.claim(folder.path)  # before anything of it is read, and written anew
+    try:
+        _resume(run, folder, overrides, (allow_code_change, allow_recipe_change), max_steps)
+    finally:
+        process.release(folder.path)
+
+
+def _resume(
+    run: Path,
+    folder: RunFolder,
+    overrides: tuple[str, ...],
+    allowed: tuple[bool, bool],
+    max_steps: int | None,
+) -> None:
+    """``allowed``: changes of the code, changes of the recipe."""
+    from slimcli.artifacts import run_folder, summary
     from slimcli.cli.run import show_result, start
     from slimcli.recipe import load
 
-    folder = run_folder.open_run(run)
-    if console.is_main_process():
-        process.refuse_running(folder.path)
     before = load(folder.recipe)
     after = load(folder.recipe, overrides)
-    _check_recipe(before, after, allow_recipe_change)
-    _check_code(folder, after, allow_code_change)
-    if _is_finished(folder) and not after_changes(before, after):
+    _check_recipe(before, after, allowed[1])
+    _check_code(folder, after, allowed[0])
+    if _is_finished(folder) and not after_changes(before, after) and not _was_launched():
         console.say(f"{folder.path} is finished: nothing to resume")
         longer = console.command("resume", run, "epoch=N", "--allow-recipe-change")
         console.say(f"to train longer: {longer}")
@@ -78,6 +97,12 @@ def command(
         path = run_folder.write_changed_recipe(folder, after.to_yaml(folder.path))
         console.say(f"the changed recipe is {path}")
     start(after, resume=folder.path, max_steps=max_steps)
+
+
+def _was_launched() -> bool:
+    """Started by the first process, which wrote the changed recipe that this one reads."""
+    has_launcher = "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_NTASKS" in os.environ
+    return not console.is_main_process() and not has_launcher
 
 
 def _ending(folder: RunFolder) -> dict[str, object]:

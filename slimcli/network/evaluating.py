@@ -29,6 +29,8 @@ def evaluating(*models: Any) -> Iterator[None]:
         for model in whole:
             if any(module.training for module in model.modules()):
                 model.eval()
+        for module in modes:  # a model's own `train` may leave a part of it in train mode
+            module.training = False
         yield
     finally:
         for module, mode in modes.items():

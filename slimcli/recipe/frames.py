@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sysconfig
@@ -21,6 +22,18 @@ _FRAME = re.compile(r'  File "(.+)", line (\d+), in (.+)\n(?:    (.*)\n)?')
 """A data loader's worker hands over its error as text: the message has the frames in it."""
 
 
+def _told_by_worker(text: str) -> tuple[str, str]:
+    """The frames of the error itself, not of its causes, and its type and message; or nothing.
+
+    >>> _told_by_worker("no worker's")
+    ('', '')
+    """
+    last = text.partition(_OF_WORKER)[2].rpartition(_OF_WORKER.removeprefix("Original "))[2]
+    lines = last.splitlines(keepends=True)
+    frames = list(itertools.takewhile(lambda line: line.startswith("  "), lines))
+    return "".join(frames), "".join(lines[len(frames) :]).strip()
+
+
 def is_users(file: str) -> bool:
     """True for a file that belongs neither to slim nor to Python nor to an installed package."""
     return not file.startswith((_OURS, *_INSTALLED, "<frozen"))
@@ -31,10 +44,9 @@ def user_frames(error: BaseException) -> list[traceback.FrameSummary]:
 
     If there are none (a hook of an installed package), those below slim's last frame.
     """
-    told = str(error).partition(_OF_WORKER)[2]
     frames = [
         traceback.FrameSummary(file, int(number), name, lookup_line=False, line=line)
-        for file, number, name, line in _FRAME.findall(told)
+        for file, number, name, line in _FRAME.findall(_told_by_worker(str(error))[0])
     ]
     frames = frames or list(traceback.extract_tb(error.__traceback__))
     users = [each for each in frames if is_users(each.filename)]
@@ -75,9 +87,6 @@ def describe(error: BaseException) -> str:
     """
     is_bare = isinstance(error, SystemExit) and error.code is None  # its text would be "None"
     text = "" if is_bare else str(error).strip()
-    told = text.partition(_OF_WORKER)[2]
-    if told:  # behind the last frame
-        lines = told.splitlines()
-        last = max((i for i, line in enumerate(lines) if line.startswith("  ")), default=-1)
-        return "\n".join(lines[last + 1 :]) or type(error).__name__
+    if told := _told_by_worker(text)[1]:
+        return told
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

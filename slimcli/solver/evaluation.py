@@ -162,9 +162,10 @@ class Evaluator:
             self.check_stop()
             data = self.move(batch.data)
             prediction = self._predict(model, data)
-            flags.append(
-                [each.isnan().any() for each in tensors_in(prediction) if each.is_floating_point()]
-            )
+            if limit is None:  # a part of the data says nothing of the rest
+                flags.append(
+                    [each.isnan().any() for each in tensors_in(prediction) if _is_plain(each)]
+                )
             if metric is not None:
                 call_metric(metric.update, prediction, data)
             else:
@@ -180,7 +181,7 @@ class Evaluator:
         """The prediction of one batch.
 
         Raises:
-            HookError: The hook put the model into train mode: its metric is that of another model.
+            HookError: The hook put the model into train mode, in which it is not used later.
         """
         was_training = _is_module(model) and model.training
         prediction = self.hooks.predict_function(model, data)
@@ -231,6 +232,12 @@ def call_metric(method: Callable[..., Any], *arguments: Any) -> Any:
         raise
     except RAISED as error:
         raise hook_failed("evaluate_function", error) from error
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Has it numbers that can be asked whether they are any? Sparse ones can't."""
+    is_strided = tensor.layout is torch.strided and not tensor.is_nested
+    return is_strided and tensor.is_floating_point()
 
 
 def _is_module(model: Any) -> bool:

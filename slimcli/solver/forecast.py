@@ -147,8 +147,8 @@ def _keeps_widths(stage: StageJob) -> bool:
 
 
 def for_any_model(plan: Plan) -> list[Refusal]:
-    """The refusals that another model would not change; what would work hangs on the model."""
-    again = "or more: the stage is judged again on the model that it gets"
+    """The refusals that another model would not change, though it may need another value."""
+    again = "as far as today's model tells: judged again on the one that the stage gets"
     return [
         replace(refusal, fix=f"{refusal.fix}, {again}" if refusal.fix else "")
         for refusal in plan.refusals

@@ -113,9 +113,12 @@ def example_of(
     seed_all(training.seed, "input_shapes")
     inputs = tuple(torch.randn(2, *shape, device=fabric.device) for shape in training.input_shapes)
     example = Example(batch=inputs, predict=_call_with_inputs)
+    trial = copied(model, hooks).to(fabric.device).eval()
     try:
         with untouched_rng(), torch.no_grad():
-            example.run(copied(model, hooks).eval())
+            example.run(trial)
+    except torch.OutOfMemoryError:
+        raise
     except RAISED as error:
         raise RecipeError(_wrong_input_shapes(stage, data, error)) from error
     return example
@@ -127,7 +130,8 @@ def _wrong_input_shapes(stage: StageJob, data: Data, error: BaseException) -> Pr
         "E-RECIPE-INPUT-SHAPES",
         f"the model can't be called with inputs of these sizes: {describe(error)}",
         "config.input_shapes",
-        expected=f"sizes without batch; tensors of a real batch have {sizes}",
+        expected="sizes without batch"
+        + (f"; tensors of a real batch have {sizes}" if sizes else ""),
         received=str([list(shape) for shape in stage.training.input_shapes or ()]),
         fix="leave input_shapes out: sizes then come from a real batch",
     )

@@ -130,7 +130,6 @@ class Run:
             summary.write(self.folder.summary, shown)
             if exit_code is not None:
                 self._report()
-                process.release(self.folder.path)
 
     def _report(self) -> None:
         """report.html and card.md; a fault in drawing them must not change how the run ended."""
@@ -174,7 +173,7 @@ def begin(job: Job, signals: Signals, stored: dict[str, Any] | None) -> Run:
 
 
 def _as_first_written(change: dict[str, Any], before: list[dict[str, Any]]) -> dict[str, Any]:
-    """A resumed run reads its own copy of the recipe; a change that was there keeps its origin."""
+    """A change that the run already had keeps where it was first written."""
     same = ("key", "default", "value")
     return next((b for b in before if all(b[key] == change[key] for key in same)), change)
 

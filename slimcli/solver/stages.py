@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from slimcli.artifacts import checkpoint, deploy, run_folder
+from slimcli.artifacts import checkpoint, deploy, process, run_folder
 from slimcli.artifacts.finish import Finished, FinishRequest, finish_run
 from slimcli.compressor import Compressor
 from slimcli.errors import GoalError, Problem, RunError, SlimError, VerificationError
@@ -59,7 +59,11 @@ def run(job: Job) -> RunResult:
         except BaseException:
             _end(current, "failed", 1)
             raise
-        _end(current, "finished", 0)
+        else:
+            _end(current, "finished", 0)
+        finally:
+            if current is not None and current.is_main:
+                process.release(current.folder.path)
     assert current is not None
     return RunResult(current.folder.path, current.record)
 

@@ -53,7 +53,14 @@ def test_a_run_that_another_process_is_at_work_on_is_refused(tmp_path: Path) -> 
     with pytest.raises(RecipeError, match="still running"):
         process.claim(tmp_path)
     process.release(tmp_path)
+    assert process.of(tmp_path).pid == os.getppid()  # who does not have it can't give it back
+
+
+def test_a_run_that_is_given_back_is_free(tmp_path: Path) -> None:
     process.claim(tmp_path)
+    process.claim(tmp_path)  # the process that has it may ask again
+    process.release(tmp_path)
+    assert process.of(tmp_path) is None
 
 
 def claiming(folder: str, ready: Barrier, answers: Queue[str]) -> None:

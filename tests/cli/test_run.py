@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from slimcli.artifacts import checkpoint
+from slimcli.artifacts import checkpoint, process
 from slimcli.cli import main
 from slimcli.cli.list import runs
 from slimcli.recipe import load
@@ -266,6 +266,35 @@ def test_a_broken_sample_is_told_as_the_users(
     (here / "hooks.py").write_text(broken)
     assert slim("run", "recipe.yaml") == 1
     assert "hook `dataset_generator` failed" in capsys.readouterr().err
+
+
+def test_a_resume_of_a_run_that_another_process_works_on_changes_nothing(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert slim("run", "recipe.yaml", "-q", "--name", "busy") == 0
+    folder = here / "checkpoints" / "toy" / "busy"
+    process.claim(folder)
+    claimed = json.loads((folder / process.NAME).read_text())
+    other = {**claimed, "pid": os.getppid(), "started": process._start_of(os.getppid())}
+    (folder / process.NAME).write_text(json.dumps(other))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    words = ["epoch=4", "--allow-recipe-change"]
+    assert slim("resume", str(folder), *words) == 2
+    assert "still running" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    (folder / process.NAME).unlink()
+    assert slim("resume", str(folder), "-q", *words) == 0
+    assert not (folder / process.NAME).exists()
+
+
+@pytest.mark.slow
+def test_a_finished_run_of_two_processes_is_trained_longer_by_two(here: Path) -> None:
+    words = ("run", "recipe.yaml", "-q", "--name", "two", "num_processes=2")
+    assert project.slim(here, *words).returncode == 0
+    folder = here / "checkpoints" / "toy" / "two"
+    words = ("resume", str(folder), "-q", "epoch=3", "--allow-recipe-change")
+    assert project.slim(here, *words).returncode == 0
+    assert checkpoint.load(folder / "checkpoints" / "last.pt")["position"]["epoch"] == 3
 
 
 @pytest.mark.slow

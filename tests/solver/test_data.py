@@ -144,12 +144,21 @@ def test_averages_are_weighted_by_the_number_of_samples(tmp_path: Path) -> None:
         assert eights.summary["final"]["metrics"][name] == pytest.approx(value, abs=1e-6)
 
 
+MESSAGES = ["image 33 is gone", "in 33:\n  two channels\nwanted:\n    three"]
+
+
+@pytest.mark.parametrize("message", MESSAGES)
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_sample_that_cannot_be_read_names_the_hook(tmp_path: Path, workers: int) -> None:
+def test_a_sample_that_cannot_be_read_names_the_hook(
+    tmp_path: Path, workers: int, message: str
+) -> None:
     class Broken(toys.Noisy):
         def __getitem__(self, index: int) -> Any:
             if index == 33:
-                raise FileNotFoundError("image 33 is gone")
+                try:
+                    read_image()
+                except KeyError as error:
+                    raise RuntimeError(message) from error
             return super().__getitem__(index)
 
     def datasets() -> Any:
@@ -158,11 +167,14 @@ def test_a_sample_that_cannot_be_read_names_the_hook(tmp_path: Path, workers: in
     with pytest.raises(RunError) as caught:
         run(toys.with_hooks(toys.job(tmp_path, num_workers=workers), dataset_generator=datasets))
     (problem,) = caught.value.problems
-    what = "hook `dataset_generator` failed: FileNotFoundError: image 33 is gone"
-    assert problem.what == what
+    assert problem.what == f"hook `dataset_generator` failed: RuntimeError: {message}"
     assert "test_data.py:" in problem.where
     (frame,) = caught.value.user_frames
-    assert frame.endswith('in __getitem__   raise FileNotFoundError("image 33 is gone")')
+    assert frame.endswith("in __getitem__   raise RuntimeError(message) from error")
+
+
+def read_image() -> None:
+    raise KeyError(33)
 
 
 def test_an_iterable_without_a_length_is_refused(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_what_no_model_could_change_is_refused_before_a_stage_that_cuts_trains(
     assert list(tmp_path.rglob("handover")) == []
     found = forecast(job)
     assert [stage.is_certain for stage in found] == [True, True]
-    assert found[1].refusals[0].fix.startswith("more, or more: the stage is judged again")
+    assert found[1].refusals[0].fix.startswith("more, as far as today's model tells")
 
 
 def test_what_another_model_may_change_waits_until_the_cut_model_is_there(tmp_path: Path) -> None:

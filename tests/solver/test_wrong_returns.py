@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from slimcli.errors import HookError
@@ -84,16 +85,30 @@ def test_a_prediction_may_switch_a_part_of_the_model(tmp_path: Path) -> None:
 def test_predictions_without_a_number_are_told(tmp_path: Path) -> None:
     def datasets() -> Any:
         validation = toys.images(20, 2)
-        validation.tensors[0][9] = math.nan
+        validation.tensors[0][[0, 9]] = math.nan
         return toys.images(40, 1), validation
 
     job = toys.with_hooks(
         toys.job(tmp_path, epoch=1, test_batch_size=5), dataset_generator=datasets
     )
     notes = run(job).summary["notes"]
-    assert [each for each in notes if each.startswith("predictions of 1 of 4 validation batches")]
+    (note,) = (each for each in notes if "nan" in each)
+    assert note.startswith("predictions of 2 of 4 validation batches hold nan")
     others = run(toys.job(tmp_path, epoch=1)).summary["notes"]
     assert not [each for each in others if "nan" in each]
+
+
+def test_predictions_that_cannot_be_asked_for_nan_are_left_alone(tmp_path: Path) -> None:
+    def predict(model: Any, data: Any) -> Any:
+        return toys.predict(model, data), torch.eye(3).to_sparse_csr()
+
+    job = toys.with_hooks(
+        toys.job(tmp_path, epoch=1, save_deploy_format=False),
+        predict_function=predict,
+        calculate_loss_function=lambda prediction, data: toys.loss(prediction[0], data),
+        evaluate_function=lambda prediction, data: toys.accuracy(prediction[0], data),
+    )
+    assert run(job).summary["status"] == "finished"
 
 
 def test_without_any_metric_the_fix_is_to_return_one(tmp_path: Path) -> None:
