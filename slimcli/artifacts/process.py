@@ -83,6 +83,16 @@ def release(folder: Path) -> None:
 
 
 @contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """The run is this process's meanwhile; see :func:`claim`."""
+    claim(folder)
+    try:
+        yield
+    finally:
+        release(folder)
+
+
+@contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """One process at a time, where the system and the disk can lock folders."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,34 +55,26 @@ def command(
       slim resume checkpoints/digits/latest epoch=40 --allow-recipe-change
     """
     from slimcli.artifacts import process, run_folder
-
-    folder = run_folder.open_run(run)
-    if not console.is_main_process():
-        _resume(run, folder, overrides, (allow_code_change, allow_recipe_change), max_steps)
-        return
-    process.claim(folder.path)  # before anything of it is read, and written anew
-    try:
-        _resume(run, folder, overrides, (allow_code_change, allow_recipe_change), max_steps)
-    finally:
-        process.release(folder.path)
-
-
-def _resume(
-    run: Path,
-    folder: RunFolder,
-    overrides: tuple[str, ...],
-    allowed: tuple[bool, bool],
-    max_steps: int | None,
-) -> None:
-    """``allowed``: changes of the code, changes of the recipe."""
-    from slimcli.artifacts import run_folder, summary
-    from slimcli.cli.run import show_result, start
     from slimcli.recipe import load
 
-    before = load(folder.recipe)
-    after = load(folder.recipe, overrides)
-    _check_recipe(before, after, allowed[1])
-    _check_code(folder, after, allowed[0])
+    folder = run_folder.open_run(run)
+    is_main = console.is_main_process()
+    with process.claimed(folder.path) if is_main else nullcontext():  # before it is read
+        before = load(folder.recipe)
+        after = load(folder.recipe, overrides)
+        _check_recipe(before, after, allow_recipe_change)
+        _check_code(folder, after, allow_code_change)
+        _go_on(run, folder, (before, after), max_steps)
+
+
+def _go_on(
+    run: Path, folder: RunFolder, recipes: tuple[Recipe, Recipe], max_steps: int | None
+) -> None:
+    """From the recipe as it was to the one that it is now."""
+    from slimcli.artifacts import run_folder, summary
+    from slimcli.cli.run import show_result, start
+
+    before, after = recipes
     if _is_finished(folder) and not after_changes(before, after) and not _was_launched():
         console.say(f"{folder.path} is finished: nothing to resume")
         longer = console.command("resume", run, "epoch=N", "--allow-recipe-change")

@@ -86,14 +86,16 @@ def check_target(target: str, folders: Sequence[Path]) -> NotFound | None:
         if path is None:
             return _no_file(module, folders)
         return check_name(path, name)
-    if name == "py":
-        return NotFound("E-HOOK-TARGET", f"{target} names a file alone", _one_of(target, folders))
     if not module:
         fix = "write file.py:function or package.module.function"
         return NotFound("E-HOOK-TARGET", f"{target} names no file or module", fix)
     path = find_module(module, folders)
     if path is not None:
-        return check_name(path, name)
+        missing = check_name(path, name)
+        if name == "py" and missing is not None and missing.code == "E-HOOK-NAME":
+            fix = f"write {target}:NAME; {missing.fix}"
+            return NotFound("E-HOOK-TARGET", f"{target} names a file alone", fix)
+        return missing
     if has_module(module, folders):
         return None  # A compiled module, or an attribute of a class: only importing can tell.
     looked = ", ".join(shown(folder) for folder in folders)
@@ -103,13 +105,6 @@ def check_target(target: str, folders: Sequence[Path]) -> NotFound | None:
     if find_file(f"{module.replace('.', '/')}.py", folders):
         fix = f"write {module.replace('.', '/')}.py:{name}"
     return NotFound("E-HOOK-FILE", what, fix)
-
-
-def _one_of(file: str, folders: Sequence[Path]) -> str:
-    """What a target in this file may look like."""
-    path = find_file(file, folders)
-    missing = check_name(path, "") if path is not None else None
-    return f"write {file}:NAME" + (f"; {missing.fix}" if missing is not None else "")
 
 
 def _no_file(file: str, folders: Sequence[Path]) -> NotFound:

@@ -51,6 +51,15 @@ def _choose(training: TrainingConfig) -> tuple[str, Any]:
     """Accelerator and devices, as Fabric wants them."""
     if training.devices == "cpu" or (not training.devices and not torch.cuda.is_available()):
         return "cpu", training.num_processes or 1
+    if len(set(training.devices)) < len(training.devices):
+        raise RecipeError(
+            Problem(
+                "E-RECIPE-DEVICES",
+                "config.devices names a GPU twice",
+                expected="each id once",
+                received=str(list(training.devices)),
+            )
+        )
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if max(training.devices, default=0) >= count:
         raise MissingError(
@@ -60,15 +69,6 @@ def _choose(training: TrainingConfig) -> tuple[str, Any]:
                 expected=f"ids below {count}" if count else "no id: PyTorch finds no GPU",
                 received=str(list(training.devices)),
                 fix="devices: cpu, or [] for what there is",
-            )
-        )
-    if len(set(training.devices)) < len(training.devices):
-        raise RecipeError(
-            Problem(
-                "E-RECIPE-DEVICES",
-                "config.devices names a GPU twice",
-                expected="each id once",
-                received=str(list(training.devices)),
             )
         )
     return "cuda", list(training.devices) or [0]

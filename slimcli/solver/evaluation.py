@@ -157,15 +157,13 @@ class Evaluator:
         averages = Averages()
         accumulates = is_accumulating(self.pristine)
         metric = copy.deepcopy(self.pristine) if accumulates else None
-        flags: list[list[Tensor]] = []
+        flags: list[Tensor] = []
         for batch in itertools.islice(source.batches(0), limit):
             self.check_stop()
             data = self.move(batch.data)
             prediction = self._predict(model, data)
-            if limit is None:  # a part of the data says nothing of the rest
-                flags.append(
-                    [each.isnan().any() for each in tensors_in(prediction) if _is_plain(each)]
-                )
+            if limit is None and NAN not in self._warned:  # of a part of the data it says little
+                flags.append(_holds_nan(prediction))
             if metric is not None:
                 call_metric(metric.update, prediction, data)
             else:
@@ -198,10 +196,10 @@ class Evaluator:
             )
         return prediction
 
-    def _warn_of_nan(self, flags: list[list[Tensor]]) -> None:
-        """Flags of each batch, one a tensor: the device is waited for here, not for each batch."""
-        count = sum(any(bool(flag) for flag in batch) for batch in flags)
-        if count and NAN not in self._warned:
+    def _warn_of_nan(self, flags: list[Tensor]) -> None:
+        """One flag a batch: the device is waited for here, not for each of them."""
+        count = sum(map(bool, flags))
+        if count:
             self._warned.add(NAN)
             self.warn(
                 f"predictions of {count} of {len(flags)} validation batches hold nan; "
@@ -232,6 +230,14 @@ def call_metric(method: Callable[..., Any], *arguments: Any) -> Any:
         raise
     except RAISED as error:
         raise hook_failed("evaluate_function", error) from error
+
+
+def _holds_nan(prediction: Any) -> Tensor:
+    """Whether one of its tensors does, as a tensor on the device of the first."""
+    flags = [each.isnan().any() for each in tensors_in(prediction) if _is_plain(each)]
+    if not flags:
+        return torch.tensor(False)
+    return torch.stack([flag.to(flags[0].device) for flag in flags]).any()
 
 
 def _is_plain(tensor: Tensor) -> bool:

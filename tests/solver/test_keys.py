@@ -208,3 +208,8 @@ def test_input_shapes_that_the_model_does_not_take_are_refused_with_those_it_get
     assert problem.code == "E-RECIPE-INPUT-SHAPES"
     assert problem.received == "[[1, 10]]"
     assert "[1, 6, 6]" in problem.expected
+
+
+def test_a_gpu_that_is_named_twice_is_refused_on_any_machine(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="names a GPU twice"):
+        run(toys.job(tmp_path, devices=(0, 0)))
