@@ -18,7 +18,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     """
     found: list[Tensor] = []
     _gather((value,), found)
-    yield from found
+    return iter(found)
 
 
 def _gather(values: Iterable[Any], found: list[Tensor]) -> None:
@@ -27,8 +27,9 @@ def _gather(values: Iterable[Any], found: list[Tensor]) -> None:
         if isinstance(each, Tensor):
             found.append(each)
         elif isinstance(each, (tuple, list)):
-            _gather(each, found)
-        elif isinstance(each, dict):
+            if each:
+                _gather(each, found)
+        elif isinstance(each, dict) and each:
             _gather(each.values(), found)
 
 

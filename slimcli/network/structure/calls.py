@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from slimcli.network.nested import tensors_in
 from slimcli.network.structure.memory import memory_of
+from slimcli.network.structure.tensor_map import TensorMap
 
 
 @dataclass
@@ -18,7 +18,7 @@ class Calls:
     """The modules that are running, and what is needed to find pairs of a conv and a norm.
 
     Attributes:
-        given: Memory of the tensors that each of them was called with; emptied as one is written.
+        given: Tensors that each of them was called with; emptied as one is written.
         outputs: Tensor -> (key of its producer, number of the call).
         uses: Number of the call -> how often its output was used.
         norms: Number of the call -> path of the norm that used it.
@@ -27,8 +27,8 @@ class Calls:
     """
 
     stack: list[tuple[str, nn.Module]] = field(default_factory=list)
-    given: list[set[int | None]] = field(default_factory=list)
-    outputs: MutableMapping[Tensor, tuple[str, int]] = field(default_factory=WeakIdKeyDictionary)
+    given: list[list[weakref.ref[Tensor]]] = field(default_factory=list)
+    outputs: TensorMap[tuple[str, int]] = field(default_factory=TensorMap)
     uses: dict[int, int] = field(default_factory=dict)
     norms: dict[int, str] = field(default_factory=dict)
     keys: dict[int, str] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Calls:
     def enter(self, path: str, module: nn.Module, value: Any) -> None:
         """A module starts to run, called with this."""
         self.stack.append((path, module))
-        self.given.append({memory_of(each) for each in tensors_in(value)})
+        self.given.append([weakref.ref(each) for each in tensors_in(value)])
 
     def leave(self) -> str:
         """The innermost one is done; its path."""
@@ -51,8 +51,14 @@ class Calls:
 
     def note_write(self, tensor: Tensor) -> None:
         """A tensor is written: a module that it was given to does not read what it was given."""
-        if self.given and memory_of(tensor) in self.given[-1]:
+        if self.given and self.is_given(tensor):
             self.given[-1].clear()
+
+    def is_given(self, tensor: Tensor) -> bool:
+        """Was the innermost module called with this tensor, and has nobody written it since?"""
+        memory = memory_of(tensor)
+        living = [reference() for reference in self.given[-1]]
+        return any(each is not None and memory_of(each) == memory for each in living)
 
     def produced(self, tensor: Tensor, key: str) -> None:
         """Remembers the output of a mixing op."""

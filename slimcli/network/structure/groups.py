@@ -194,18 +194,17 @@ def _raw_groups(
 ) -> list[RawGroup]:
     """Groups of so many channels; labels come by group, by slot in it, by channel in that."""
     firsts = np.array([each.first for each in record.sources.dims])
-    groups = []
-    bounds = [*np.flatnonzero(np.diff(group_of[labels], prepend=-1)), len(labels)]
-    for (start, end), size in zip(itertools.pairwise(bounds), sizes.tolist(), strict=True):
-        mine = labels[start:end]
-        slots = slot_of[mine]
-        cuts = [*np.flatnonzero(np.diff(slots, prepend=-2)), len(mine)]
-        matrices = [
-            (int(slots[a]), (mine[a:b] - firsts[slots[a]]).reshape(size, -1))
-            for a, b in itertools.pairwise(cuts)
-        ]
-        number = int(reason_of[component[mine[0]]])
-        groups.append(RawGroup(matrices, size, reasons[number] if number >= 0 else ""))
+    group, slot = group_of[labels], slot_of[labels]
+    entries = labels - firsts[slot]
+    changes = (group[1:] != group[:-1]) | (slot[1:] != slot[:-1])
+    bounds = [0, *(np.flatnonzero(changes) + 1).tolist(), len(labels)]
+    groups = [RawGroup([], size, "") for size in sizes.tolist()]
+    for start, end in itertools.pairwise(bounds):
+        mine = groups[int(group[start])]
+        if not mine.slots:
+            number = int(reason_of[component[labels[start]]])
+            mine.reason = reasons[number] if number >= 0 else ""
+        mine.slots.append((int(slot[start]), entries[start:end].reshape(mine.size, -1)))
     return groups
 
 

@@ -28,6 +28,8 @@ def share_copy(model: nn.Module) -> nn.Module:
 
 def gpus_of(model: nn.Module) -> list[int]:
     """Numbers of the GPUs that a model lies on: others must not be woken."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return []
     tensors = itertools.chain(model.parameters(), model.buffers())
     return sorted({each.get_device() for each in tensors if each.is_cuda})
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from slimcli.network.structure.memory import memory_of
 from slimcli.network.structure.nodes import Kind, Node, NodeTable, State, ZeroStates
 from slimcli.network.structure.planes import (
     LABEL_MASK,
@@ -101,7 +100,7 @@ def takes_up(op: Op, path: str, weight: Tensor, tensor: Tensor) -> bool:
         return True
     bias, tensors = getattr(module, "bias", None), op.tensors()
     has_own_bias = len(tensors) == 2 if bias is None else any(each is bias for each in tensors)
-    return has_own_bias and memory_of(tensor) in op.tracer.calls.given[-1]
+    return has_own_bias and op.tracer.calls.is_given(tensor)
 
 
 def _runs_code_of_torch(module: nn.Module) -> bool:

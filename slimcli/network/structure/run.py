@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimcli.network import attributes, fuse
+from slimcli.network import fuse
 from slimcli.network.example import Example, own_copy
 from slimcli.network.nested import tensors_in
 from slimcli.network.structure.calls import Calls
@@ -93,7 +93,7 @@ def _is_lazy(parameter: nn.Parameter) -> bool:
 def _watch_modules(model: nn.Module, tracer: Tracer) -> list[Any]:
     """Hooks that tell the tracer which module is running."""
     handles = []
-    counted = {module: name for name, (module, _) in attributes.counters(model).items()}
+    counting = tracer.record.sources.counting
 
     def enter(path: str) -> Any:
         def hook(module: nn.Module, inputs: Any, keywords: Any) -> None:
@@ -101,8 +101,8 @@ def _watch_modules(model: nn.Module, tracer: Tracer) -> list[Any]:
             tracer.calls.enter(path, module, (inputs, keywords))
             _take(tracer, path, (inputs, keywords))
             tracer.calls.mixing_entered += isinstance(module, MIXING)
-            if module in counted:
-                _count(tracer, counted[module], inputs)
+            if module in counting:
+                _count(tracer, counting[module], inputs)
 
         return hook
 
@@ -133,9 +133,7 @@ def _affine_node(record: Record, path: str) -> Callable[[int], int]:
 
 def _count(tracer: Tracer, name: str, inputs: tuple[Any, ...]) -> None:
     """A layer without tensors says in an attribute how many channels it is called with."""
-    labels = tracer.record.sources.counters.get(name)
-    if labels is None:
-        return
+    labels = tracer.record.sources.counters[name]
     for tensor in tensors_in(inputs):
         for plane in tracer.planes_of(tensor):
             if plane.numel() == labels.numel():

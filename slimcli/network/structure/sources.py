@@ -43,6 +43,7 @@ class Sources:
         dims: All labelled dimensions.
         seen: Names of tensors that were asked for: operators used them.
         counters: Name of an attribute that counts channels -> labels for what it counts.
+        counting: Layer -> the name of such an attribute of it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -60,10 +61,12 @@ class Sources:
         for name, tensor in named:
             self._register(name, tensor, 2 if id(tensor) in kernels else tensor.dim())
         self.counters: dict[str, Tensor] = {}
+        self.counting: dict[nn.Module, str] = {}
         for name, (module, attribute) in attributes.counters(model).items():
             size = getattr(module, attribute)
             if size > 1:
                 self.counters[name] = torch.arange(size) + self._labelled(name, 0, size)
+                self.counting[module] = name
 
     @property
     def count(self) -> int:

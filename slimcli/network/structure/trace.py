@@ -9,14 +9,13 @@ An operation without a rule freezes the channels it touches.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from slimcli.network.nested import tensors_in
 from slimcli.network.structure import user_line
@@ -44,6 +43,7 @@ from slimcli.network.structure.operators import (
 from slimcli.network.structure.planes import is_useful, squeeze_equal
 from slimcli.network.structure.record import Record
 from slimcli.network.structure.sources import source_planes
+from slimcli.network.structure.tensor_map import TensorMap
 from slimcli.network.structure.train_mode import dropouts
 
 Planes = tuple[Tensor, ...]
@@ -125,14 +125,14 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.calls = calls
         self._rules = rules
         self._execute = execute
-        self._planes: MutableMapping[Tensor, Planes] = WeakIdKeyDictionary()
+        self._planes: TensorMap[Planes] = TensorMap()
         self._aliases: dict[int, list[weakref.ref[Tensor]]] = {}
         self._recent: Sequence[Tensor] = ()
         self._homes: dict[int | None, weakref.ref[Tensor]] = {}
-        self._picked: MutableMapping[Tensor, tuple[Tensor, str]] = WeakIdKeyDictionary()
-        self._given: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()
+        self._picked: TensorMap[tuple[Tensor, str]] = TensorMap()
+        self._given: TensorMap[bool] = TensorMap()
         self._gives_all = True
-        self._blank: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()
+        self._blank: TensorMap[bool] = TensorMap()
         self.backups: dict[str, tuple[Tensor, Tensor]] = {}
         self.checks = False  # what runs asks for values only to raise
         self.ops: list[Any] = []
@@ -174,7 +174,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def is_blank(self, tensor: Tensor) -> bool:
         """Was it made of zeros, and nothing written into it since?"""
-        return bool(len(self._blank)) and tensor in self._blank
+        return tensor in self._blank
 
     def relabel(self, tensor: Tensor, planes: Planes) -> None:
         """Gives a tensor these planes."""
@@ -263,7 +263,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._recent = results if inputs else ()  # what is made anew torch copies if it is held
         is_given = torch.Tag.nondeterministic_seeded in func.tags or self._is_given(inputs)
         for result in results:
-            self._planes.setdefault(result, NO_PLANES)
+            if result not in self._planes:
+                self._planes[result] = NO_PLANES
             if is_given:
                 self._given[result] = True
 
