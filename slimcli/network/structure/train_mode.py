@@ -13,6 +13,10 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from slimcli.network.structure.mode_reading import only_drops
+
+_DROPPING: tuple[type[nn.Module], ...] = (nn.MultiheadAttention, nn.RNN, nn.LSTM, nn.GRU)
+
 _ONE_AT_A_TIME = threading.RLock()
 
 
@@ -30,22 +34,27 @@ def _keeps_eval_mode(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def noted_readers() -> Iterator[list[nn.Module]]:
-    """Modules whose attribute ``training`` is read meanwhile, by anything but a dropout layer.
+    """Modules whose attribute ``training`` is read meanwhile, by anything but a dropout.
 
     Dropout scales each value, or each channel, by a number of its own: no channel meets another. A
-    norm with running statistics is in eval mode whatever the model is in.
+    norm with running statistics is in eval mode whatever the model is in. Torch's attention and
+    recurrent layers drop, too, and else ask only whether their fast path may be taken: never, here.
 
     The attribute is a property of ``nn.Module`` as long as this lasts; its value stays where it
     is, in the module's own dictionary.
     """
     readers: list[nn.Module] = []
-    exempt = {kind.forward.__code__ for kind in dropouts()}
+    asking = dict.fromkeys((kind.forward.__code__ for kind in (*dropouts(), *_DROPPING)), False)
 
     def read(module: nn.Module) -> bool:
         if "training" not in vars(module):  # a scripted module keeps it elsewhere
             raise AttributeError("training")
-        if not _keeps_eval_mode(module) and sys._getframe(1).f_code not in exempt:
-            readers.append(module)
+        if not _keeps_eval_mode(module):
+            frame = sys._getframe(1)
+            if frame.f_code not in asking:
+                asking[frame.f_code] = not only_drops(frame)
+            if asking[frame.f_code]:
+                readers.append(module)
         mode: bool = vars(module)["training"]
         return mode
 
