@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from slimcli.network.structure.nodes import ZEROS_TO_MEASURE, Kind, Node, NodeTable
-from slimcli.network.structure.planes import active_axes, labels_of, nodes_of, pack
+from slimcli.network.structure.planes import (
+    LABEL_MASK,
+    SHIFT,
+    active_axes,
+    labels_of,
+    nodes_of,
+    pack,
+    squeeze_equal,
+)
 
 
 def memory_of(tensor: Tensor) -> int | None:
@@ -67,6 +76,69 @@ def has_gaps(planes: Sequence[Tensor], tensor: Tensor, others: Sequence[Tensor])
     return any(tensor.stride(axis) not in known for p in planes for axis in active_axes(p))
 
 
+def covers(tensor: Tensor, other: Tensor) -> bool:
+    """Does a tensor hold all numbers of another one that shares its memory?
+
+    >>> canvas = torch.zeros(2, 6, 4)
+    >>> covers(canvas, canvas[:, 1]), covers(canvas[:, 1], canvas), covers(canvas.mT, canvas)
+    (True, False, True)
+    """
+    (start, end), (first, last) = map(_extent, (tensor, other))
+    is_dense = tensor.numel() == end - start and tensor.element_size() == other.element_size()
+    return is_dense and start <= first and last <= end
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    start = int(tensor.storage_offset())
+    return start, start + 1 + sum((size - 1) * stride for size, stride in steps)
+
+
+def same_channels(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
+    """Do planes tell the same channels, whatever became of them?"""
+    labels = [[labels_of(each) for each in planes] for planes in (left, right)]
+    return len(left) == len(right) and all(map(torch.equal, *labels))
+
+
+def rewritten(
+    table: NodeTable,
+    old: Sequence[Tensor],
+    new: Sequence[Tensor],
+    others: Sequence[Tensor],
+    whole: bool,
+) -> tuple[Tensor, ...]:
+    """Planes of a tensor whose numbers were replaced where another one lies in its memory.
+
+    Args:
+        table: Of the nodes.
+        old: Planes of the other tensor before it was written.
+        new: The same channels afterwards.
+        others: Planes of the tensor.
+        whole: All its numbers were replaced, not some of them.
+    """
+    labels = np.unique(np.concatenate([labels_of(plane).numpy().ravel() for plane in new]))
+    became: dict[int, set[int]] = {}
+    for before, after in zip(old, new, strict=True):
+        pairs = np.stack([before.numpy().ravel() >> SHIFT, after.numpy().ravel() >> SHIFT])
+        for was, now in np.unique(pairs, axis=1).T.tolist():
+            became.setdefault(was, set()).add(now)
+    every = set().union(*became.values())
+
+    def node_of(node: int) -> int:
+        known = became.get(node, every | {node})
+        return table.one_of(known if whole else known | {node})
+
+    result = []
+    for plane in others:
+        flat = plane.numpy().ravel()
+        label, node = flat & LABEL_MASK, flat >> SHIFT
+        is_touched = np.isin(label, labels) & (label != 0)
+        for each in np.unique(node[is_touched]).tolist():
+            node = np.where(is_touched & (flat >> SHIFT == each), node_of(each), node)
+        result.append(torch.from_numpy(label + (node << SHIFT)).view(plane.shape))
+    return tuple(result)
+
+
 def are_zeros(table: NodeTable, planes: Sequence[Tensor]) -> bool:
     """Are there no channels but those of zeros that were made as wide as others?"""
     zeros = table.add(ZEROS_TO_MEASURE)
@@ -96,3 +168,34 @@ def _along(axis: int, nodes: Tensor, table: NodeTable) -> Tensor:
     new = [table.one_of(row) for row in rows.tolist()]
     shape = [1 if each == axis else size for each, size in enumerate(nodes.shape)]
     return torch.tensor(new)[inverse].reshape(shape)
+
+
+def written_through(
+    table: NodeTable,
+    tensor: Tensor,
+    others: Sequence[Tensor],
+    planes_of: Callable[[Tensor], Sequence[Tensor]],
+) -> list[tuple[Tensor, ...]]:
+    """Planes of the others in whose memory channels of one kind were written.
+
+    Args:
+        table: Of the nodes.
+        tensor: It was written.
+        others: They share its memory.
+        planes_of: Of each of them; one at most.
+    """
+    numel = tensor.untyped_storage().nbytes() // tensor.element_size()
+    memory = torch.zeros(numel, dtype=torch.int64)
+    for each in [*sorted(others, key=lambda other: -other.numel()), tensor]:
+        planes = planes_of(each)
+        place = memory.as_strided(each.shape, each.stride(), each.storage_offset())
+        if planes:
+            place.copy_(planes[0].expand(each.shape))
+        elif each is tensor:
+            place.zero_()
+    painted: list[tuple[Tensor, ...]] = []
+    for other in others:
+        view = memory.as_strided(other.shape, other.stride(), other.storage_offset())
+        plane = joined(table, squeeze_equal(view.clone()))
+        painted.append((plane,) if plane.numel() > 1 and bool(plane.any()) else ())
+    return painted

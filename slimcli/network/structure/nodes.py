@@ -48,6 +48,8 @@ class Node:
         keeps_zero: MAP, COMBINE, JUMP: f(0, ...) = 0. BORDER: the border is zero. PRODUCER: no
             other weight was added to its own.
         name: PRODUCER, DEPTHWISE: key of the producer; AFFINE: path of the norm; SOURCE: tensor.
+        how: What tells two values apart that are made alike from the same: the operator with its
+            numbers, or the call. Constants at different places are one only if they are equal.
     """
 
     kind: Kind
@@ -55,6 +57,7 @@ class Node:
     flags: tuple[bool, ...] = ()
     keeps_zero: bool = True
     name: str = ""
+    how: str = ""
 
 
 MADE_TO_MEASURE = Node(Kind.JOIN, name="made to measure")
@@ -78,6 +81,9 @@ class NodeTable:
     def add(self, node: Node) -> int:
         """The number of a node equal to this one."""
         number = self._index.get(node)
+        if number is None and node.kind == Kind.MAP and node.keeps_zero:
+            parent = node.parents[0]
+            number = parent if self.nodes[parent] == ZEROS_TO_MEASURE else None
         if number is None:
             number = self._index[node] = len(self.nodes)
             self.nodes.append(node)
@@ -87,6 +93,10 @@ class NodeTable:
             is_made = node in (MADE_TO_MEASURE, ZEROS_TO_MEASURE)
             self._made.append(is_made or (bool(made) and all(made)))
         return number
+
+    def one_time(self) -> str:
+        """For ``Node.how``: of a value that no other one is like."""
+        return f"made as number {len(self.nodes)}"
 
     def one_of(self, numbers: Collection[int]) -> int:
         """The node of what is one of these at each position."""

@@ -23,11 +23,14 @@ from slimcli.network.structure.calls import Calls
 from slimcli.network.structure.memory import (
     are_zeros,
     bordered,
+    covers,
     has_gaps,
-    joined,
     lies_like,
     memory_of,
+    rewritten,
+    same_channels,
     seen_from,
+    written_through,
 )
 from slimcli.network.structure.operators import (
     ASKING_FOR_SHAPES,
@@ -40,7 +43,7 @@ from slimcli.network.structure.operators import (
     makes_zeros,
     written,
 )
-from slimcli.network.structure.planes import is_useful, squeeze_equal
+from slimcli.network.structure.planes import is_useful
 from slimcli.network.structure.record import Record
 from slimcli.network.structure.sources import source_planes
 from slimcli.network.structure.tensor_map import TensorMap
@@ -333,10 +336,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The tensor was written in place: so were all tensors that share its memory."""
         planes = tuple(plane for plane in planes if is_useful(plane))
         old = self.planes_of(tensor)
-        same = len(old) == len(planes) and all(
-            a is b or torch.equal(a, b) for a, b in zip(old, planes, strict=True)
-        )
-        if same:
+        if len(old) == len(planes) and all(map(torch.equal, old, planes)):
             return
         aliases = self._living_aliases(tensor)
         self._planes[tensor] = planes
@@ -346,6 +346,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for other in aliases:
                 self._overwrite(other, planes)
             return
+        if same_channels(old, planes):
+            for other in aliases:
+                whole, before = covers(tensor, other), self.planes_of(other)
+                self._planes[other] = rewritten(self.record.table, old, planes, before, whole)
+            return
         several = len(planes) > 1 or any(len(self.planes_of(other)) > 1 for other in aliases)
         if several or has_gaps(planes, tensor, aliases):
             everything = [*planes, *(p for other in aliases for p in self.planes_of(other))]
@@ -353,7 +358,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 everything, f"written in place through a view at {user_line.current()}"
             )
             return
-        self._write_through(tensor, aliases)
+        painted = written_through(self.record.table, tensor, aliases, self.planes_of)
+        for other, found in zip(aliases, painted, strict=True):
+            self._planes[other] = found
 
     def _overwrite(self, tensor: Tensor, planes: Planes) -> None:
         """All of a tensor is written; a parameter keeps its shape, whatever it is written with."""
@@ -383,18 +390,3 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
         self._planes[tensor] = tuple(p for p in planes if all(p is not each for each in lost))
         return True
-
-    def _write_through(self, tensor: Tensor, aliases: Sequence[Tensor]) -> None:
-        numel = tensor.untyped_storage().nbytes() // tensor.element_size()
-        memory = torch.zeros(numel, dtype=torch.int64)
-        for each in [*sorted(aliases, key=lambda other: -other.numel()), tensor]:
-            planes = self.planes_of(each)
-            place = memory.as_strided(each.shape, each.stride(), each.storage_offset())
-            if planes:
-                place.copy_(planes[0].expand(each.shape))
-            elif each is tensor:
-                place.zero_()
-        for other in aliases:
-            view = memory.as_strided(other.shape, other.stride(), other.storage_offset())
-            plane = joined(self.record.table, squeeze_equal(view.clone()))
-            self._planes[other] = (plane,) if plane.numel() > 1 and bool(plane.any()) else NO_PLANES

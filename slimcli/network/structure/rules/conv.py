@@ -91,10 +91,10 @@ def _channel_plane(op: Op, tensor: Tensor) -> Tensor | None:
 def _carried(op: Op, tensor: Tensor) -> Planes:
     """Channels folded into the batch axis pass, each mixed with itself only."""
     add = op.record.table.add
-    flags = (op.args[2] is not None, _spoils_constants(op))
+    flags, how = (op.args[2] is not None, _spoils_constants(op)), op.record.table.one_time()
 
     def node(parent: int) -> int:
-        answer = add(Node(Kind.DEPTHWISE, (parent,), flags))
+        answer = add(Node(Kind.DEPTHWISE, (parent,), flags, how=how))
         if op.output.shape[1] == 1:
             return answer
         return add(Node(Kind.BORDER, (answer,)))  # of each output another bias, and another sum
@@ -202,10 +202,11 @@ def _depthwise(op: Op, plane: Tensor | None, weight: Tensor, groups: int) -> Seq
         )
     flags = (op.args[2] is not None, _spoils_constants(op))
     key = "" if fitted else caller(op, weight, leaving)
-    add = op.record.table.add
+    how = op.record.table.one_time() if fitted else ""
     shape = [1] * op.output.dim()
     shape[1] = spread.numel()
-    out = map_nodes(spread, lambda n: add(Node(Kind.DEPTHWISE, (n,), flags, name=key)))
+    add = op.record.table.add
+    out = map_nodes(spread, lambda n: add(Node(Kind.DEPTHWISE, (n,), flags, name=key, how=how)))
     out = pack(torch.where(labels == 0, labels_of(spread), labels), nodes_of(out))
     if fitted:
         return [(out.view(shape),)]

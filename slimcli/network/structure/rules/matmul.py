@@ -90,10 +90,10 @@ def _with_bias(op: Op, bias: Tensor, planes: Planes) -> Planes:
 
 def _sum_of(op: Op, plane: Tensor, other: Tensor) -> Tensor:
     """A product is added to other channels: both must be zero."""
-    add = op.record.table.add
+    add, how = op.record.table.add, op.record.table.one_time()
     nodes = combine_nodes(
         [each.contiguous() for each in broadcast([plane, other])],
-        lambda parents: add(Node(Kind.COMBINE, parents, (False, False))),
+        lambda parents: add(Node(Kind.COMBINE, parents, (False, False), how=how)),
     )
     return pack(labels_of(plane), nodes)
 

@@ -24,7 +24,7 @@ from slimcli.network.structure.planes import (
     with_leading_axes,
 )
 from slimcli.network.structure.record import Least, Split
-from slimcli.network.structure.rules.pointwise import combine_nodes
+from slimcli.network.structure.rules.pointwise import combine_nodes, mapped
 from slimcli.network.structure.trace import NO_PLANES, ONE_PICKED, Op, Planes, Rule
 
 
@@ -155,8 +155,9 @@ def halves(op: Op) -> Sequence[Planes]:
     axis = op.arg(1, "dim", -1) % tensor.dim()
     planes = op.planes(tensor)
     if any(plane.shape[axis] == 1 for plane in planes):
-        return [planes]
+        return [tuple(mapped(op, plane, keeps_zero=True) for plane in planes)]
     result: Planes = NO_PLANES
+    add = op.record.table.add
     for plane in planes:
         half = plane.shape[axis] // 2
         add_split(op, plane, axis, half, note_line(op, plane))
@@ -164,7 +165,7 @@ def halves(op: Op) -> Sequence[Planes]:
         op.record.join(value, gate)
         nodes = combine_nodes(
             [value.contiguous(), gate.contiguous()],
-            lambda parents: op.record.table.add(Node(Kind.COMBINE, parents, (True, False))),
+            lambda parents: add(Node(Kind.COMBINE, parents, (True, False), how="glu")),
         )
         result += (pack(labels_of(value), nodes),)
     return [result]

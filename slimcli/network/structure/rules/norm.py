@@ -19,7 +19,7 @@ from slimcli.network.structure.planes import (
 )
 from slimcli.network.structure.producing import add_sum
 from slimcli.network.structure.record import Record
-from slimcli.network.structure.rules.pointwise import arbitrary, combine_nodes, through
+from slimcli.network.structure.rules.pointwise import arbitrary, combine_nodes, mapped, through
 from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule
 
 
@@ -67,9 +67,11 @@ def batch_norm(op: Op) -> Sequence[Planes]:
         tied = True
         rows = channel_rows(op, plane, 1)
         _tie_vectors(op, rows, op.args[1:5])
-        if not (measured and op.args[2] is None):  # its own mean and no shift: zero stays zero
-            plane = through(op, plane, Kind.AFFINE, name=path if is_module else "")
-        result += (plane,)
+        if measured and op.args[2] is None:  # its own mean and no shift: zero stays zero
+            result += (mapped(op, plane, keeps_zero=True),)
+            continue
+        name, how = (path, "") if is_module else ("", op.record.table.one_time())
+        result += (through(op, plane, Kind.AFFINE, name=name, how=how),)
     if not tied:
         op.freeze(op.args[1:5], "a norm reads a tensor of fixed size")
     return [result]
@@ -103,7 +105,7 @@ def group_norm(op: Op) -> Sequence[Planes]:
     if size == groups and all(plane.shape[1] > 1 for plane in op.planes(op.args[0])):
         for plane in op.planes(op.args[0]):
             _tie_vectors(op, channel_rows(op, plane, 1), op.args[1:3])
-        return [tuple(through(op, plane, Kind.AFFINE) for plane in op.planes(op.args[0]))]
+        return [tuple(_shifted(op, plane) for plane in op.planes(op.args[0]))]
     reason = "group norm measures statistics over channels"
     return _over_axes(op, range(1, op.args[0].dim()), reason)
 
@@ -119,9 +121,14 @@ def _over_axes(op: Op, axes: Sequence[int], reason: str) -> Sequence[Planes]:
         elif rest:  # each place has its own scale and shift: what a zero becomes is no one number
             result += arbitrary(op, (plane,))
             continue
-        result += (through(op, plane, Kind.AFFINE),)
+        result += (_shifted(op, plane),)
     op.freeze(rest, reason)
     return [result]
+
+
+def _shifted(op: Op, plane: Tensor) -> Tensor:
+    """Behind a norm whose shift is its own."""
+    return through(op, plane, Kind.AFFINE, how=op.record.table.one_time())
 
 
 def softmax(op: Op) -> Sequence[Planes]:
@@ -142,7 +149,7 @@ def bucketed(op: Op) -> Sequence[Planes]:
     if not isinstance(values, Tensor) or borders.dim() > 1:
         op.freeze([values], f"channels are searched by {op.name}")
         return []
-    return [tuple(through(op, p, Kind.MAP, keeps_zero=False) for p in op.planes(values))]
+    return [tuple(mapped(op, plane, keeps_zero=False) for plane in op.planes(values))]
 
 
 def across(op: Op, planes: Planes, axes: set[int], reason: str) -> Planes:
@@ -220,7 +227,7 @@ def _node_of_reduction(op: Op, plane: Tensor) -> Tensor:
         return through(op, plane, Kind.CARRY)
     if op.name == "logsumexp":
         return arbitrary(op, (plane,))[0]
-    return through(op, plane, Kind.MAP, keeps_zero=False)
+    return mapped(op, plane, keeps_zero=op.name in _SPREADS)
 
 
 def _keeps(op: Op) -> bool:
@@ -278,8 +285,11 @@ max min median nanmedian mode kthvalue topk sort cummax cummin
 """  # they also tell where they found their values
 
 _SELECTING = """
-mean amax amin max min aminmax median nanmedian mode kthvalue var std var_mean
-"""  # of equal numbers they give that number, or zero, however many they are
+mean amax amin max min aminmax median nanmedian mode kthvalue
+"""  # of equal numbers they give that number, however many they are
+
+_SPREADS = frozenset(("var", "std", "var_mean"))
+"""Of equal numbers they give zero."""
 
 _GROWING = """
 sum nansum linalg_vector_norm norm prod count_nonzero

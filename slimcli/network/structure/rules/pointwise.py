@@ -48,11 +48,18 @@ def map_nodes(plane: Tensor, function: Callable[[int], int]) -> Tensor:
 
 
 def through(
-    op: Op, plane: Tensor, kind: Kind, *, keeps_zero: bool = True, name: str = ""
+    op: Op, plane: Tensor, kind: Kind, *, keeps_zero: bool = True, name: str = "", how: str = ""
 ) -> Tensor:
     """The plane behind something of this kind that acts on each value by itself."""
     add = op.record.table.add
-    return map_nodes(plane, lambda n: add(Node(kind, (n,), keeps_zero=keeps_zero, name=name)))
+    return map_nodes(
+        plane, lambda n: add(Node(kind, (n,), keeps_zero=keeps_zero, name=name, how=how))
+    )
+
+
+def mapped(op: Op, plane: Tensor, *, keeps_zero: bool) -> Tensor:
+    """The plane behind a function of each value: what it makes of a constant is another one."""
+    return through(op, plane, Kind.MAP, keeps_zero=keeps_zero, how=how_made(op))
 
 
 def combine_nodes(planes: Sequence[Tensor], function: Callable[[tuple[int, ...]], int]) -> Tensor:
@@ -118,9 +125,7 @@ def _merge_group(op: Op, tensors: Sequence[Tensor], group: list[Operand]) -> Ten
         keeps_zero = probe(op, [0], tensors)
         if jumps(op):
             return _jumped(op, planes[0], keeps_zero)
-        if keeps_zero:
-            return planes[0]
-        return through(op, planes[0], Kind.MAP, keeps_zero=False)
+        return mapped(op, planes[0], keeps_zero=keeps_zero)
     wide = [plane.contiguous() for plane in broadcast(planes)]
     note_united(op, wide)
     for other in wide[1:]:
@@ -152,12 +157,11 @@ def cast(op: Op) -> Sequence[Planes]:
 
 
 def _jumped(op: Op, plane: Tensor, keeps_zero: bool) -> Tensor:
-    table = op.record.table
+    table, how = op.record.table, how_made(op)
 
     def node_of(node: int) -> int:
-        if table.is_summed(node):
-            return table.add(Node(Kind.JUMP, (node,), keeps_zero=keeps_zero))
-        return node if keeps_zero else table.add(Node(Kind.MAP, (node,), keeps_zero=False))
+        kind = Kind.JUMP if table.is_summed(node) else Kind.MAP
+        return table.add(Node(kind, (node,), keeps_zero=keeps_zero, how=how))
 
     return map_nodes(plane, node_of)
 
@@ -197,13 +201,13 @@ def _combined(op: Op, tensors: Sequence[Tensor], places: list[int], planes: list
     keeps_zero = probe(op, places, tensors)
     absorbs = tuple(probe(op, [place], tensors) for place in places)
     others = len(tensors) > len(set(places))
-    table = op.record.table
+    table, how = op.record.table, how_made(op)
 
     def node_of(parents: tuple[int, ...]) -> int:
         if others and not keeps_zero:
             parents, flags = (*parents, _anything(op.record)), (*absorbs, False)
             return table.add(Node(Kind.COMBINE, parents, flags, keeps_zero))
-        combined = table.add(Node(Kind.COMBINE, parents, absorbs, keeps_zero))
+        combined = table.add(Node(Kind.COMBINE, parents, absorbs, keeps_zero, how=how))
         if jumps(op):  # of a constant with its own mean, rounding decides
             return table.add(Node(Kind.BORDER, (combined,)))
         # An operand without channels: any value, so that all but a zero varies with it.
@@ -231,6 +235,11 @@ def probe(op: Op, zeros: Sequence[int], tensors: Sequence[Tensor]) -> bool:
         result = _evaluated(op, zeros, torch.zeros_like(values), values)
         _PROBES[key] = result is not None and not bool(result.any())
     return _PROBES[key]
+
+
+def how_made(op: Op) -> str:
+    """The operator with its numbers; in place or not is the same."""
+    return f"{op.name}{_signature(op)[1]}"
 
 
 def _signature(op: Op) -> tuple[str, str]:
@@ -324,9 +333,8 @@ def like(op: Op) -> Sequence[Planes]:
         for plane in op.planes(source)
         if all(output.shape[axis] > 1 for axis in active_axes(plane))
     )
-    if op.name in ("zeros_like", "new_zeros"):
-        return [planes]
-    node = _anything(op.record)
+    is_zero = op.name in ("zeros_like", "new_zeros")
+    node = op.record.table.add(ZEROS_TO_MEASURE) if is_zero else _anything(op.record)
     return [tuple(map_nodes(plane, lambda _: node) for plane in planes)]
 
 
