@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from slimcli.network.evaluating import evaluating
 from slimcli.network.example import Example
+from slimcli.network.nested import holds_fields
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,10 @@ def count_params(model: nn.Module) -> int:
 def samples_in(batch: Any) -> int:
     """How many samples a batch holds: the leading size of its first tensor or array.
 
-    A batch is a tensor or a tuple, list or dict of inputs. A list inside it is a number of inputs
-    where a tensor or dict beside it says how many samples there are (two views and a label), and
-    one entry a sample where there is none (images of different sizes and their targets).
+    A batch is a tensor or a tuple, list, dict or dataclass of inputs. A list inside it is a number
+    of inputs where a tensor or dict beside it says how many samples there are (two views and a
+    label), and one entry a sample where there is none (images of different sizes and their
+    targets).
 
     Raises:
         ValueError: There is no tensor in it.
@@ -90,13 +92,15 @@ def samples_in(batch: Any) -> int:
     2
     """
     values = list(batch.values()) if isinstance(batch, Mapping) else batch
+    if holds_fields(batch):
+        values = [getattr(batch, field.name) for field in fields(batch)]
     if not isinstance(values, (list, tuple)):
         values = [values]
     for value in values:
         if isinstance(value, (Tensor, np.ndarray)) and value.ndim > 0:
             return int(value.shape[0])
     for value in values:
-        if isinstance(value, Mapping) and value:
+        if (isinstance(value, Mapping) and value) or holds_fields(value):
             return samples_in(value)
     for value in values:
         if isinstance(value, (list, tuple)) and value and not isinstance(value[0], (int, float)):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -42,11 +40,6 @@ def own_copy(value: Any) -> Any:
     known: dict[int, Tensor] = {}
 
     def own(each: Any) -> Any:
-        if dataclasses.is_dataclass(each) and not isinstance(each, type):
-            twin = copy.copy(each)
-            for field in dataclasses.fields(each):
-                object.__setattr__(twin, field.name, mapped(getattr(each, field.name), own))
-            return twin
         if not isinstance(each, Tensor) or isinstance(each, nn.Parameter):
             return each
         if id(each) not in known:

@@ -1,16 +1,20 @@
-"""Tensors, and all else, inside lists, tuples and dicts."""
+"""Tensors, and all else, inside lists, tuples, dicts and dataclasses."""
 
 from __future__ import annotations
 
 import copy
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields, is_dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+_PLAIN = frozenset((bool, int, float, str, type(None)))
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested lists, tuples and dicts, in order; anything else is passed over.
+    """All tensors in nested lists, tuples, dicts and dataclasses; anything else is passed over.
 
     >>> import torch
     >>> [tensor.item() for tensor in tensors_in({"a": [torch.tensor(1)], "b": torch.tensor(2)})]
@@ -29,17 +33,25 @@ def _gather(values: Iterable[Any], found: list[Tensor]) -> None:
         elif isinstance(each, (tuple, list)):
             if each:
                 _gather(each, found)
-        elif isinstance(each, dict) and each:
-            _gather(each.values(), found)
+        elif isinstance(each, (dict, UserDict)):
+            if each:
+                _gather(each.values(), found)
+        elif type(each) not in _PLAIN and holds_fields(each):
+            _gather([getattr(each, field.name, None) for field in fields(each)], found)
+
+
+def holds_fields(value: Any) -> bool:
+    """Is it a dataclass, and no class or layer?"""
+    return is_dataclass(value) and not isinstance(value, (type, nn.Module))
 
 
 def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
-    """The same nest with a function done to everything that is no container.
+    """The same nest with a function done to everything that is no container or dataclass.
 
     >>> mapped({"a": [1, (2, 3)]}, lambda each: each + 1)
     {'a': [2, (3, 4)]}
     """
-    if isinstance(value, dict):
+    if isinstance(value, (dict, UserDict)):
         twin = copy.copy(value)  # of its own kind, whatever that is made with
         twin.update({key: mapped(each, function) for key, each in value.items()})
         return twin
@@ -51,4 +63,11 @@ def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
         return several
     if isinstance(value, tuple):
         return type(value)(mapped(each, function) for each in value)
+    if type(value) not in _PLAIN and holds_fields(value):
+        twin = copy.copy(value)
+        for field in fields(value):
+            if hasattr(value, field.name):
+                changed = mapped(getattr(value, field.name), function)
+                object.__setattr__(twin, field.name, changed)  # it may be frozen
+        return twin
     return function(value)

@@ -103,6 +103,17 @@ def tells_little(output: Tensor) -> bool:
     return not output.is_floating_point() or bool((output == output.round()).all())
 
 
+def is_the_same_for_all(output: Tensor) -> bool:
+    """Is each sample's answer the same number, so that nothing of the network arrives here?
+
+    >>> is_the_same_for_all(torch.tensor([[1.0, 2.0], [1.0, 2.0]]))
+    True
+    >>> is_the_same_for_all(torch.tensor([[1.0, 2.0]]))
+    False
+    """
+    return output.dim() > 0 and output.shape[0] > 1 and bool((output == output[:1]).all())
+
+
 def compare(zeroed: Ran, cut: Ran, dtype: torch.dtype, *, may_jump: bool) -> Failure | None:
     """Where sorting or suppression makes the output jump, the layers before that count.
 

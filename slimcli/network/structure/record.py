@@ -34,6 +34,11 @@ class Split:
     offset_pairs: tuple[Labels, Labels]
     block_pairs: tuple[Labels, Labels]
 
+    @property
+    def is_square(self) -> bool:
+        """Are there as many blocks as each is long?"""
+        return len(self.offset_pairs[0]) == self.size**2 > 1
+
 
 @dataclass(frozen=True)
 class Consumer:
@@ -133,6 +138,7 @@ class Record:
         escaped: Labels of widths that the code turned into plain numbers, keys or text.
         counts_sizes: Numbers are made of sizes, or of how many entries a tensor has.
         writes: It writes into parameters, their gradients, or arrays of them.
+        written: Names of the parameters and buffers that operators write.
         asks_sizes: The code asks for sizes of tensors, whatever it does with them.
         fickle: Labels of groups whose constants are others for another batch, and how that showed.
         unseen: Paths of layers that did not run.
@@ -168,6 +174,7 @@ class Record:
     counts_sizes: bool = False
     asks_sizes: bool = False
     writes: bool = False
+    written: set[str] = field(default_factory=set)
     fickle: list[tuple[Labels, str]] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
     turns: bool = False

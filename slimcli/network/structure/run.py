@@ -73,6 +73,7 @@ def run_traced(
             handle.remove()
         moved = any(memory_of(each) != memory_of(data) for each, data in held)
         record.writes |= moved or bool(tracer.backups) or any(p.grad is not None for p in leaves)
+        record.written |= tracer.backups.keys()
         for parameter, data in held:  # the code may have put other numbers in their place
             if memory_of(parameter) != memory_of(data):
                 parameter.data = data

@@ -117,7 +117,7 @@ def _fails(search: Search, trial: Trial, groups: Sequence[Group]) -> Failure | N
     failure = trial.attempt(groups, thorough=True)
     if failure is not None:
         return failure
-    if Choice.BLOCKS in search.choices:
+    if _may_fit_by_luck(search):
         return trial.opposite(groups)
     return trial.attempt(groups, thorough=True)
 
@@ -170,9 +170,18 @@ def _first_failure(
     if asked or trial.merged_all(groups):
         for counts in extremes(asked, groups) if asked else [{}]:
             failure = failure or trial.exactly(groups, counts)
-    if failure is None and Choice.BLOCKS in search.choices:
+    if failure is None and _may_fit_by_luck(search):
         failure = trial.opposite(groups)
     return failure
+
+
+def _may_fit_by_luck(search: Search) -> bool:
+    """Does one choice of channels tell too little of what happens to blocks?
+
+    Of as many blocks as each is long either side may be the one that is cut; of one channel a block
+    the order is the same whichever it was.
+    """
+    return Choice.BLOCKS in search.choices or any(s.is_square for s in search.record.splits)
 
 
 def _without_equal_widths(

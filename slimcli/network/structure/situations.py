@@ -36,29 +36,36 @@ class Situation:
         example: The batch.
         trains: The model is in train mode.
         undoes: What earlier runs left in attributes is taken away first.
+        written: Names of parameters that the code writes.
     """
 
     example: Example
     trains: bool = False
     undoes: Sequence[Change] = ()
+    written: frozenset[str] = frozenset()
 
     @contextlib.contextmanager
     def entered(self, model: nn.Module) -> Iterator[None]:
-        """Meanwhile the model is in this mode; what it writes into its buffers is undone."""
+        """Meanwhile the model is in this mode; what it does to its tensors is undone."""
         for change in self.undoes:
             change.undo()
         if not self.trains:
             yield
             return
-        buffers = [(each, each.clone()) for each in model.buffers()]
+        tensors = [*model.buffers(), *(p for n, p in model.named_parameters() if n in self.written)]
+        before = [each.detach().clone() for each in tensors]
+        held = [(module, dict(module.named_buffers(recurse=False))) for module in model.modules()]
         set_train_mode(model)
         try:
             yield
         finally:
             model.eval()
             with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+                for tensor, numbers in zip(tensors, before, strict=True):
+                    tensor.copy_(numbers)
+            for module, buffers in held:  # another tensor may have been put in the place of one
+                for name, buffer in buffers.items():
+                    setattr(module, name, buffer)
 
 
 def other_batches(batch: Any) -> Iterator[Any]:

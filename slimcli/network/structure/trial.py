@@ -21,8 +21,16 @@ from slimcli.network import constants, surgery
 from slimcli.network.copying import deep_copy
 from slimcli.network.cuts import Cut
 from slimcli.network.example import Example
+from slimcli.network.nested import tensors_in
 from slimcli.network.structure import user_line
-from slimcli.network.structure.comparison import Failure, Picks, Ran, compare, tells_little
+from slimcli.network.structure.comparison import (
+    Failure,
+    Picks,
+    Ran,
+    compare,
+    is_the_same_for_all,
+    tells_little,
+)
 from slimcli.network.structure.draws import Draws
 from slimcli.network.structure.edits import Edit, carry_out
 from slimcli.network.structure.hollow import Hollow, is_large
@@ -44,12 +52,16 @@ from slimcli.network.structure.situations import Situation, holds_numbers, other
 from slimcli.network.structure.sources import Sources
 from slimcli.network.structure.structure import Group
 from slimcli.network.structure.traced import Traced
-from slimcli.network.structure.unequal import is_uniform, unequal
+from slimcli.network.structure.unequal import is_uniform, unequal, wake
 from slimcli.network.structure.watching import Log, watched
 
 NO_OTHER = (
     "the code makes numbers of sizes or values, and the model takes no batch but the example: "
     "that cuts are exact on other batches was not tried"
+)
+OUT_OF_REACH = (
+    "slim finds no tensors in the batch, which is no tensor, list, tuple, dict or dataclass; other "
+    "batches were not tried either"
 )
 ONE_NUMBER = (
     "of one sample a constant is a single number, and the model takes no other values: that it is "
@@ -73,7 +85,7 @@ class Trial:
     def __init__(self, model: nn.Module, example: Example, traced: Traced, seed: int = 0) -> None:
         self._random = torch.Generator().manual_seed(seed)
         self._traced = traced
-        self._rechecks = self._trains = False
+        self._rechecks = self._trains = self._wakes = False
         self._copies = traced.record.leaves
         self._names = {id(each): name for name, each in model.named_parameters()}
         self._is_sure = False
@@ -95,6 +107,8 @@ class Trial:
         self._hollow = Hollow() if self._dtype == torch.float64 else None
         model = copy_as(self._origin[0], self._dtype, self._stand_in).eval()
         unequal(model, self._random, self._hollow)
+        if self._wakes:
+            wake(model, self._random)
         return model
 
     def _stand_in(self, parameter: nn.Parameter) -> Tensor | None:
@@ -102,6 +116,7 @@ class Trial:
         if self._copies or self._hollow is None:
             return None
         is_read = self._names[id(parameter)] in self._traced.record.sources.seen
+        is_read &= self._names[id(parameter)] not in self._traced.record.written
         is_taken = is_read and is_large(parameter) and not is_uniform(parameter)
         return self._hollow.shell(parameter) if is_taken else None
 
@@ -148,12 +163,16 @@ class Trial:
                 self._copies = True
                 return None
             # the code fixes a dtype
-            why = str(error).splitlines()[0]
+            is_seen = any(True for _ in tensors_in(self._example.batch))
+            why = str(error).splitlines()[0] if is_seen else OUT_OF_REACH
             self.notes[f"trial cuts ran in float32, float64 fails: {why}"] = None
             self._use(torch.float32)
             return None
         if not self._copies and any(bool(each.isnan().any()) for each in ran.final):
             self._copies = True  # a shell that was looked at shows that it holds no number
+            return None
+        if not self._wakes and ran.final and all(map(is_the_same_for_all, ran.final)):
+            self._wakes = True  # of a network whose activations are dead any cut is right
             return None
         return ran
 
@@ -274,7 +293,9 @@ class Trial:
         # What becomes of a size can't always be heard.
         may_count = record.asks_sizes and any(group.constants for group in groups)
         if is_counted or may_count or holds_numbers(self._example.batch):
-            for number, batch in enumerate(other_batches(self._example.batch)):
+            is_seen = any(True for _ in tensors_in(self._example.batch))
+            batches = other_batches(self._example.batch) if is_seen else ()
+            for number, batch in enumerate(batches):
                 situation = Situation(Example(batch, self._example.predict))
                 try:
                     self._warm_up(number)
@@ -285,7 +306,7 @@ class Trial:
             else:
                 self.notes[NO_OTHER] = None
         if (thorough or self._trains) and self._traced.train_path_differs:
-            training = Situation(self._example, trains=True)
+            training = Situation(self._example, trains=True, written=frozenset(record.written))
             is_same = not self._traced.keeps_state
             found.append((training, self._run_in(training, model) if is_same else None))
         return found

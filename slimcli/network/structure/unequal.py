@@ -33,6 +33,15 @@ def unequal(model: nn.Module, random: torch.Generator, hollow: Hollow | None = N
                 _disturb(mean, variance, random)
 
 
+def wake(model: nn.Module, random: torch.Generator) -> None:
+    """Raises all biases, in place: activations that are dead come to life."""
+    with torch.no_grad():
+        for module in model.modules():
+            bias = dict(module.named_parameters(recurse=False)).get("bias")
+            if bias is not None and bias.is_floating_point():
+                bias.add_(0.5 + torch.rand(bias.shape, generator=random).to(bias))
+
+
 def _disturb(mean: Tensor, variance: Tensor, random: torch.Generator) -> None:
     """Moves statistics a little: far ones would silence every channel behind an activation."""
     variance.mul_(_spread(variance, True, random).to(variance.device))
