@@ -263,6 +263,40 @@ class Record:
                 return first.numpy() & LABEL_MASK
         return np.zeros(size, dtype=np.int64)
 
+    def axis_factors(self, planes: Sequence[Tensor], axis: int, size: int) -> tuple[Labels, ...]:
+        """Labels whose numbers multiplied are the entries of an axis: two where two lie along it.
+
+        ``einsum`` lays two dimensions of a weight along one axis, one of them inside the other.
+        """
+        along = [plane for plane in planes if plane.shape[axis] > 1]
+        if len(along) == 2:
+            first, second = (self.axis_labels([plane], axis, size) for plane in along)
+            for outer, inner in ((first, second), (second, first)):
+                run = int((outer != outer[0]).argmax()) or size
+                if size % run:
+                    continue
+                rows, columns = outer.reshape(-1, run), inner.reshape(-1, run)
+                if (rows == rows[:, :1]).all() and (columns == columns[:1]).all():
+                    return rows[:, 0], columns[0]
+        return (self.axis_labels(planes, axis, size),)
+
+    def leading_factors(
+        self, planes: Sequence[Tensor], sizes: Sequence[int]
+    ) -> tuple[int, tuple[Labels, ...]]:
+        """Of the first axes: how many entries without channels there are, and labels of others.
+
+        Of channels that lie along two axes (heads), the other axis tells how many there are.
+        """
+        rest: int = 1
+        factors: tuple[Labels, ...] = ()
+        for axis, size in enumerate(sizes):
+            alone = [plane for plane in planes if plane.numel() == plane.shape[axis] > 1]
+            if alone:
+                factors += self.axis_factors(alone, axis, size)
+            else:
+                rest *= size
+        return rest, factors
+
 
 def _rows(left: Tensor, right: Tensor) -> tuple[Labels, Labels]:
     """The labels of two planes, broadcast to one shape, as flat arrays."""

@@ -223,9 +223,11 @@ def _depthwise(op: Op, plane: Tensor | None, weight: Tensor, groups: int) -> Seq
 def _count(op: Op) -> None:
     tensor, weight = op.args[0], op.args[1]
     places = tensor.shape[2:] if op.args[6] else op.output.shape[2:]
-    scale = tensor.shape[0] * math.prod(places) * math.prod(weight.shape[2:])
-    factors = [op.record.axis_labels(op.planes(weight), dim, weight.shape[dim]) for dim in (0, 1)]
-    op.record.macs.append(MacTerm(scale, tuple(factors)))
+    samples, factors = op.record.leading_factors(op.planes(tensor), tensor.shape[:1])
+    for dim in (0, 1):
+        factors += (op.record.axis_labels(op.planes(weight), dim, weight.shape[dim]),)
+    scale = samples * math.prod(places) * math.prod(weight.shape[2:])
+    op.record.macs.append(MacTerm(scale, factors))
 
 
 RULES: dict[str, Rule] = {

@@ -290,15 +290,14 @@ def _leaving(op: Op, planes: list[Tensor], weight: Tensor | None, axis: int, bia
 def _count(
     op: Op, left: Sequence[int], right: Sequence[int], a: list[Tensor], b: list[Tensor]
 ) -> None:
-    """``m * k * n`` for each matrix pair; factors are the labels along k and n."""
-    batch = 1
-    for size in np.broadcast_shapes(tuple(left[:-2]), tuple(right[:-2])):
-        batch *= size
+    """``m * k * n`` for each matrix pair; factors are the labels along all of them."""
+    sizes = np.broadcast_shapes(tuple(left[:-2]), tuple(right[:-2]))
+    batch, factors = op.record.leading_factors([*a, *b], sizes)
     rows, inner, columns = left[-2] if len(left) > 1 else 1, left[-1], right[-1]
-    axis = op.record.axis_labels
-    k = axis(a, -1, inner) if any(p.shape[-1] > 1 for p in a) else axis(b, -2, inner)
-    n, m = axis(b, -1, columns), axis(a, -2, rows)
-    op.record.macs.append(MacTerm(batch, (m, k, n)))
+    axis = op.record.axis_factors
+    factors += axis(a, -2, rows) + axis(b, -1, columns)
+    factors += axis(a, -1, inner) if any(p.shape[-1] > 1 for p in a) else axis(b, -2, inner)
+    op.record.macs.append(MacTerm(batch, factors))
 
 
 def attention(op: Op) -> Sequence[Planes]:
@@ -330,12 +329,11 @@ def attention(op: Op) -> Sequence[Planes]:
 
 
 def _count_attention(op: Op, query: Tensor, key: Tensor, value: Tensor) -> None:
-    batch = query.shape[0] * (query.shape[1] if query.dim() > 3 else 1)
-    tokens, others = query.shape[-2], key.shape[-2]
-    empty = torch.zeros(query.shape[-1], dtype=torch.int64).numpy()
-    columns = op.record.axis_labels(list(op.planes(value)), -1, value.shape[-1])
-    op.record.macs.append(MacTerm(batch * tokens * others, (empty,)))
-    op.record.macs.append(MacTerm(batch * tokens * others, (columns,)))
+    for tensor in (query, value):
+        planes = op.planes(tensor)
+        batch, factors = op.record.leading_factors(planes, query.shape[:-2])
+        factors += op.record.axis_factors(planes, -1, tensor.shape[-1])
+        op.record.macs.append(MacTerm(batch * query.shape[-2] * key.shape[-2], factors))
 
 
 def embedding(op: Op) -> Sequence[Planes]:
