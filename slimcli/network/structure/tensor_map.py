@@ -53,5 +53,6 @@ class TensorMap(Generic[Value]):
         return len(self._entries)
 
     def __iter__(self) -> Iterator[Tensor]:
-        living = [reference() for reference, _ in self._entries.values()]
+        entries = list(self._entries.values())  # of their own: another one may end meanwhile
+        living = [reference() for reference, _ in entries]
         return iter([each for each in living if each is not None])
