@@ -258,13 +258,19 @@ def table(
             print(text, file=sys.stderr)
 
 
-def error(problem: SlimError) -> None:
-    """An error in its five parts, to stderr, with its exit code; GitHub annotations when asked."""
-    if not is_main_process():
+def error(problem: SlimError, speaker: str = "") -> None:
+    """An error in its five parts, to stderr, with its exit code; GitHub annotations when asked.
+
+    Args:
+        problem: The error.
+        speaker: Which process says it; empty for the first, whose errors need no name. Another
+            that does not say which it is keeps silent.
+    """
+    if not (speaker or is_main_process()):
         return
     out = terminal()
     for each in problem.problems:
-        out.print(str(each))
+        out.print(f"{speaker}{each}")
         if os.environ.get("GITHUB_ACTIONS"):
             out.print(_annotation(each.where, each.what))
     for frame in problem.user_frames:

@@ -6,7 +6,6 @@ This file knows no command, no model and no torch: it is imported by everything,
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class SlimError(Exception):
         user_frames: Lines of the user's own code on the way to the error, innermost last.
     """
 
-    exit_code: ClassVar[int] = 1
+    exit_code: int = 1
 
     def __init__(self, problem: Problem, *more: Problem, user_frames: tuple[str, ...] = ()) -> None:
         self.problems = (problem, *more)
@@ -75,6 +74,19 @@ class RunError(SlimError):
     """Something failed while running: a hook raised, the loss became nan, the disk is full."""
 
     exit_code = 1
+
+
+class AnotherFailed(RunError):
+    """Another process of the run failed, or was killed, and took this one with it.
+
+    Attributes:
+        exit_code: That of the other process, where it is known.
+        is_told: The other process says itself what failed.
+        note: What is known of it, in one line.
+    """
+
+    is_told: bool = False
+    note: str = ""
 
 
 class RecipeError(SlimError):

@@ -93,10 +93,16 @@ class EventLog:
             KeyError: The event is not in :data:`EVENTS`.
             RunError: The disk is full.
         """
+        record = self.keep(event, **fields)
+        for listener in self.listeners:
+            listener(record)
+
+    def keep(self, event: str, **fields: Any) -> Event:
+        """Record an event that the listeners need not hear of; see :meth:`emit`."""
         if event not in EVENTS:
             raise KeyError(event)
         if self.folder is None:
-            return
+            return {}
         for name in PATHS & fields.keys():
             path = Path(fields[name])
             fields[name] = shown(path, self.started_in) if self.started_in else str(path)
@@ -111,8 +117,7 @@ class EventLog:
             atomic.write_text(self.folder / "metrics.csv", as_csv(self._rows))
         if event in ("step", "epoch_end"):
             self._scalars(record)
-        for listener in self.listeners:
-            listener(record)
+        return record
 
     def tick(self, **fields: Any) -> None:
         """Tell the listeners where training is; nothing is recorded."""

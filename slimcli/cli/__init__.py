@@ -21,7 +21,7 @@ import click
 
 from slimcli import __version__, console
 from slimcli.cli import stopping
-from slimcli.errors import Interrupted, SlimError
+from slimcli.errors import AnotherFailed, Interrupted, SlimError
 
 SECTIONS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     (
@@ -171,8 +171,13 @@ class SlimGroup(click.Group):
 
 def told(error: Exception) -> int:
     """Prints an error the way its kind deserves and returns the exit code."""
+    speaker = "" if console.is_main_process() else stopping.speaker(error)
+    if speaker is None:
+        return error.exit_code if isinstance(error, SlimError) else 1
+    if isinstance(error, AnotherFailed):
+        return _report_another(error, speaker)
     if isinstance(error, SlimError):
-        return _report_slim_error(error)
+        return _report_slim_error(error, speaker)
     if isinstance(error, click.Abort):
         code = stopping.exit_code_of(error)
         if console.is_main_process():
@@ -182,6 +187,7 @@ def told(error: Exception) -> int:
         error.show()
         click.echo(f"[exit {error.exit_code}]", err=True)
         return _told_as_json(error.exit_code, [{"code": "", "what": error.format_message()}])
+    click.echo(speaker, err=True, nl=False)
     traceback.print_exception(error)
     click.echo(
         "This is a bug in slim, not in your recipe. Please report it with the lines above and the"
@@ -191,11 +197,23 @@ def told(error: Exception) -> int:
     return _told_as_json(1, [{"code": "", "what": f"{type(error).__name__}: {error}"}])
 
 
-def _report_slim_error(error: SlimError) -> int:
+def _report_another(error: AnotherFailed, speaker: str) -> int:
+    """One line: what failed is said by the process that it failed in."""
+    if console.settings().traceback:
+        traceback.print_exception(error)
+    (problem,) = error.problems
+    if error.is_told or speaker:
+        click.echo(f"{speaker}{problem.what}  [exit {error.exit_code}]  {problem.code}", err=True)
+    else:
+        console.error(error, speaker)
+    return _told_as_json(error.exit_code, [asdict(problem)])
+
+
+def _report_slim_error(error: SlimError, speaker: str) -> int:
     """The problems in their five parts."""
     if console.settings().traceback:
         traceback.print_exception(error)
-    console.error(error)
+    console.error(error, speaker)
     return _told_as_json(error.exit_code, [asdict(each) for each in error.problems])
 
 

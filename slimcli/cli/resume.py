@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from slimcli import console
+from slimcli.cli import stopping
 from slimcli.cli.arguments import RecipeCommand, overrides_argument
 from slimcli.errors import Problem, RecipeError
 
@@ -94,8 +94,7 @@ def _go_on(
 
 def _was_launched() -> bool:
     """Started by the first process, which wrote the changed recipe that this one reads."""
-    has_launcher = "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_NTASKS" in os.environ
-    return not console.is_main_process() and not has_launcher
+    return not console.is_main_process() and not stopping.has_launcher()
 
 
 def _ending(folder: RunFolder) -> dict[str, object]:

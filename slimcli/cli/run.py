@@ -11,6 +11,7 @@ import click
 from slimcli import console
 from slimcli.cli import stopping
 from slimcli.cli.arguments import RecipeCommand, overrides_argument, recipe_argument
+from slimcli.errors import AnotherFailed
 
 if TYPE_CHECKING:
     from slimcli.recipe import Recipe
@@ -90,6 +91,9 @@ def start(recipe: Recipe, **changes: Any) -> None:
     display = console.RunDisplay()
     try:
         outcome = run(job_of(recipe, listeners=(display,), on_signal=_on_signal, **changes))
+    except AnotherFailed:
+        stopping.obey()  # a launcher's SIGTERM to the processes that are left is no news
+        raise
     finally:
         display.close()
     stopping.go_on()

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from slimcli.errors import AnotherFailed
+
 STOPPED = {130: "interrupted", 143: "terminated"}
 """Exit code of a command that a signal ended, and the word for it."""
 
@@ -103,6 +105,28 @@ def escape_unprintable() -> None:
 def exit_code_of(error: BaseException) -> int:
     """130, or 143 where SIGTERM was the cause."""
     return 143 if isinstance(error.__cause__, TerminateNow) else 130
+
+
+def speaker(error: BaseException) -> str | None:
+    """How a process beside the first begins its message; None where it has nothing to add."""
+    if isinstance(error, AnotherFailed) and error.is_told:
+        return None
+    number = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+    if "torch" in sys.modules:
+        from slimcli.solver import peers
+
+        if peers.is_told_by_first(error):
+            return None
+        found = peers.rank()
+        if found is not None:
+            return f"process {found}: "
+    # Under a launcher the first process comes by the same mistake in the same recipe.
+    return None if has_launcher() else f"process {number}: "
+
+
+def has_launcher() -> bool:
+    """Whether torchrun or SLURM started this process, and no process of slim."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_NTASKS" in os.environ
 
 
 def ignore_signals() -> None:

@@ -20,7 +20,7 @@ from slimcli.artifacts.run_folder import RunFolder
 from slimcli.errors import SlimError
 from slimcli.solver.data import Sharding
 from slimcli.solver.datasets import Data, build_data, generate_datasets
-from slimcli.solver.devices import describe, make_fabric
+from slimcli.solver.devices import describe
 from slimcli.solver.evaluation import Evaluator
 from slimcli.solver.interrupts import Signals
 from slimcli.solver.job import Job, StageJob
@@ -142,11 +142,11 @@ class Run:
             self.events.emit("notice", level="warning", text=text)
 
 
-def begin(job: Job, signals: Signals, stored: dict[str, Any] | None) -> Run:
-    """Devices, data and folder of a new run, or of one that goes on from ``stored``."""
-    first = job.stages[0]
-    fabric = make_fabric(first.training)
-    datasets = generate_datasets(job.hooks, first.training.seed)
+def begin(job: Job, fabric: Fabric, signals: Signals, stored: dict[str, Any] | None) -> Run:
+    """Data and folder of a new run, or of one that goes on from ``stored``."""
+    datasets = generate_datasets(job.hooks, job.stages[0].training.seed)
+    if fabric.world_size > 1:
+        fabric.barrier()  # no folder is left of a run that has no data in one of its processes
     folder = _folder(job, fabric)
     is_main = fabric.is_global_zero
     if job.resume is None and is_main:

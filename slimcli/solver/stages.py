@@ -10,16 +10,17 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from lightning_fabric import Fabric
 from torch import nn
 
 from slimcli.artifacts import checkpoint, deploy, process, run_folder
 from slimcli.artifacts.finish import Finished, FinishRequest, finish_run
 from slimcli.compressor import Compressor
-from slimcli.errors import GoalError, Problem, RunError, SlimError, VerificationError
+from slimcli.errors import Problem, RunError, SlimError
 from slimcli.network.handover import NormLeftOut
-from slimcli.solver import requirements
+from slimcli.solver import peers, requirements
 from slimcli.solver.data import batch_size_of
-from slimcli.solver.devices import determinism
+from slimcli.solver.devices import determinism, make_fabric
 from slimcli.solver.evaluation import Evaluator, first_batches
 from slimcli.solver.forecast import refuse_later_stages
 from slimcli.solver.interrupts import Signals, StopNow, StopRequested, as_error
@@ -45,20 +46,23 @@ def run(job: Job) -> RunResult:
     stored = _stored(job.resume) if job.resume else None
     with Signals(job.on_signal) as signals, determinism(job.stages[0].training):
         current: Run | None = None
+        fabric: Fabric | None = None
         try:
-            current = begin(job, signals, stored)
+            fabric = make_fabric(job.stages[0].training)
+            peers.meet()
+            current = begin(job, fabric, signals, stored)
             with current.events.hearing_warnings():
                 _all_stages(current, stored)
         except StopRequested as stop:
             raise _interrupted(current, stop.number, is_saved=True) from None
         except StopNow as stop:
             raise _interrupted(current, stop.number, is_saved=False) from None
-        except SlimError as error:
-            _end(current, _status_of(error), error.exit_code)
-            raise
-        except BaseException:
-            _end(current, "failed", 1)
-            raise
+        except BaseException as error:
+            signals.is_ending = True
+            failed = _failed(current, fabric, error)
+            if failed is error:
+                raise
+            raise failed from error
         else:
             _end(current, "finished", 0)
         finally:
@@ -91,10 +95,25 @@ def _stored(path: Path) -> dict[str, Any]:
     return content
 
 
-def _status_of(error: SlimError) -> str:
-    if isinstance(error, GoalError):
-        return "goal_missed"
-    return "not_verified" if isinstance(error, VerificationError) else "failed"
+STATUS = {4: "goal_missed", 6: "not_verified"}
+"""What an exit code says of a run; any other says that it failed."""
+
+
+def _failed(current: Run | None, fabric: Fabric | None, error: BaseException) -> BaseException:
+    """Write down how the run ended, here and for its other processes; the error to raise."""
+    folder = current.folder.path if current is not None else None
+    another = peers.another_failed(error, fabric, folder)
+    failed = another or error
+    exit_code = failed.exit_code if isinstance(failed, SlimError) else 1
+    if another is None:
+        peers.report(error, exit_code)
+    elif current is not None:
+        current.record["notes"].append(another.note)
+        with suppress(SlimError):
+            # Not for the listeners: whoever reads them also reads the other process, or the error.
+            current.events.keep("notice", text=another.note, level="warning")
+    _end(current, STATUS.get(exit_code, "failed"), exit_code)
+    return failed
 
 
 def _end(current: Run | None, status: str, exit_code: int) -> None:

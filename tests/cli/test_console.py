@@ -103,7 +103,7 @@ def test_an_error_has_its_five_parts_and_its_exit_code(
     assert "[exit 2]  E-X" in err
 
 
-def test_other_processes_keep_silent(
+def test_other_processes_keep_silent_but_for_errors_they_put_their_number_to(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -114,6 +114,8 @@ def test_other_processes_keep_silent(
     console.error(RecipeError(Problem("E-X", "d")))
     out, err = capsys.readouterr()
     assert (out, err) == ("", "")
+    console.error(RecipeError(Problem("E-X", "d")), "process 1: ")
+    assert capsys.readouterr().err == "process 1: d\n[exit 2]  E-X\n"
 
 
 def test_every_event_that_has_a_line_is_a_documented_event() -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from slimcli.compressor import Progress
 from slimcli.errors import RecipeError
-from slimcli.solver import run as run_module
+from slimcli.solver import stages
 from slimcli.solver.stages import run
 from tests.solver import toys
 
@@ -59,7 +59,7 @@ def test_the_compressor_sees_gradients_without_the_scale(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, _ = watched(tmp_path / "a")
-    monkeypatch.setattr(run_module, "make_fabric", scaled_by(1024.0))
+    monkeypatch.setattr(stages, "make_fabric", scaled_by(1024.0))
     scaled, skipped = watched(tmp_path / "b")
     assert not any(skipped)
     assert torch.allclose(plain[0], scaled[0], rtol=HALF_PRECISION, atol=1e-3)
@@ -68,7 +68,7 @@ def test_the_compressor_sees_gradients_without_the_scale(
 def test_a_step_the_scaler_leaves_out_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "make_fabric", scaled_by(HUGE))
+    monkeypatch.setattr(stages, "make_fabric", scaled_by(HUGE))
     _, skipped = watched(tmp_path)
     assert skipped[0]
 

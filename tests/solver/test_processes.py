@@ -84,8 +84,88 @@ def test_ctrl_c_stops_both_processes_and_the_run_goes_on_with_both(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
+def test_a_batch_that_cannot_be_shared_is_refused_by_the_first_process(tmp_path: Path) -> None:
     project.write(tmp_path)
     done = project.slim(tmp_path, "run", "recipe.yaml", "num_processes=2", "batch_size=7")
     assert done.returncode == 2
-    assert "config.batch_size" in done.stderr
+    assert done.stderr.count("config.batch_size: a batch is shared out equally") == 1
+    assert "process 1" not in done.stderr
+
+
+FAILING = """
+import os, signal
+from torch import distributed
+
+def is_it(rank):
+    return distributed.is_initialized() and distributed.get_rank() == rank
+
+_calls = []
+_loss, _data = calculate_loss_function, dataset_generator
+
+def calculate_loss_function(prediction, data):
+    _calls.append(1)
+    if is_it(WHO) and len(_calls) > 7:
+        FAULT
+    return _loss(prediction, data)
+"""
+
+
+def failing(folder: Path, rank: int, fault: str, *words: str) -> tuple[int, str, Path]:
+    """Exit code, stderr and folder of a run in which one of two processes fails while it trains."""
+    hooks = FAILING.replace("WHO", str(rank)).replace("FAULT", fault)
+    project.write(folder, hooks=project.HOOKS + hooks)
+    done = project.slim(folder, "run", "recipe.yaml", "num_processes=2", "--name", "two", *words)
+    return done.returncode, done.stderr, folder / "checkpoints" / "toy" / "two"
+
+
+@pytest.mark.slow
+def test_an_error_of_the_second_process_is_told_once_with_its_number(tmp_path: Path) -> None:
+    code, err, folder = failing(tmp_path, 1, 'raise ValueError("no such class")')
+    what = "hook `calculate_loss_function` failed: ValueError: no such class"
+    assert code == 1
+    assert err.count("failed: ValueError: no such class") == 1
+    assert "process 1: hooks.py:" in err
+    assert err.rstrip().endswith("stopped: process 1 failed  [exit 1]  E-PROCESS-FAILED")
+    assert "Traceback" not in err
+    assert "gloo" not in err
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["status"], summary["exit_code"]) == ("failed", 1)
+    (note,) = summary["notes"]
+    assert note.startswith(f"process 1 failed: {what} (hooks.py:")
+    assert f"warning: {note}" in (folder / "log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_an_error_of_the_first_process_stays_the_last_word(tmp_path: Path) -> None:
+    code, err, folder = failing(tmp_path, 0, 'return _loss(prediction, data) * float("nan")')
+    assert code == 1
+    assert err.count("loss became nan in epoch ") == 1
+    assert err.rstrip().endswith("[exit 1]  E-LOSS-NOT-FINITE")
+    assert "process 1" not in err
+    assert "Traceback" not in err
+    assert json.loads((folder / "summary.json").read_text())["notes"] == []
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_named_with_its_signal(tmp_path: Path) -> None:
+    code, err, folder = failing(tmp_path, 1, "os.kill(os.getpid(), signal.SIGKILL)", "--json")
+    assert code == 1
+    assert "stopped: process 1 was ended by SIGKILL and left no message" in err
+    assert "Traceback" not in err
+    assert "hook" not in err
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["notes"] == ["process 1 was ended by SIGKILL and left no message"]
+
+
+@pytest.mark.slow
+def test_no_folder_is_left_where_the_second_process_has_no_data(tmp_path: Path) -> None:
+    fault = (
+        "\ndef dataset_generator():\n"
+        '    if is_it(1):\n        raise OSError("no disk here")\n    return _data()\n'
+    )
+    project.write(tmp_path, hooks=project.HOOKS + FAILING.replace("WHO", "-1") + fault)
+    done = project.slim(tmp_path, "run", "recipe.yaml", "num_processes=2")
+    assert done.returncode == 1
+    assert "hook `dataset_generator` failed: OSError: no disk here" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "checkpoints").exists()
