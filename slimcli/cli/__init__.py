@@ -173,15 +173,15 @@ def told(error: Exception) -> int:
     """Prints an error the way its kind deserves and returns the exit code."""
     speaker = "" if console.is_main_process() else stopping.speaker(error)
     if speaker is None:
-        return error.exit_code if isinstance(error, SlimError) else 1
+        is_abort = isinstance(error, click.Abort)
+        return stopping.exit_code_of(error) if is_abort else getattr(error, "exit_code", 1)
     if isinstance(error, AnotherFailed):
         return _report_another(error, speaker)
     if isinstance(error, SlimError):
         return _report_slim_error(error, speaker)
     if isinstance(error, click.Abort):
         code = stopping.exit_code_of(error)
-        if console.is_main_process():
-            click.echo(f"{stopping.STOPPED[code]}  [exit {code}]", err=True)
+        click.echo(f"{speaker}{stopping.STOPPED[code]}  [exit {code}]", err=True)
         return _told_as_json(code, [])
     if isinstance(error, click.ClickException):
         error.show()

@@ -95,7 +95,7 @@ def _stored(path: Path) -> dict[str, Any]:
     return content
 
 
-STATUS = {4: "goal_missed", 6: "not_verified"}
+STATUS = {4: "goal_missed", 6: "not_verified", 130: "interrupted", 143: "interrupted"}
 """What an exit code says of a run; any other says that it failed."""
 
 
@@ -104,7 +104,9 @@ def _failed(current: Run | None, fabric: Fabric | None, error: BaseException) ->
     folder = current.folder.path if current is not None else None
     another = peers.another_failed(error, fabric, folder)
     failed = another or error
-    exit_code = failed.exit_code if isinstance(failed, SlimError) else 1
+    # Raised by the user's code, as no signal raises it here: the command ends as after Ctrl-C.
+    code = 130 if isinstance(failed, KeyboardInterrupt) else 1
+    exit_code = failed.exit_code if isinstance(failed, SlimError) else code
     if another is None:
         peers.report(error, exit_code)
     elif current is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -84,6 +85,19 @@ def test_a_signal_outside_of_training_has_its_exit_code(
     _, err = process.communicate(timeout=30)
     assert process.returncode == code, err
     assert err.splitlines()[-1].endswith(f"[exit {code}]")
+
+
+@pytest.mark.slow
+def test_a_keyboard_interrupt_that_a_hook_raises_is_written_down_as_what_it_exits_with(
+    tmp_path: Path,
+) -> None:
+    fault = "\ndef calculate_loss_function(prediction, data):\n    raise KeyboardInterrupt\n"
+    project.write(tmp_path, project.HOOKS + fault)
+    done = project.slim(tmp_path, "run", "recipe.yaml", "--name", "a")
+    assert done.returncode == 130
+    assert done.stderr.rstrip().endswith("interrupted  [exit 130]")
+    summary = json.loads((tmp_path / "checkpoints" / "toy" / "a" / "summary.json").read_text())
+    assert (summary["status"], summary["exit_code"]) == ("interrupted", 130)
 
 
 def test_a_signal_changes_nothing_from_when_a_run_obeys_one_until_it_goes_on() -> None:
