@@ -13,7 +13,7 @@ from slimcli.algorithms.csgd.config import CSGDConfig
 from slimcli.algorithms.csgd.method import CSGDCompressor
 from slimcli.algorithms.csgd.planning import Analysis
 from slimcli.algorithms.csgd.ties import project
-from slimcli.compressor import GroupDefaults, Plan, Progress, Schedule
+from slimcli.compressor import Goal, GroupDefaults, Plan, Progress, Schedule
 from slimcli.errors import GoalError, RecipeError
 from slimcli.network import surgery
 from slimcli.network.count import count_macs
@@ -130,7 +130,7 @@ def test_the_macs_of_the_plan_are_those_of_the_merged_model(network: str) -> Non
     model = compressor.prepare(build(network), example(), plan)
     tie_by_hand(compressor, model)
     merge(compressor, model)
-    assert count_macs(model, example()).total == plan.goal.target
+    assert count_macs(model, example()).total == plan.goal.target == macs_left(plan)
 
 
 def assert_members_are_alike(compressor: CSGDCompressor, model: nn.Module) -> None:
@@ -389,10 +389,10 @@ def test_the_plan_says_what_goes_in_words_and_numbers() -> None:
 
 def test_a_share_of_macs_becomes_the_smallest_fraction_that_reaches_it() -> None:
     _, plan = planned(build("residual"), schedule(), prune_rate=0.4, allocation="uniform")
-    assert plan.goal.target <= 0.6 * plan.macs
+    assert macs_left(plan) <= 0.6 * plan.macs
     fraction = plan.settings["cluster_percent"]
     _, less = planned(build("residual"), schedule(), cluster_percent=fraction - 0.03)
-    assert less.goal.target > 0.6 * plan.macs
+    assert less.goal.target == macs_left(less) > 0.6 * plan.macs
 
 
 def alike(model: nn.Module) -> nn.Module:
@@ -408,17 +408,78 @@ def test_more_goes_from_layers_whose_filters_are_alike() -> None:
     _, copies = planned(alike(build("residual")), schedule(), prune_rate=0.3)
     assert widths(copies)["inner"] < widths(spread)["inner"]
     assert widths(copies)["stem"] == 12 > widths(spread)["stem"]
-    assert copies.goal.target <= 0.7 * copies.macs
+    assert macs_left(copies) <= 0.7 * copies.macs
     assert "per layer" in copies.settings["cluster_percent"]
 
 
-def test_a_fraction_too_small_for_any_filter_is_said_and_allocation_needs_a_rate() -> None:
-    _, plan = planned(build("residual"), schedule(), cluster_percent=0.001)
-    assert any("no filter is removed: cluster_percent 0.001" in each for each in plan.warnings)
+def test_the_goal_is_what_the_recipe_allows_and_not_what_the_plan_reaches() -> None:
+    _, plan = planned(build("residual"), schedule(), prune_rate=0.3)
+    assert plan.goal == Goal("macs", 0.7 * plan.macs)
+    assert macs_left(plan) < plan.goal.target
+    _, plan = planned(build("residual"), schedule(), prune_rate=0.9, min_channels=6)
+    assert plan.goal == Goal("macs", (1 - 0.9) * plan.macs)
+    assert plan.goal.target < plan.reachable_macs
+
+
+@pytest.mark.parametrize(
+    ("keys", "key", "told"),
+    [
+        ({"min_channels": 1000}, "min_channels", "min_channels 1000 keeps every layer as it is"),
+        ({"round_to": 48}, "round_to", "round_to 48 keeps every layer as it is"),
+        (
+            {"min_channels": 12, "round_to": 64},
+            "min_channels",
+            "min_channels 12 and round_to 64 keep every layer as it is",
+        ),
+        (
+            {"cluster_percent": 0.001},
+            "cluster_percent",
+            "cluster_percent 0.001 of 12 filters is less than one",
+        ),
+        (
+            {"cluster_percent": 0.0, "prune_ratios": {"inner*": 0.01}},
+            "prune_ratios",
+            "prune_ratios 0.01 of 8 filters is less than one",
+        ),
+    ],
+)
+def test_a_plan_that_can_remove_nothing_is_refused(
+    keys: dict[str, Any], key: str, told: str
+) -> None:
+    _, plan = planned(build("residual"), schedule(), **keys)
+    (refusal,) = plan.refusals
+    assert refusal.what == f"no filter is removed: {told}"
+    assert refusal.key == key
+
+
+@pytest.mark.parametrize("keys", [{"min_channels": 1000}, {"round_to": 48}])
+def test_the_value_that_a_refusal_names_removes_something(keys: dict[str, int]) -> None:
+    _, plan = planned(build("residual"), schedule(), **keys)
+    name, value = plan.refusals[0].fix.split(": ")
+    _, again = planned(build("residual"), schedule(), **{name: int(value)})
+    assert again.refusals == []
+    assert macs_left(again) < again.macs
+
+
+def test_a_recipe_that_asks_for_nothing_is_told_and_not_refused() -> None:
+    _, plan = planned(build("residual"), schedule(), cluster_percent=0.0)
+    assert plan.refusals == []
+    assert "no filter is removed: this trains without compressing" in plan.warnings
     _, plan = planned(build("residual"), schedule(), cluster_percent=0.5)
     assert not any("no filter is removed" in each for each in plan.warnings)
     with pytest.raises(ValueError, match="allocation spreads prune_rate"):
         CSGDConfig(cluster_percent=0.5, allocation="uniform")
+
+
+def test_without_training_a_rate_that_equal_filters_do_not_give_is_refused() -> None:
+    _, plan = planned(build("residual"), schedule(epochs=0), prune_rate=0.3)
+    assert "epoch: 0 merges only filters that are equal already" in plan.refusals[0].what
+    _, plan = planned(build("residual"), schedule(epochs=0), cluster_percent=0.3)
+    assert plan.refusals == []
+    assert "no filter is removed: no two filters are equal" in plan.warnings
+    _, plan = planned(alike(build("residual")), schedule(epochs=0), prune_rate=0.1)
+    assert plan.refusals == []
+    assert macs_left(plan) < plan.goal.target == 0.9 * plan.macs
 
 
 def test_the_allocation_is_the_mildest_that_is_enough_and_always_the_same() -> None:
@@ -429,7 +490,7 @@ def test_the_allocation_is_the_mildest_that_is_enough_and_always_the_same() -> N
         plans[0].macs - plans[0].private.structure.macs_with({group.name: group.size - 1})
         for group in plans[0].private.groups
     )
-    assert 0.6 * plans[0].macs - channel <= plans[0].goal.target <= 0.6 * plans[0].macs
+    assert 0.6 * plans[0].macs - channel <= macs_left(plans[0]) <= 0.6 * plans[0].macs
 
 
 def test_the_allocation_keeps_to_limits_ratios_and_skips() -> None:
@@ -439,10 +500,10 @@ def test_the_allocation_keeps_to_limits_ratios_and_skips() -> None:
     assert widths(free)["inner"] < 5
     assert widths(plan)["inner"] == 6
     assert widths(plan)["stem"] in (6, 9)
-    assert plan.goal.target <= 0.6 * plan.macs
+    assert macs_left(plan) <= 0.6 * plan.macs
     _, plan = planned(build("residual"), schedule(), prune_rate=0.2, skip=("stem",))
     assert widths(plan)["stem"] == 12
-    assert plan.goal.target <= 0.8 * plan.macs
+    assert macs_left(plan) <= 0.8 * plan.macs
 
 
 def test_a_share_of_macs_out_of_reach_is_refused_with_what_is_possible() -> None:
@@ -452,6 +513,12 @@ def test_a_share_of_macs_out_of_reach_is_refused_with_what_is_possible() -> None
     possible = float(plan.refusals[0].fix.split()[1].rstrip(","))
     _, again = planned(build("residual"), schedule(), prune_rate=possible, min_channels=6)
     assert again.refusals == []
+
+
+def macs_left(plan: Plan) -> int:
+    """MACs of the model that the plan makes."""
+    kept = {name: len(each) for name, each in plan.private.clusters.items()}
+    return int(plan.private.structure.macs_with(kept))
 
 
 def widths(plan: Plan) -> dict[str, int]:
@@ -470,7 +537,7 @@ def test_the_planner_looks_for_the_fraction_of_the_other_layers_only() -> None:
     _, plan = planned(build("residual"), schedule(), prune_rate=0.4, prune_ratios=ratios)
     assert widths(plan)["inner"] == 8
     assert widths(plan)["stem"] < 12
-    assert plan.goal.target <= 0.6 * plan.macs
+    assert macs_left(plan) <= 0.6 * plan.macs
     keys = {"prune_rate": 0.9, "min_channels": 6, "prune_ratios": ratios}
     _, plan = planned(build("residual"), schedule(), **keys)
     assert "prune_ratios" in plan.refusals[0].fix

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -126,14 +127,16 @@ def _out_of_reach(config: CSGDConfig, macs: int, reached: int, has_fixed: bool) 
         f"prune_rate {config.prune_rate} is out of reach: with every selected layer at its "
         f"smallest, {reached:,} of {macs:,} MACs are left"
     )
-    fix = f"prune_rate: {possible}"
+    fixes = [f"prune_rate: {possible}"] if possible else []
     if config.prune_module_names is None and config.auto_find_module_strategy == "linear_conv":
-        fix += ", or auto_find_module_strategy: all_conv"
+        fixes.append("auto_find_module_strategy: all_conv")
     if config.min_channels > 1:
-        fix += ", or a smaller min_channels"
+        fixes.append("a smaller min_channels")
     if (config.round_to or 1) > 1:
-        fix += ", or a smaller round_to"
-    return Refusal(what, "prune_rate", f"{fix}, or less in prune_ratios" if has_fixed else fix)
+        fixes.append("a smaller round_to")
+    if has_fixed:
+        fixes.append("less in prune_ratios")
+    return Refusal(what, "prune_rate", ", or ".join(fixes))
 
 
 def removal_notes(sizes: Mapping[str, int], kept: Mapping[str, int]) -> list[str]:
@@ -149,19 +152,52 @@ def removal_notes(sizes: Mapping[str, int], kept: Mapping[str, int]) -> list[str
     ]
 
 
-def removes_nothing(config: CSGDConfig, sizes: Mapping[str, int]) -> str:
-    """What to tell where rounding, or a fraction of 0, leaves every layer whole.
+def nothing_removed(
+    config: CSGDConfig,
+    structure: Structure,
+    sizes: Mapping[str, int],
+    fixed: Mapping[str, float],
+) -> Refusal | None:
+    """Filters are to go and none does: small fractions, or min_channels and round_to keep all.
 
-    >>> removes_nothing(CSGDConfig(cluster_percent=0.01), {"conv1": 8, "conv2": 16})
-    'no filter is removed: cluster_percent 0.01 of 16 filters is less than one'
+    Args:
+        config: What was asked for.
+        structure: The coupled groups of the model.
+        sizes: Groups that are clustered -> their units.
+        fixed: Group -> the fraction that ``prune_ratios`` gives it.
+
+    Returns:
+        Why, with values that would work; None where the recipe asks for nothing.
     """
+    shares = {name: fixed.get(name, config.cluster_percent or 0.0) for name in sizes}
+    if not any(shares.values()):
+        return None
     start = "no filter is removed"
-    if config.cluster_percent:
-        widest = max(sizes.values())
-        if config.cluster_percent * widest < 1:
-            return (
-                f"{start}: cluster_percent {config.cluster_percent:g} of {widest} filters is less "
-                "than one"
-            )
-        return f"{start}: min_channels and round_to keep every layer as it is"
-    return f"{start}: this trains without compressing"
+
+    def removes(**keys: int) -> bool:
+        width = width_function(config.model_copy(update=keys), structure)
+        return any(width(name, size, shares[name]) < size for name, size in sizes.items())
+
+    if not removes(min_channels=1, round_to=1):
+        name = max(sizes, key=lambda each: shares[each] * sizes[each])
+        key = "prune_ratios" if name in fixed else "cluster_percent"
+        wanted = math.ceil(10_000 / sizes[name]) / 10_000
+        what = f"{start}: {key} {shares[name]:g} of {sizes[name]} filters is less than one"
+        return Refusal(what, key, f"{key}: {'...: ' if name in fixed else ''}{wanted:g}")
+    limits = {"min_channels": config.min_channels, "round_to": config.round_to or 1}
+    told = [f"{key} {value}" for key, value in limits.items() if value > 1]
+    what = f"{start}: {' and '.join(told)} {'keep' if told[1:] else 'keeps'} every layer as it is"
+    works = {key: _largest(value, key, removes) for key, value in limits.items()}
+    fixes = [f"{key}: {value}" for key, value in works.items() if value]
+    key = fixes[0].partition(":")[0] if fixes else "min_channels"
+    return Refusal(what, key, ", or ".join(fixes) or "smaller min_channels and round_to")
+
+
+def _largest(today: int, key: str, removes: Callable[..., bool]) -> int:
+    """The largest value below today's with which something is removed; 0 if there is none."""
+    if not removes(**{key: 1}):
+        return 0
+    if key == "min_channels":
+        return bisect.bisect_left(range(1, today), True, key=lambda n: not removes(min_channels=n))
+    divisors = (value for value in range(today // 2, 0, -1) if today % value == 0)
+    return next((value for value in divisors if removes(round_to=value)), 0)

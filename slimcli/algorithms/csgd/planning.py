@@ -13,8 +13,8 @@ from slimcli.algorithms.csgd import clustering
 from slimcli.algorithms.csgd.amounts import (
     fixed_ratios,
     lowest_widths,
+    nothing_removed,
     removal_notes,
-    removes_nothing,
     width_function,
     widths_of,
 )
@@ -23,7 +23,7 @@ from slimcli.algorithms.csgd.collapse import Collapse, Start, find_collapse
 from slimcli.algorithms.csgd.config import CSGDConfig
 from slimcli.algorithms.csgd.selection import explain_nothing, find_groups
 from slimcli.algorithms.csgd.ties import Tie, distance, distance_in
-from slimcli.compressor import Goal, Plan, Schedule
+from slimcli.compressor import Goal, Plan, Refusal, Schedule
 from slimcli.network.cuts import Slot
 from slimcli.network.example import Example
 from slimcli.network.fuse import norm_as_scale
@@ -82,13 +82,46 @@ def make_plan(config: CSGDConfig, model: nn.Module, example: Example, schedule: 
     kept = {name: len(each) for name, each in clusters.items()}
     plan.layers = layer_plans(structure, kept, reasons)
     if kept:
-        plan.goal = Goal("macs", float(structure.macs_with(kept)))
+        plan.goal = _goal(config, structure, kept)
         plan.notes += removal_notes(sizes, kept)
-        if kept == sizes:
-            plan.warnings.append(removes_nothing(config, sizes))
+        _require_removal(config, structure, kept, fixed, schedule, plan)
     collapse = _collapse(config, model, schedule, plan, groups, clusters)
     plan.private = Analysis(structure, tuple(groups), clusters, collapse)
     return plan
+
+
+def _goal(config: CSGDConfig, structure: Structure, kept: Mapping[str, int]) -> Goal:
+    """The MACs the recipe allows: those of its ``prune_rate``, or of the widths it gives."""
+    if config.prune_rate is not None:
+        return Goal("macs", (1 - config.prune_rate) * structure.macs)
+    return Goal("macs", float(structure.macs_with(kept)))
+
+
+def _require_removal(
+    config: CSGDConfig,
+    structure: Structure,
+    kept: Mapping[str, int],
+    fixed: Mapping[str, float],
+    schedule: Schedule,
+    plan: Plan,
+) -> None:
+    """Refuses a plan that can't remove what it should; warns where nothing has to go."""
+    sizes = {name: structure.group(name).size for name in kept}
+    macs = structure.macs_with(kept)
+    if schedule.epochs == 0 and plan.goal is not None and macs > plan.goal.target:
+        what = (
+            f"prune_rate {config.prune_rate:g} is out of reach: epoch: 0 merges only filters that "
+            f"are equal already, {macs:,} of {structure.macs:,} MACs are left"
+        )
+        plan.refusals.append(Refusal(what, "prune_rate", "epoch: 1 or more"))
+    elif kept == sizes and schedule.epochs == 0:
+        plan.warnings.append("no filter is removed: no two filters are equal")
+    elif kept == sizes and config.prune_rate is None:  # a rate out of reach was refused above
+        refusal = nothing_removed(config, structure, sizes, fixed)
+        if refusal is None:
+            plan.warnings.append("no filter is removed: this trains without compressing")
+        else:
+            plan.refusals.append(refusal)
 
 
 def tied_slots(model: nn.Module, group: Group) -> list[tuple[Slot, str]]:
