@@ -11,6 +11,9 @@ from pathlib import Path
 
 from slimcli.errors import Problem, RunError
 
+FULL = "E-DISK-FULL"
+"""The code of the error of a full disk."""
+
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes ``data`` so that ``path`` holds either all of it or what it held before.
@@ -50,7 +53,7 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary = None
         _flush_folder(path.parent)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     finally:
         if temporary is not None:
             with contextlib.suppress(OSError):
@@ -79,7 +82,8 @@ def _flush_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def _cannot_write(path: Path, error: OSError) -> RunError:
+def cannot_write(path: Path, error: OSError) -> RunError:
+    """What to tell of a file that the system did not let be written."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     reason = "no space left on the disk" if full else (error.strerror or str(error))
     fix = "may the folder be written?"
@@ -87,6 +91,4 @@ def _cannot_write(path: Path, error: OSError) -> RunError:
         fix = "allow larger files (ulimit -f)"
     if full:
         fix = "free some space, then slim resume RUN (slim run RECIPE where nothing was saved)"
-    return RunError(
-        Problem("E-DISK-FULL" if full else "E-WRITE", f"can't write {path}: {reason}", fix=fix)
-    )
+    return RunError(Problem(FULL if full else "E-WRITE", f"can't write {path}: {reason}", fix=fix))

@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from slimcli import console
+from slimcli.artifacts import atomic, opsets
 from slimcli.artifacts.event_lines import large
 from slimcli.cli.arguments import existing
-from slimcli.errors import MissingError, Problem, RecipeError, VerificationError
+from slimcli.cli.engine_options import EngineOptions, engine_options, is_given
+from slimcli.errors import MissingError, Problem, RecipeError, RunError, VerificationError
 
 if TYPE_CHECKING:
     from slimcli.artifacts.verify import Seam
     from slimcli.cli.finished import FinishedRun
-
-GIBIBYTE = 1 << 30
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """What the engine is to be like."""
-
-    runtime: str
-    fp16: bool
-    batch: tuple[int, ...]
-    workspace_bytes: int | None
-    timing_cache: Path | None
-    version_compatible: bool
-    hardware_compatible: bool
-    compute_capabilities: tuple[str, ...]
 
 
 @dataclass
@@ -88,7 +76,13 @@ def _sizes(_context: click.Context, _parameter: click.Parameter, text: str) -> t
 @click.option(
     "--compute-capability", multiple=True, metavar="SM89", help="GPU to build for, rtx only."
 )
-@click.option("--opset", type=click.IntRange(min=18), default=19, show_default=True)
+@click.option(
+    "--opset",
+    type=click.IntRange(opsets.LOWEST, opsets.NEWEST),
+    default=opsets.DEFAULT,
+    show_default=True,
+    help="ONNX opset of model.onnx.",
+)
 def command(run: Path | None, want_onnx: bool, want_trt: bool, opset: int, **options: Any) -> None:
     """Write ONNX and TensorRT files of a finished run, each verified against the one before.
 
@@ -102,38 +96,45 @@ def command(run: Path | None, want_onnx: bool, want_trt: bool, opset: int, **opt
       slim export checkpoints/digits/latest --trt --runtime rtx     without a GPU
     """
     from slimcli.cli import finished
-    from slimcli.cli.report import refresh
 
-    engine = _engine_options(options)
+    engine = engine_options(options, want_trt)
     path = run if run is not None else finished.newest()
     exported = Exported()
-    if path.is_file() or not _is_run(path):
-        file = _bare_file(path, want_onnx, want_trt)
-        _engine_of_file(file, engine, exported)
-        where = file.parent
-    else:
-        opened = finished.open_finished(path)
-        where = opened.folder.artifacts
-        try:
-            _export_run(opened, want_onnx or not want_trt, want_trt, engine, opset, exported)
-        finally:
-            _update_summary(opened, exported)
-            refresh(opened.folder.path)
+    with _full_disks_told():
+        if path.is_file() or not _is_run(path):
+            file = _bare_file(path, want_onnx, want_trt)
+            _engine_of_file(file, engine, exported)
+            where = file.parent
+        else:
+            writes_onnx = want_onnx or not want_trt or is_given("opset")
+            where = _export_run(path, writes_onnx, want_trt, engine, opset, exported)
     _show(where, exported)
-    forms = [form for form, name in finished.FORMS.items() if name in exported.files]
+    _say_what_is_next(where, exported)
+
+
+@contextlib.contextmanager
+def _full_disks_told() -> Iterator[None]:
+    """Training is over: what helps on a full disk is to export once more, not to resume."""
+    try:
+        yield
+    except RunError as error:
+        if not any(each.code == atomic.FULL for each in error.problems):
+            raise
+        fix = "free some space, then slim export again"
+        raise RunError(*(replace(each, fix=fix) for each in error.problems)) from error
+
+
+def _say_what_is_next(where: Path, exported: Exported) -> None:
+    """The forms that can be compared here: no engine without a GPU."""
+    from slimcli.artifacts.tensorrt import machine
+    from slimcli.cli.finished import FORMS
+
+    forms = [form for form, name in FORMS.items() if name in exported.files]
+    if machine.gpu() is None:
+        forms = [form for form in forms if form != "trt"]
     if forms and where.name == "artifacts":
         compared = ",".join(("deploy", *forms))
         console.say(f"Next: {console.command('eval', where.parent, '--compare', compared)}")
-
-
-def _engine_options(options: dict[str, Any]) -> EngineOptions:
-    workspace, cache = options.pop("workspace"), options.pop("timing_cache")
-    return EngineOptions(
-        workspace_bytes=None if workspace is None else int(workspace * GIBIBYTE),
-        timing_cache=cache.absolute() if cache else None,  # hooks may change the current folder
-        compute_capabilities=tuple(options.pop("compute_capability")),
-        **options,
-    )
 
 
 def _is_run(path: Path) -> bool:
@@ -156,7 +157,7 @@ def _bare_file(path: Path, want_onnx: bool, want_trt: bool) -> Path:
                 fix="slim list runs",
             )
         )  # fmt: skip
-    if want_onnx or not want_trt:
+    if want_onnx or not want_trt or is_given("opset"):
         raise RecipeError(
             Problem(
                 "E-EXPORT-FILE", "writing ONNX needs the run: its recipe, hooks and weights",
@@ -167,6 +168,27 @@ def _bare_file(path: Path, want_onnx: bool, want_trt: bool) -> Path:
 
 
 def _export_run(
+    path: Path,
+    want_onnx: bool,
+    want_trt: bool,
+    options: EngineOptions,
+    opset: int,
+    exported: Exported,
+) -> Path:
+    """Exports a run; the folder of its artifacts."""
+    from slimcli.cli import finished
+    from slimcli.cli.report import refresh
+
+    run = finished.open_finished(path)
+    try:
+        _make_files(run, want_onnx, want_trt, options, opset, exported)
+    finally:
+        _update_summary(run, exported)
+        refresh(run.folder.path)
+    return run.folder.artifacts
+
+
+def _make_files(
     run: FinishedRun,
     want_onnx: bool,
     want_trt: bool,

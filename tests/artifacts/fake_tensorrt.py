@@ -118,7 +118,7 @@ def fake_tensorrt(
         parse_from_file=parser_errors is None,
         get_error=lambda index: errors[index],
     )
-    return strict(
+    module = strict(
         api.TensorRT,
         __version__=version,
         __name__=name,
@@ -133,4 +133,8 @@ def fake_tensorrt(
         OnnxParser=lambda network, logger: parser,
         Runtime=lambda logger: strict(api.Runtime, deserialize_cuda_engine=lambda content: engine),
         nptype=lambda dtype: dtype,
-    ), seen
+    )
+    if name == "tensorrt_rtx":  # only there, and therefore no part of what slim describes
+        known = enum.Enum("ComputeCapability", ["NONE", "CURRENT", "SM80", "SM89"])
+        object.__setattr__(module, "ComputeCapability", known)
+    return module, seen

@@ -9,7 +9,7 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from slimcli.artifacts import noise, onnx, verify
+from slimcli.artifacts import noise, onnx, opsets, verify
 from slimcli.artifacts.onnx import codes, qdq, torch_export
 from slimcli.artifacts.onnx.half import to_half
 from slimcli.errors import RecipeError, RunError, VerificationError
@@ -53,6 +53,17 @@ def test_it_runs_with_any_batch(exported, samples):
     seam = onnx.compare(model, report.path, call, [batch])
     assert seam.ok, str(seam)
     assert "dB" in seam.notes[-1]
+
+
+def test_the_newest_opset_keeps_the_names_and_one_beyond_it_is_refused(tmp_path):
+    model = QuantizedNet(shape=(1,), clip=0.5)
+    report = onnx.export(model, EXAMPLE, tmp_path / "model.onnx", opset=opsets.NEWEST)
+    assert (report.codes.ok, report.codes.skipped) == (True, ())
+    assert sum(row.count for row in report.codes.rows) > 4 * 16 * 64
+    for wrong in (opsets.NEWEST + 1, opsets.LOWEST - 1):
+        with pytest.raises(RecipeError, match=f"expected 18 to 25, received {wrong}"):
+            onnx.export(model, EXAMPLE, tmp_path / "other.onnx", opset=wrong)
+    assert not (tmp_path / "other.onnx").exists()
 
 
 def test_quantizers_may_stand_beside_the_length_of_a_batch(tmp_path):

@@ -70,6 +70,33 @@ def test_no_plan_is_told_with_the_last_error_of_the_log():
         builder.build(trt, SPEC)
 
 
+@pytest.mark.parametrize(
+    ("said", "fix"),
+    [
+        ("no tactics to implement the operation within workspace limit", "a larger --workspace"),
+        ("Cannot compile operation 'fc/Gemm' for Turing (SM75)", "leave SM75 out"),
+        ("Cuda Runtime (cudaError 35: driver version is insufficient)", "slim doctor"),
+        ("no kernel for node 3", "slim lint model.onnx"),
+    ],
+)
+def test_the_fix_of_a_build_that_failed_follows_what_tensorrt_said(said, fix):
+    trt, _ = fake_tensorrt(plan=None, log=[(Severity.ERROR, said)])
+    with pytest.raises(RunError) as caught:
+        builder.build(trt, SPEC)
+    assert caught.value.problems[0].fix.startswith(fix)
+
+
+def test_gpus_are_named_in_any_case_and_unknown_ones_are_refused():
+    trt, seen = fake_tensorrt("tensorrt_rtx")
+    builder.build(trt, spec(compute_capabilities=("sm80", "SM89", "SM80")))
+    assert seen.config.num_compute_capabilities == 2
+    with pytest.raises(RecipeError, match=r"one of CURRENT, SM80, SM89, received SM999"):
+        builder.build(trt, spec(compute_capabilities=("SM999",)))
+    for wrong in ("NONE", "SM80,SM89", "89"):
+        with pytest.raises(RecipeError, match=f"no GPU called {wrong}"):
+            builder.build(trt, spec(compute_capabilities=(wrong,)))
+
+
 @pytest.mark.parametrize("shapes", [{}, {"other": SHAPES["image"]}])
 def test_dynamic_inputs_need_shapes_under_their_name(shapes):
     trt, _ = fake_tensorrt()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -145,6 +146,93 @@ def test_the_newest_run_is_taken_and_named_at_a_terminal(exported, monkeypatch, 
 def test_wrong_words_are_usage_errors(run, capsys, words, message):
     assert slim(*words) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--onnx", "--fp16"), "made with --fp16, and none is asked for"),
+        (("--workspace", "3", "--batch", "0,9"), "made with --batch, --workspace, and none"),
+        (("--runtime", "rtx"), "made with --runtime, and none is asked for"),
+        (("--opset", "30"), "30 is not in the range 18<=x<=25"),
+        (("--opset", "26"), "26 is not in the range 18<=x<=25"),
+        (("--trt", "--batch", "0,9"), "expected for example 1,8,32, received 0,9"),
+        (("--trt", "--compute-capability", "SM89"), "TensorRT has no --compute-capability"),
+        (
+            ("--trt", "--runtime", "rtx", "--timing-cache", "c"),
+            "TensorRT-RTX has no --timing-cache",
+        ),
+    ],
+)
+def test_options_without_effect_or_out_of_range_are_refused_before_the_export(
+    run, capsys, words, told
+):
+    (run / "artifacts" / "model.onnx").unlink(missing_ok=True)
+    assert slim("export", run, *words) == 2
+    assert told in " ".join(capsys.readouterr().err.split())
+    assert not (run / "artifacts" / "model.onnx").exists()
+
+
+def test_an_opset_is_for_a_file_that_is_written(exported, tmp_path, capsys):
+    shutil.copy(exported / "artifacts" / "model.onnx", tmp_path)
+    assert slim("export", tmp_path / "model.onnx", "--trt", "--opset", "20") == 2
+    assert "writing ONNX needs the run" in capsys.readouterr().err
+
+
+def test_with_an_opset_the_file_is_written_again_before_the_engine(exported, tmp_path, monkeypatch):
+    copy = tmp_path / "run"
+    shutil.copytree(exported, copy, symlinks=True)
+    monkeypatch.chdir(exported.parents[2])
+    monkeypatch.setitem(machine.MODULES, "tensorrt", "tensorrt_that_is_not_there")
+    assert slim("export", copy, "--trt", "--opset", "20") == 5
+    opsets = onnx.load(copy / "artifacts" / "model.onnx").opset_import
+    assert [each.version for each in opsets if not each.domain] == [20]
+
+
+@has_rtx
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("SM999", "leave it out"),
+        ("89", "--compute-capability SM89"),
+        ("SM80,sm89", "--compute-capability SM80 --compute-capability SM89"),
+    ],
+)
+def test_an_unknown_gpu_is_refused_with_the_names_there_are(exported, capsys, name, fix):
+    words = ("--trt", "--runtime", "rtx", "--compute-capability", name)
+    assert slim("export", exported / "artifacts" / "model.onnx", *words) == 2
+    err = capsys.readouterr().err
+    assert "SM80, SM86, SM89" in err
+    assert f"fix: {fix}" in err
+
+
+@has_rtx
+def test_an_engine_for_a_gpu_named_in_lower_case_is_built_and_not_offered_for_a_comparison(
+    exported, tmp_path, monkeypatch, capsys
+):
+    copy = tmp_path / "run"
+    shutil.copytree(exported, copy, symlinks=True)
+    monkeypatch.chdir(exported.parents[2])
+    monkeypatch.setattr(machine, "gpu", lambda: None)
+    words = ("--trt", "--runtime", "rtx", "--compute-capability", "sm89")
+    assert slim("export", copy, *words) == 0
+    assert "Next" not in capsys.readouterr().err  # an engine alone can't run here
+    stored = json.loads((copy / "artifacts" / "model.engine.json").read_text())
+    assert stored["spec"]["compute_capabilities"] == ["SM89"]
+
+
+def test_on_a_full_disk_the_export_is_to_be_repeated_and_no_run_resumed(run, capsys, monkeypatch):
+    from slimcli.artifacts import atomic
+
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(atomic, "_flush", full)
+    assert slim("export", run) == 1
+    err = capsys.readouterr().err
+    assert "no space left on the disk" in err
+    assert "fix: free some space, then slim export again" in err
+    assert "resume" not in err
 
 
 def test_an_unfinished_run_is_refused(run, capsys):

@@ -121,7 +121,7 @@ class _Site:
 def _sites(model: nn.Module, graph: onnx.ModelProto) -> tuple[list[_Site], tuple[str, ...]]:
     """The Q nodes whose name is ``<module path>/Q`` or, from its second call, ``/Q_1``."""
     scales = {each.name: numpy_helper.to_array(each) for each in graph.graph.initializer}
-    known = {path for path, _ in model.named_modules()}
+    known = {path for path, _ in model.named_modules() if path}  # the model itself is no quantizer
     sites: list[_Site] = []
     skipped: list[str] = []
     calls: dict[str, int] = {}

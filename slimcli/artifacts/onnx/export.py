@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import slimcli
-from slimcli.artifacts import lint, noise, verify
+from slimcli.artifacts import lint, noise, opsets, verify
 from slimcli.artifacts.arithmetic import float32_settings
 from slimcli.artifacts.onnx import qdq, store, tidy
 from slimcli.artifacts.onnx.capture import (
@@ -38,13 +38,13 @@ from slimcli.artifacts.onnx.codes import (
     compare_codes,
 )
 from slimcli.artifacts.onnx.runtime import STRUCTURE_KEY, OnnxModel, is_quantized
-from slimcli.artifacts.onnx.torch_export import Graph, to_graph
+from slimcli.artifacts.onnx.torch_export import Graph, check_opset, to_graph
 from slimcli.errors import Problem, RunError, VerificationError
 from slimcli.network.evaluating import evaluating
 from slimcli.network.example import Example, own_copy
 from slimcli.network.quantize import fake_quant, fold
 
-DEFAULT_OPSET = 19
+DEFAULT_OPSET = opsets.DEFAULT
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,12 @@ def export(
         The report; ``report.seam.ok`` is true.
 
     Raises:
+        RecipeError: The opset is not one that is written.
         RunError: The model cannot be exported, with the reason; nothing is left behind.
         VerificationError: The graph computes something else; kept as ``<path>.failed``.
     """
     path = Path(path)
+    check_opset(opset)
     call = capture(model, example)
     flat = FlatModel(model, call.args, call.kwargs)
     batch = batching(flat, call.inputs)

@@ -15,7 +15,7 @@ from typing import Any
 
 import onnx
 
-from slimcli.errors import Problem, RunError
+from slimcli.artifacts import atomic
 
 PROTOBUF_LIMIT_BYTES = 2_000_000_000
 
@@ -48,7 +48,17 @@ class Staged:
         return digest.hexdigest()
 
     def publish(self, content: dict[str, Any]) -> None:
-        """Writes the sidecar and moves all to its final place; the ONNX file last."""
+        """Writes the sidecar and moves all to its final place; the ONNX file last.
+
+        Raises:
+            RunError: The disk is full or the folder cannot be written.
+        """
+        try:
+            self._publish(content)
+        except OSError as error:
+            raise atomic.cannot_write(self.final, error) from error
+
+    def _publish(self, content: dict[str, Any]) -> None:
         text = json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
         sidecar(self.path).write_text(text, encoding="utf-8")
         if not _external(self.path).exists():
@@ -75,13 +85,13 @@ def staged(model: onnx.ModelProto, final: Path) -> Iterator[Staged]:
         final.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=".onnx-", dir=final.parent))
     except OSError as error:
-        raise _cannot_write(final, error) from error
+        raise atomic.cannot_write(final, error) from error
     try:
         path = folder / final.name
         try:
             _save(model, path)
         except OSError as error:
-            raise _cannot_write(final, error) from error
+            raise atomic.cannot_write(final, error) from error
         yield Staged(path, final)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -100,11 +110,6 @@ def _external(path: Path) -> Path:
 def _flush(path: Path) -> None:
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
-
-
-def _cannot_write(path: Path, error: OSError) -> RunError:
-    reason = error.strerror or str(error)
-    return RunError(Problem("E-WRITE", f"cannot write the file: {reason}", str(path)))
 
 
 def sidecar(path: Path) -> Path:

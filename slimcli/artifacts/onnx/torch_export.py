@@ -21,12 +21,36 @@ import onnx
 import torch
 from torch import nn
 
+from slimcli.artifacts import opsets
 from slimcli.artifacts.arithmetic import WithoutAutocast
 from slimcli.artifacts.onnx.capture import FlatModel
-from slimcli.errors import Problem, RunError
+from slimcli.errors import Problem, RecipeError, RunError
 
 TORCHSCRIPT_OPSET_MAXIMUM = 20
 LOGGERS = ("torch", "torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+
+
+def check_opset(opset: int) -> None:
+    """Whether the exporters write this opset, names of modules included.
+
+    Raises:
+        RecipeError: It is older or newer; says which ones are written.
+    """
+    from onnxscript.version_converter import _version_converter
+
+    installed = getattr(_version_converter, "SUPPORTED_MAX_ONNX_OPSET", opsets.NEWEST)
+    newest = min(opsets.NEWEST, int(installed))
+    if opsets.LOWEST <= opset <= newest:
+        return
+    problem = Problem(
+        "E-ONNX-OPSET",
+        f"opset {opset} can't be written",
+        "--opset",
+        expected=f"{opsets.LOWEST} to {newest}",
+        received=str(opset),
+        fix=f"--opset {opsets.LOWEST if opset < opsets.LOWEST else newest}",
+    )
+    raise RecipeError(problem)
 
 
 @dataclass(frozen=True)

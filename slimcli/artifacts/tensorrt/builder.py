@@ -7,7 +7,8 @@ names the stage, the node and the operator.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,14 @@ from slimcli.errors import MissingError, Problem, RecipeError, RunError
 WARNING, ERROR = "warning", "error"
 SEVERITIES = ("internal error", ERROR, WARNING, "info", "verbose")
 Range = tuple[Shape, Shape, Shape]
+
+CAUSES = {
+    "workspace": "a larger --workspace, or leave it out",
+    "Turing": "leave SM75 out of --compute-capability: it lacks kernels this model needs",
+    "cudaError": "slim doctor; without a GPU name one to build for: --compute-capability SM89",
+    "out ?of ?memory": "free GPU memory, or a smaller --batch",
+}
+"""Words of TensorRT's last error -> what helps, where the file is not to blame."""
 
 
 @dataclass(frozen=True)
@@ -113,21 +122,45 @@ def recorder(trt: TensorRT, log: list[tuple[str, str]]) -> Any:
 
 
 def _check_options(trt: TensorRT, spec: BuildSpec) -> None:
-    is_rtx = runtime_of(trt) == "rtx"
+    refuse_options(
+        runtime_of(trt),
+        hardware_compatible=spec.hardware_compatible,
+        timing_cache=spec.timing_cache is not None,
+        compute_capabilities=bool(spec.compute_capabilities),
+    )
+    if spec.compute_capabilities:
+        capability_names(trt, spec.compute_capabilities)
+
+
+def refuse_options(
+    runtime: str, *, hardware_compatible: bool, timing_cache: bool, compute_capabilities: bool
+) -> None:
+    """Refuses what a runtime does not have; needs neither TensorRT nor a file.
+
+    Args:
+        runtime: ``tensorrt`` or ``rtx``.
+        hardware_compatible: Whether that is asked for.
+        timing_cache: Whether a file for it is named.
+        compute_capabilities: Whether GPUs are named.
+
+    Raises:
+        RecipeError: The runtime does not have one of those that are asked for.
+    """
+    is_rtx = runtime == "rtx"
     wrong = {
-        "--hardware-compatible": is_rtx and spec.hardware_compatible,
-        "--timing-cache": is_rtx and spec.timing_cache is not None,
-        "--compute-capability": not is_rtx and bool(spec.compute_capabilities),
+        "--hardware-compatible": is_rtx and hardware_compatible,
+        "--timing-cache": is_rtx and timing_cache,
+        "--compute-capability": not is_rtx and compute_capabilities,
     }
     for option in [name for name, is_wrong in wrong.items() if is_wrong]:
-        runtime = "TensorRT-RTX" if is_rtx else "TensorRT"
+        name = "TensorRT-RTX" if is_rtx else "TensorRT"
         reason = {
             "--hardware-compatible": "its engines run on every GPU they are built for",
             "--timing-cache": "it would ask for a GPU; kernels are chosen when the engine loads",
             "--compute-capability": "it builds for the GPU of this machine",
         }[option]
         raise RecipeError(
-            Problem("E-TRT-OPTION", f"{runtime} has no {option}: {reason}", fix=f"drop {option}")
+            Problem("E-TRT-OPTION", f"{name} has no {option}: {reason}", fix=f"drop {option}")
         )
 
 
@@ -175,9 +208,37 @@ def _configure(trt: TensorRT, config: BuilderConfig, spec: BuildSpec) -> None:
         config.hardware_compatibility_level = level
     if spec.compute_capabilities:
         capabilities = vars(trt)["ComputeCapability"]
-        config.num_compute_capabilities = len(spec.compute_capabilities)
-        for index, name in enumerate(spec.compute_capabilities):
+        names = capability_names(trt, spec.compute_capabilities)
+        config.num_compute_capabilities = len(names)
+        for index, name in enumerate(names):
             config.set_compute_capability(getattr(capabilities, name), index)
+
+
+def capability_names(trt: TensorRT, wanted: Sequence[str]) -> tuple[str, ...]:
+    """The GPUs to build for as this TensorRT-RTX spells them, each once.
+
+    Raises:
+        RecipeError: It knows no GPU of that name; lists those it knows.
+    """
+    known = [name for name in vars(trt)["ComputeCapability"].__members__ if name != "NONE"]
+    names = tuple(dict.fromkeys(name.strip().upper() for name in wanted))
+    problems = []
+    for name in [each for each in names if each not in known]:
+        parts = [f"SM{re.sub('[^0-9]', '', part)}" for part in re.split(r"[\s,;]+", name)]
+        listed = [f"--compute-capability {part}" for part in parts if part in known]
+        problems.append(
+            Problem(
+                "E-TRT-CAPABILITY",
+                f"{trt.__name__} {trt.__version__} builds for no GPU called {name}",
+                "--compute-capability",
+                expected=f"one of {', '.join(known)}",
+                received=name,
+                fix=" ".join(listed) or "leave it out: the engine is for Ampere and newer",
+            )
+        )
+    if problems:
+        raise RecipeError(*problems)
+    return names
 
 
 def _load_timing_cache(config: BuilderConfig, spec: BuildSpec) -> TimingCache | None:
@@ -243,9 +304,8 @@ def _wrong_shapes(name: str, spec: BuildSpec, reason: str) -> RecipeError:
 def _failed(stage: str, path: Path, what: str, log: list[tuple[str, str]]) -> RunError:
     said = [text for severity, text in log if severity in (ERROR, "internal error")]
     received = " ".join(said[-1].split()) if said else "no message"
+    fixes = [fix for pattern, fix in CAUSES.items() if re.search(pattern, received, re.IGNORECASE)]
+    fix = fixes[0] if fixes else f"slim lint {path}"
     return RunError(
-        Problem(
-            "E-TRT-BUILD", f"{stage}: {what}", str(path), received=received,
-            fix=f"slim lint {path}",
-        )
-    )  # fmt: skip
+        Problem("E-TRT-BUILD", f"{stage}: {what}", str(path), received=received, fix=fix)
+    )

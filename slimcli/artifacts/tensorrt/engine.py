@@ -42,6 +42,23 @@ class EngineReport:
     file_bytes: int
 
 
+def batch_sizes(batches: Sequence[int]) -> list[int]:
+    """Smallest, typical and largest batch.
+
+    Raises:
+        RecipeError: The sizes are not ascending.
+    """
+    sizes = list(batches) * 3 if len(batches) == 1 else list(batches)
+    if len(sizes) != 3 or sizes[0] < 1 or sorted(sizes) != sizes:
+        raise RecipeError(
+            Problem(
+                "E-TRT-BATCH", "--batch takes one size or three ascending ones",
+                expected="for example 1,8,32", received=",".join(map(str, batches)),
+            )
+        )  # fmt: skip
+    return sizes
+
+
 def batch_shapes(path: Path, batches: Sequence[int]) -> dict[str, Range]:
     """Smallest, typical and largest shape of each input with a free batch.
 
@@ -52,14 +69,7 @@ def batch_shapes(path: Path, batches: Sequence[int]) -> dict[str, Range]:
     Raises:
         RecipeError: The sizes are not ascending, or another dimension is free as well.
     """
-    sizes = list(batches) * 3 if len(batches) == 1 else list(batches)
-    if len(sizes) != 3 or sizes[0] < 1 or sorted(sizes) != sizes:
-        raise RecipeError(
-            Problem(
-                "E-TRT-BATCH", "--batch takes one size or three ascending ones",
-                expected="for example 1,8,32", received=",".join(map(str, batches)),
-            )
-        )  # fmt: skip
+    sizes = batch_sizes(batches)
     shapes: dict[str, Range] = {}
     stored = onnx.load(path, load_external_data=False)
     initializers = {each.name for each in stored.graph.initializer}
