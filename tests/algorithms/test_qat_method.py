@@ -96,10 +96,35 @@ def test_a_model_with_nothing_to_quantize_is_refused():
     assert len(plan.refusals) == 1
 
 
-def test_a_freezing_epoch_that_never_comes_is_a_warning():
-    keys = QATConfig(freeze_bn_epoch=EPOCHS, freeze_scale_epoch=1)
-    warnings = QATCompressor(keys).plan(build("residual"), example_of(), SCHEDULE).warnings
-    assert [text.split()[0] for text in warnings] == ["freeze_bn_epoch", "freeze_scale_epoch"]
+def test_an_epoch_to_freeze_at_that_never_comes_is_refused():
+    keys = QATConfig(freeze_bn_epoch=EPOCHS, freeze_scale_epoch=EPOCHS + 95, scale="ema")
+    plan = QATCompressor(keys).plan(build("residual"), example_of(), SCHEDULE)
+    assert [each.key for each in plan.refusals] == ["freeze_scale_epoch", "freeze_bn_epoch"]
+    assert plan.refusals[1].fix.startswith(f"freeze_bn_epoch: {EPOCHS - 1} or less")
+    assert all(each.is_for_any_model for each in plan.refusals)
+    keys = QATConfig(freeze_bn_epoch=EPOCHS - 1, freeze_scale_epoch=EPOCHS - 1, scale="ema")
+    assert not QATCompressor(keys).plan(build("residual"), example_of(), SCHEDULE).refusals
+    untrained = Schedule(0, 1, ())  # no key of training acts, and none is meant to
+    assert not QATCompressor(keys).plan(build("residual"), example_of(), untrained).refusals
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"percentile": 50.0}, "percentile has no effect with calibration: max"),
+        ({"percentile": 50.0, "calibration": "mse"}, "has no effect with calibration: mse"),
+        ({"freeze_scale_epoch": 1}, "freeze_scale_epoch has no effect with scale: frozen"),
+    ],
+)
+def test_a_key_that_nothing_reads_is_refused(keys, told):
+    with pytest.raises(ValidationError, match=told):
+        QATConfig(**keys)
+
+
+def test_a_default_that_stands_in_a_resolved_recipe_is_not_refused():
+    assert QATConfig(**QATConfig().model_dump()) == QATConfig()
+    assert QATConfig(percentile=50.0, calibration="percentile").percentile == 50.0
+    assert QATConfig(freeze_scale_epoch=1, scale="lsq").freeze_scale_epoch == 1
 
 
 @pytest.mark.parametrize("name", sorted(NETWORKS))
@@ -232,7 +257,9 @@ def test_frozen_statistics_and_phases_come_back_with_the_state():
 
 @pytest.mark.parametrize("policy", ["frozen", "ema", "lsq"])
 def test_stopping_and_resuming_equals_going_on_bit_for_bit(policy):
-    keys = {"scale": policy, "freeze_bn_epoch": 1, "freeze_scale_epoch": 3}
+    keys = {"scale": policy, "freeze_bn_epoch": 1}
+    if policy != "frozen":
+        keys["freeze_scale_epoch"] = 3
     compressor, model = started(build("residual"), **keys)
     train(compressor, model, range(2))
     state = copy.deepcopy(model.state_dict())

@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from slimcli.compressor import AlgorithmConfig, AlgorithmInfo
 
+PERCENTILE = 99.99
+
 
 class QATConfig(AlgorithmConfig):
     """How ranges are found, when they stop moving, and what stays float."""
@@ -24,7 +26,7 @@ class QATConfig(AlgorithmConfig):
         16, ge=1, description="training batches that calibration looks at"
     )
     percentile: float = Field(
-        99.99,
+        PERCENTILE,
         gt=0,
         le=100,
         description="share of values inside the range, in percent; for calibration: percentile",
@@ -52,6 +54,21 @@ class QATConfig(AlgorithmConfig):
         description="layers that stay float: module names, glob patterns, type names, "
         "`first`, `last`",
     )
+
+    @model_validator(mode="after")
+    def _keys_with_an_effect(self) -> QATConfig:
+        """Values that nothing would read; a default that stands in a resolved recipe is none."""
+        if self.calibration != "percentile" and self.percentile != PERCENTILE:
+            raise ValueError(
+                f"percentile has no effect with calibration: {self.calibration}; "
+                "fix: calibration: percentile, or leave percentile out"
+            )
+        if self.scale == "frozen" and self.freeze_scale_epoch is not None:
+            raise ValueError(
+                "freeze_scale_epoch has no effect with scale: frozen (no scale ever moves); "
+                "fix: scale: ema or lsq, or leave freeze_scale_epoch out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _exact_fold(self) -> QATConfig:

@@ -92,7 +92,7 @@ class QATCompressor(Compressor):
             "activation_quantizers": float(len(placement.activations)),
         }
         plan.notes = [*placement.notes, *self._notes(model, placement)]
-        plan.warnings = self._warnings(schedule)
+        plan.refusals = self._late(schedule)
         if self.config.bn_export == "fold":
             plan.notes += _norm_notes(placement.norms)
         double = first_in_float64(model, placement.layers)
@@ -129,15 +129,19 @@ class QATCompressor(Compressor):
             notes.append(f"stay float, only convolution and linear layers are quantized: {listed}")
         return notes
 
-    def _warnings(self, schedule: Schedule) -> list[str]:
-        late = [
-            f"{key} is {value}, but training ends after epoch {schedule.epochs - 1}: it never acts"
+    def _late(self, schedule: Schedule) -> list[Refusal]:
+        """Epochs to freeze at that the training never comes to; without training none does."""
+        last = schedule.epochs - 1
+        return [
+            Refusal(
+                f"{key} {value} is never reached: the last of {schedule.epochs} epochs is {last}",
+                key,
+                f"{key}: {last} or less, or leave it out",
+                is_for_any_model=True,
+            )
             for key in ("freeze_scale_epoch", "freeze_bn_epoch")
-            if (value := getattr(self.config, key)) is not None and value >= schedule.epochs
+            if (value := getattr(self.config, key)) is not None and value > last >= 0
         ]
-        if self.config.freeze_scale_epoch is not None and self.config.scale == "frozen":
-            late.append("freeze_scale_epoch does nothing: with scale: frozen no scale ever moves")
-        return late
 
     def prepare(self, model: nn.Module, example: Example, plan: Plan) -> nn.Module:
         """Adds quantizers, switched off: the function does not change until calibration."""
