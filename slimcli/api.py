@@ -124,6 +124,8 @@ class Solver:
     def _recipe(self, folder: Path) -> str:
         import yaml
 
+        from slimcli.recipe.load import FROM_PYTHON
+
         content = {
             "task_name": self.task_name,
             "algorithm": self.info.name,
@@ -132,7 +134,7 @@ class Solver:
                 **self.config.model_dump(mode="json"),
             },
         }
-        head = f"# Run by slimcli.{self.info.solver} from Python; model and hooks were objects.\n"
+        head = f"# Run by slimcli.{self.info.solver} {FROM_PYTHON}\n"
         return head + yaml.safe_dump(content, sort_keys=False)
 
 
@@ -255,6 +257,8 @@ def _model_of_run(folder: Path) -> nn.Module:
         job = job_of(load(folder / "recipe.yaml"))
     except RecipeError as error:
         *others, last = error.problems
+        if last.code == "E-RUN-PYTHON":
+            raise  # it says so already
         way = "load_deploy(run, model=...), with a fresh model, needs none of the hooks"
         fix = f"{last.fix}; or {way}" if last.fix else way
         raise RecipeError(*others, replace(last, fix=fix)) from error

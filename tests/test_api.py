@@ -96,6 +96,35 @@ def test_without_the_hooks_of_a_run_its_model_is_asked_for(tmp_path: Path) -> No
     assert "load_deploy(run, model=...)" in caught.value.problems[-1].fix
 
 
+@pytest.mark.parametrize("command", ["resume", "export", "eval"])
+def test_a_run_of_a_solver_is_told_as_that_by_commands_that_need_its_hooks(
+    tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from slimcli.cli import main
+
+    folder = slimcli.FinetuneSolver(toys.Net(), config(tmp_path, epoch=1)).run().folder
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main([command, str(folder)])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "the run was started from Python: its model and hooks were objects" in said
+    assert f"slimcli.load_deploy('{folder}', model=...)" in said
+    assert f"slimcli.FinetuneSolver(model, config).run(resume='{folder}')" in said
+    assert "model is required" not in said
+    with pytest.raises(RecipeError, match="started from Python") as caught:
+        slimcli.load_deploy(folder)
+    assert caught.value.problems[0].fix.count("load_deploy") == 1
+
+
+def test_a_recipe_of_a_solver_that_was_given_a_model_is_a_recipe(tmp_path: Path) -> None:
+    from slimcli.recipe import load
+
+    done = slimcli.FinetuneSolver(toys.Net(), config(tmp_path, epoch=1)).run()
+    with pytest.raises(RecipeError, match="hooks: missing dataset_generator"):
+        load(done.folder / "recipe.yaml", ["model=hooks.py:build_model"])
+
+
 def evaluated(model: nn.Module) -> tuple[Any, Any]:
     batch = next(iter(torch.utils.data.DataLoader(toys.datasets()[1], batch_size=20)))
     with torch.no_grad():
@@ -155,7 +184,7 @@ def test_a_model_that_keeps_a_loss_of_its_last_step_is_deployed(algorithm: str) 
     batch = next(iter(torch.utils.data.DataLoader(toys.datasets()[0], batch_size=8)))
     own: dict[str, dict[str, Any]] = {
         "resrep": {"prune_rate": 0.01, "lasso_decay": "auto", "min_channels": 1, "warmup_epoch": 0},
-        "csgd": {"cluster_percent": 0.2},
+        "csgd": {"cluster_percent": 0.25, "centri_strength": "auto"},
     }
     keys = {"epoch": 1, **own.get(algorithm, {})}
     example = Example(batch, toys.predict)

@@ -24,6 +24,10 @@ NAME_BYTES = 255
 """The longest name of a folder, on all file systems in use."""
 
 
+FROM_PYTHON = "from Python; model and hooks were objects."
+"""How the first line of the recipe ends that a run of a Solver leaves in its folder."""
+
+
 class Heading(BaseModel):
     """The simple keys of the top level."""
 
@@ -55,6 +59,7 @@ def load(path: Path, overrides: Sequence[str] = (), *, find_hooks: bool = True) 
     draft = Draft(root, problems)
     draft.identify(words)
     apply(draft, words)
+    _refuse_run_from_python(draft, Path(path), source)
     assembly = _Assembly(draft, Path(path), source)
     recipe = assembly.recipe()
     if find_hooks:
@@ -102,6 +107,28 @@ def _not_a_mapping(root: Node | None, source: Source) -> Problem:
         root.place,
         expected="a mapping: lines of `key: value`",
         received=received(root.value),
+    )
+
+
+def _refuse_run_from_python(draft: Draft, path: Path, source: Source) -> None:
+    """A run of a Solver names no model and no hooks, which is nobody's mistake in a recipe.
+
+    Raises:
+        RecipeError: Says what opens the run instead.
+    """
+    head = source.text.partition("\n")[0]
+    if not head.endswith(FROM_PYTHON) or "model" in draft.top or "hooks" in draft.top:
+        return
+    run = find.shown(path.resolve().parent)
+    solver = head.removeprefix("# Run by slimcli.").partition(" ")[0]
+    raise RecipeError(
+        Problem(
+            "E-RUN-PYTHON",
+            "the run was started from Python: its model and hooks were objects in no file",
+            source.name,
+            fix=f"slimcli.load_deploy({run!r}, model=...) loads its result; "
+            f"slimcli.{solver}(model, config).run(resume={run!r}) goes on with it",
+        )
     )
 
 

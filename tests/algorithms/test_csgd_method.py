@@ -692,6 +692,9 @@ def test_names_choose_the_layers_and_a_wrong_name_is_an_error() -> None:
     assert plan.targets == ["bn2"]
     with pytest.raises(RecipeError):
         planned(build("flattened"), schedule(), prune_module_names=("conv9",))
+    with pytest.raises(RecipeError, match="takes no patterns") as caught:
+        planned(build("residual"), schedule(), prune_module_names=("inner*",))
+    assert caught.value.problems[0].fix == "prune_module_names: [inner_norm]"
 
 
 def test_an_empty_list_of_names_is_plain_training() -> None:

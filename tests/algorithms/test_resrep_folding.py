@@ -315,6 +315,27 @@ def test_named_modules_alone_are_pruned() -> None:
     assert [each.target.name for each in compressor.bundles] == ["a.1"]
 
 
+@pytest.mark.parametrize(
+    ("name", "what", "fix"),
+    [
+        ("a.*", "takes no patterns", "prune_module_names: [a.1]"),
+        ("self.[ac].*", "takes no patterns", "prune_module_names: [a.1, c.1]"),
+        ("nothing*", "takes no patterns", "slim inspect RECIPE lists the layers"),
+        ("a", "a is no layer but has some", "prune_module_names: [a.1]"),
+    ],
+)
+def test_a_pattern_or_a_parent_among_the_names_is_told_with_the_layers_that_are_meant(
+    name: str, what: str, fix: str
+) -> None:
+    from slimcli.errors import RecipeError
+
+    with pytest.raises(RecipeError, match=what) as caught:
+        prepared("residual", prune_module_names=(name,))
+    (problem,) = caught.value.problems
+    assert (problem.where, problem.received) == ("config.prune_module_names", name)
+    assert problem.fix == fix
+
+
 def refusals(**keys: object) -> list:
     compressor = ResRepCompressor(ResRepConfig(**keys))
     return compressor.plan(build("residual"), example(), SCHEDULE).refusals

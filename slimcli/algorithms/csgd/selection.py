@@ -10,6 +10,7 @@ from slimcli.algorithms.csgd.config import CSGDConfig
 from slimcli.compressor import Plan, Refusal
 from slimcli.network.structure import Group, Structure, select_groups
 from slimcli.network.widths import LEFT_ALONE, by_reason, skipped
+from slimcli.pruning_plans import refuse_patterns
 
 NOT_TRAINED = "is not trained (requires_grad is False)"
 
@@ -21,6 +22,7 @@ def find_groups(
     names = config.prune_module_names
     if names is not None and not names:
         return [], {}
+    refuse_patterns(structure, names)
     chosen = select_groups(structure, config.auto_find_module_strategy, names)
     alone = skipped(config.skip, chosen)
     groups, reasons = [], {}

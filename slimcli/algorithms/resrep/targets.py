@@ -11,6 +11,7 @@ from slimcli.algorithms.resrep.compactor import NAME
 from slimcli.network.fuse import has_hooks
 from slimcli.network.structure import Group, Structure, select_groups
 from slimcli.network.widths import LEFT_ALONE, skipped
+from slimcli.pruning_plans import refuse_patterns
 
 Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -78,6 +79,7 @@ def find_targets(
     Raises:
         RecipeError: A name cannot be pruned, or a skip pattern fits nothing.
     """
+    refuse_patterns(structure, names)
     selected = select_groups(structure, strategy, names)
     alone = skipped(skip, selected)
     targets, reasons = [], {}
