@@ -11,6 +11,7 @@ from torch import nn
 from slimcli.network.example import Example
 from slimcli.network.structure.assumptions import Pool, Search, prunable
 from slimcli.network.structure.comparison import Failure
+from slimcli.network.structure.draws import kept_counts
 from slimcli.network.structure.extremes import (
     asked_groups,
     extremes,
@@ -178,10 +179,12 @@ def _first_failure(
 def _may_fit_by_luck(search: Search) -> bool:
     """Does one choice of channels tell too little of what happens to blocks?
 
-    Of as many blocks as each is long either side may be the one that is cut; of one channel a block
-    the order is the same whichever it was.
+    Of as many blocks as each is long either side may be the one that is cut; where one channel of a
+    block stays, the order is the same whichever it was.
     """
-    return Choice.BLOCKS in search.choices or any(s.is_square for s in search.record.splits)
+    splits = search.record.splits
+    is_luck = any(split.is_square and 1 in kept_counts(split.size) for split in splits)
+    return is_luck or Choice.BLOCKS in search.choices
 
 
 def _without_equal_widths(
