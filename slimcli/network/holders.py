@@ -6,7 +6,7 @@ changes it must change it for all of them at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,7 +65,7 @@ def place(
     held: Held,
     value: Tensor,
     optimizer: torch.optim.Optimizer | None = None,
-    state: dict[str, Any] | None = None,
+    states: Sequence[dict[str, Any]] = (),
 ) -> None:
     """Puts a new tensor in the place of an old one, at all its holders and in the optimizer."""
     old = held.tensor
@@ -75,7 +75,7 @@ def place(
         vars(new).update(vars(old))  # marks that users leave on parameters, such as "no decay"
         _hand_over_hooks(old, new)
         if optimizer is not None:
-            optimizer_state.replace(optimizer, old, new, state or {})
+            optimizer_state.replace(optimizer, old, new, states)
     for _, module, local in held.holders:
         setattr(module, local, new)
     held.tensor = new

@@ -1,12 +1,13 @@
 """What an optimizer knows about a parameter goes with it when the parameter is cut.
 
 Works for every optimizer that keeps, per parameter, tensors of the parameter's shape (or of that
-shape with averaged dimensions of size one), numbers, and nothing else.
+shape with averaged dimensions of size one), numbers, and nothing else. An optimizer may hold
+another one that does its steps (SAM, Lookahead): both go along, with one list of groups or two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,13 +18,22 @@ from slimcli.network.nested import tensors_in
 from slimcli.network.selection import Sources, select
 
 
+def with_inner(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """The optimizer and those that it holds in its attributes, and they in theirs."""
+    found = [optimizer]
+    for each in found:
+        held = [value for value in vars(each).values() if isinstance(value, torch.optim.Optimizer)]
+        found += [value for value in held if all(value is not known for known in found)]
+    return found
+
+
 def cut_state(
     optimizer: torch.optim.Optimizer,
     parameter: Tensor,
     sources: Mapping[int, Sources],
     name: str,
-) -> dict[str, Any]:
-    """The state of one parameter after it is cut; nothing is changed.
+) -> list[dict[str, Any]]:
+    """The state of one parameter after it is cut, for each of ``with_inner``; nothing is changed.
 
     Every tensor gets the linear map its parameter gets: dropped entries are dropped, summed entries
     are summed, so momentum goes on moving a sum as it moved its parts. Master weights and averages
@@ -38,6 +48,15 @@ def cut_state(
     Raises:
         RunError: The state holds something that can't be cut along.
     """
+    return [_cut_state(each, parameter, sources, name) for each in with_inner(optimizer)]
+
+
+def _cut_state(
+    optimizer: torch.optim.Optimizer,
+    parameter: Tensor,
+    sources: Mapping[int, Sources],
+    name: str,
+) -> dict[str, Any]:
     if isinstance(optimizer, torch.optim.LBFGS):
         raise _refused(optimizer, name, "its history mixes all parameters")
     state: dict[str, Any] = {}
@@ -59,21 +78,34 @@ def cut_state(
 
 
 def replace(
-    optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, state: dict[str, Any]
+    optimizer: torch.optim.Optimizer,
+    old: nn.Parameter,
+    new: nn.Parameter,
+    states: Sequence[dict[str, Any]],
 ) -> None:
-    """Puts ``new`` at every place of ``old`` in the groups and gives it ``state``."""
-    for group in optimizer.param_groups:
-        group["params"][:] = [new if each is old else each for each in group["params"]]
-    optimizer.state.pop(old, None)
-    if state:
-        optimizer.state[new] = state
+    """Puts ``new`` at every place of ``old`` in the groups and gives it what ``cut_state`` gave."""
+    for each, state in zip(with_inner(optimizer), states, strict=True):
+        for group in each.param_groups:
+            group["params"][:] = [new if one is old else one for one in group["params"]]
+        each.state.pop(old, None)
+        if state:
+            each.state[new] = state
 
 
 def insert_after(
     optimizer: torch.optim.Optimizer, neighbour: Tensor, new: nn.Parameter, name: str
 ) -> None:
     """Adds ``new`` right behind ``neighbour``, in its group; does nothing if it is in none."""
+    for each in with_inner(optimizer):
+        _insert_after(each, neighbour, new, name)
+
+
+def _insert_after(
+    optimizer: torch.optim.Optimizer, neighbour: Tensor, new: nn.Parameter, name: str
+) -> None:
     for group in optimizer.param_groups:
+        if any(each is new for each in group["params"]):
+            return  # the groups of the one that holds this optimizer
         for place, each in enumerate(group["params"]):
             if each is neighbour:
                 group["params"].insert(place + 1, new)

@@ -57,7 +57,7 @@ def apply(
     _follow_with_biases(held)
     changed = list({id(each): each for each in held.values() if each.sources}.values())
     updates += planned_attributes(model, changed)
-    states = [_planned_state(each, optimizer) for each in changed]
+    states = [_planned_states(each, optimizer) for each in changed]
     if gains is None:
         gains = _measured_gains(model, cuts, example)
     _check_biases(gains, held)
@@ -129,9 +129,9 @@ def _follow_with_biases(held: Mapping[str, Held]) -> None:
                     bias.sources[0] = outputs
 
 
-def _planned_state(held: Held, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+def _planned_states(held: Held, optimizer: torch.optim.Optimizer | None) -> list[dict[str, Any]]:
     if optimizer is None or not isinstance(held.tensor, nn.Parameter):
-        return {}
+        return []
     return optimizer_state.cut_state(optimizer, held.tensor, held.sources, held.name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -387,6 +388,56 @@ def test_state_that_cannot_follow_is_refused_before_anything_changes() -> None:
     with pytest.raises(RunError, match=r"flat has shape \(12,\)"):
         surgery.apply(layer, [cut(("weight", 0, keep(1)))], optimizer=optimizer)
     assert layer.weight.shape == (4, 3)
+
+
+class Wrapping(torch.optim.Optimizer):
+    """Leaves its steps to another optimizer, as SAM and Lookahead do.
+
+    Args:
+        parameters: All.
+        shares: The groups of both are one list.
+    """
+
+    def __init__(self, parameters: Any, shares: bool) -> None:
+        parameters = list(parameters)
+        super().__init__(parameters, {"lr": 0.1})
+        self.base = torch.optim.SGD(
+            self.param_groups if shares else parameters, lr=0.1, momentum=0.9
+        )
+        if shares:
+            self.param_groups = self.base.param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        return self.base.step(closure)
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_an_optimizer_that_another_one_holds_goes_along(shares: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double()
+    masked = copy.deepcopy(net)
+    x = torch.randn(5, 3, dtype=torch.float64)
+    optimizer = Wrapping(net.parameters(), shares)
+    other = torch.optim.SGD(masked.parameters(), lr=0.1, momentum=0.9)
+    for model, each in ((net, optimizer), (masked, other)):
+        with torch.no_grad():
+            model[1].weight[:, 1] = 0.0
+            model[0].weight[1] = model[0].bias[1] = 0.0
+        model(x).square().sum().backward()
+        model[0].weight.grad[1] = model[0].bias.grad[1] = model[1].weight.grad[:, 1] = 0.0
+        each.step()
+    parts = [("0.weight", 0), ("0.bias", 0), ("1.weight", 1)]
+    surgery.apply(net, [cut(*((n, d, keep(0, 2, 3)) for n, d in parts))], optimizer=optimizer)
+    for model, each in ((net, optimizer), (masked, other)):
+        each.zero_grad()
+        model(x).square().sum().backward()
+        each.step()
+    stays = torch.tensor([0, 2, 3])
+    torch.testing.assert_close(net[0].weight, masked[0].weight[stays], rtol=1e-12, atol=0)
+    torch.testing.assert_close(net[1].weight, masked[1].weight[:, stays], rtol=1e-12, atol=0)
+    held = [each for group in optimizer.base.param_groups for each in group["params"]]
+    assert [id(each) for each in held] == [id(each) for each in net.parameters()]
+    assert set(optimizer.base.state) == set(held)
 
 
 def test_lbfgs_is_refused() -> None:
