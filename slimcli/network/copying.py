@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import copyreg
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -99,13 +99,32 @@ def _copied(value: Value, memo: dict[int, Any]) -> Value:
     dozen empty containers for its hooks: most of its time.
     """
     if isinstance(value, nn.Module):
-        plain = [each for each in value.modules() if id(each) not in memo and _is_plain(each)]
+        plain = _plain_parts(value, memo)
         for module in plain:
             memo[id(module)] = type(module).__new__(type(module))
             memo.setdefault(id(memo), []).append(module)
-        for module in reversed(plain):  # parts before what they are parts of
+        for module in plain:
             memo[id(module)].__setstate__(_attributes(module, memo))
     return copy.deepcopy(value, memo)
+
+
+def _plain_parts(model: nn.Module, memo: Mapping[int, Any]) -> list[nn.Module]:
+    """Modules that leave it to ``copy.deepcopy``, parts before what they are parts of.
+
+    Nothing below a module that is copied in its own way, which may leave its parts out.
+    """
+    found: list[nn.Module] = []
+    seen: set[int] = set()
+    todo = [(model, False)]
+    while todo:  # without recursion: networks may be deep
+        module, is_done = todo.pop()
+        if is_done:
+            found.append(module)
+        elif id(module) not in seen and id(module) not in memo and _is_plain(module):
+            seen.add(id(module))
+            todo.append((module, True))
+            todo += [(part, False) for part in reversed(list(module.children()))]
+    return found
 
 
 def _is_plain(module: nn.Module) -> bool:

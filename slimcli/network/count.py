@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from slimcli.network.evaluating import evaluating
 from slimcli.network.example import Example
-from slimcli.network.nested import holds_fields
+from slimcli.network.nested import fields_of, holds_fields
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def samples_in(batch: Any) -> int:
     """
     values = list(batch.values()) if isinstance(batch, Mapping) else batch
     if holds_fields(batch):
-        values = [getattr(batch, field.name) for field in fields(batch)]
+        values = list(fields_of(batch).values())
     if not isinstance(values, (list, tuple)):
         values = [values]
     for value in values:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator
@@ -25,19 +26,21 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     return iter(found)
 
 
-def _gather(values: Iterable[Any], found: list[Tensor]) -> None:
+def _gather(
+    values: Iterable[Any], found: list[Tensor], inside: frozenset[int] = frozenset()
+) -> None:
     """Into a list: generators inside generators take several times as long."""
     for each in values:
         if isinstance(each, Tensor):
             found.append(each)
         elif isinstance(each, (tuple, list)):
             if each:
-                _gather(each, found)
+                _gather(each, found, inside)
         elif isinstance(each, (dict, UserDict)):
             if each:
-                _gather(each.values(), found)
-        elif type(each) not in _PLAIN and holds_fields(each):
-            _gather([getattr(each, field.name, None) for field in fields(each)], found)
+                _gather(each.values(), found, inside)
+        elif type(each) not in _PLAIN and holds_fields(each) and id(each) not in inside:
+            _gather(fields_of(each).values(), found, inside | {id(each)})
 
 
 def holds_fields(value: Any) -> bool:
@@ -45,7 +48,16 @@ def holds_fields(value: Any) -> bool:
     return is_dataclass(value) and not isinstance(value, (type, nn.Module))
 
 
-def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+def fields_of(value: Any) -> dict[str, Any]:
+    """What a dataclass holds; a field may be a property that can't be read yet."""
+    found = {}
+    for field in fields(value):
+        with contextlib.suppress(Exception):
+            found[field.name] = getattr(value, field.name)
+    return found
+
+
+def mapped(value: Any, function: Callable[[Any], Any], inside: frozenset[int] = frozenset()) -> Any:
     """The same nest with a function done to everything that is no container or dataclass.
 
     >>> mapped({"a": [1, (2, 3)]}, lambda each: each + 1)
@@ -53,21 +65,23 @@ def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
     """
     if isinstance(value, (dict, UserDict)):
         twin = copy.copy(value)  # of its own kind, whatever that is made with
-        twin.update({key: mapped(each, function) for key, each in value.items()})
+        twin.update({key: mapped(each, function, inside) for key, each in value.items()})
         return twin
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(mapped(each, function) for each in value))
+        return type(value)(*(mapped(each, function, inside) for each in value))
     if isinstance(value, list):
         several = copy.copy(value)
-        several[:] = [mapped(each, function) for each in value]
+        several[:] = [mapped(each, function, inside) for each in value]
         return several
     if isinstance(value, tuple):
-        return type(value)(mapped(each, function) for each in value)
+        return type(value)(mapped(each, function, inside) for each in value)
     if type(value) not in _PLAIN and holds_fields(value):
+        if id(value) in inside:  # a part that refers to its whole
+            return value
         twin = copy.copy(value)
-        for field in fields(value):
-            if hasattr(value, field.name):
-                changed = mapped(getattr(value, field.name), function)
-                object.__setattr__(twin, field.name, changed)  # it may be frozen
+        for name, each in fields_of(value).items():
+            changed = mapped(each, function, inside | {id(value)})
+            if changed is not each:
+                object.__setattr__(twin, name, changed)  # it may be frozen
         return twin
     return function(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import torch
@@ -68,6 +69,43 @@ def test_a_module_with_a_state_of_its_own_keeps_its_ways() -> None:
     assert (twin[0].widths, twin[1].widths) == ([3, 2], [3, 2])
     assert state_of(twin) == state_of(model)
     assert twin[0].parts[0].weight is not model[0].parts[0].weight
+
+
+class Logged(nn.Module):
+    """Leaves out a part that has no copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.log = nn.Linear(2, 2), nn.Identity()
+        self.log.lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        parts = {name: each for name, each in self._modules.items() if name != "log"}
+        return {**vars(self), "_modules": parts}
+
+
+class Decoder(nn.Module):
+    """Looks at a part that it shares with others when it comes back."""
+
+    def __init__(self, shared: nn.Linear) -> None:
+        super().__init__()
+        self.shared = shared
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.width = self.shared.weight.shape[1]
+
+
+def test_a_part_that_is_left_out_is_not_copied() -> None:
+    twin = deep_copy(nn.Sequential(nn.Linear(2, 2), Logged()))
+    assert list(dict(twin[1].named_children())) == ["layer"]
+
+
+def test_a_part_is_there_before_the_second_one_that_shares_it() -> None:
+    shared = nn.Linear(3, 4)
+    twin = deep_copy(nn.Sequential(nn.Sequential(shared), Decoder(shared)))
+    assert twin[1].width == 3
+    assert twin[1].shared is twin[0][0]
 
 
 def test_modules_that_copy_themselves_do() -> None:

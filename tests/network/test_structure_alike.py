@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from slimcli.network.example import Example
 from slimcli.network.structure import analyze
-from slimcli.network.structure.memory import covers
+from slimcli.network.structure.memory import whole_labels
 
 from . import structures
 from .proving import EXACT, call, prepared, prunable, zeroed_and_cut
@@ -42,6 +42,14 @@ def scaled_in_place(y: Tensor, part: Any) -> Tensor:
     view = y[part]
     view *= 2
     return y
+
+
+def halves_in_place(y: Tensor) -> Tensor:
+    left, right = (y + 0).chunk(2, 2)
+    whole = left._base if left._base is not None else left
+    left.exp_()
+    right.cos_()
+    return whole
 
 
 def shifted_into_zeros(y: Tensor) -> Tensor:
@@ -74,6 +82,7 @@ SAME: dict[str, Callable[[Tensor], Tensor]] = {
     "one map of both": lambda y: torch.cat([y[:, :3].exp(), y.flip(1).exp()], 1),
     "all of it in place": lambda y: scaled_in_place(y, slice(None)),
     "a view of all of it": lambda y: scaled_in_place(y, slice(None)).view(y.shape),
+    "halves of the channels in place": lambda y: halves_in_place(y),
     "zeros added to it": lambda y: y + torch.zeros_like(y),
     "its mean beside it": lambda y: torch.cat([y.mean(1, keepdim=True), y, y.amax(1, True)], 1),
 }
@@ -138,12 +147,13 @@ def test_what_keeps_zeros_may_be_done_in_place_through_a_view(way: str) -> None:
     assert zeroed_and_cut(model, example, prunable(structure), 1)[0] < EXACT
 
 
-def test_a_tensor_covers_its_parts_and_no_dense_part_covers_it() -> None:
+def test_a_part_holds_all_numbers_of_some_channels() -> None:
     canvas = torch.zeros(4, 6)
-    parts = [canvas[1], canvas[:, 2:], canvas[::2], canvas.t(), canvas.view(2, 12)]
-    assert [covers(canvas, each) for each in parts] == [True] * 5
-    assert [covers(each, canvas) for each in parts] == [False, False, False, True, True]
-    assert not covers(canvas, canvas.view(torch.int16))
+    plane = torch.arange(1, 7).view(1, 6)
+    parts = [canvas, canvas.t(), canvas.view(2, 12), canvas[:, 2:], canvas[:, ::3], canvas[1]]
+    found = [sorted(whole_labels(each, canvas, [plane])) for each in parts]
+    assert found == [[1, 2, 3, 4, 5, 6]] * 3 + [[3, 4, 5, 6], [1, 4], []]
+    assert whole_labels(canvas.view(torch.int16), canvas, [plane]) == set()
 
 
 class TwoNorms(nn.Module):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from slimcli.network.example import Example, own_copy
+from slimcli.network.nested import tensors_in
 from slimcli.network.structure import analyze
 from slimcli.network.structure.situations import other_batches
 
@@ -68,6 +69,111 @@ def test_dead_activations_hide_no_number_made_of_a_width() -> None:
         answers = model(example.batch)
     assert torch.equal(answers[0], answers[1])
     assert "zeroed and cut differ" in analyze(model, example).group("a").frozen_reason
+
+
+class OfParts(nn.Module):
+    """Treats the first four channels in another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.b = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.a(x))
+        return self.b(torch.cat([x[:, :4].relu(), x[:, 4:]], 1))
+
+
+class Checked(nn.Module):
+    """Works with negative biases alone, in front of dead activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(4, 2)
+        nn.init.constant_(self.b.bias, -0.9)
+        nn.init.normal_(self.b.weight, std=1e-3)
+        self.b.bias.data[0] -= 0.01
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.sqrt(-self.b.bias)
+        return self.head((self.b(self.a(x).relu()) * scale).relu())
+
+
+def test_samples_that_are_the_same_have_the_same_answers_and_nothing_is_dead() -> None:
+    torch.manual_seed(0)
+    batch = torch.randn(1, 3, 6, 6).expand(2, -1, -1, -1).clone()
+    model, example = prepared(OfParts(), batch)
+    assert "zeroed and cut differ" in analyze(model, example).group("norm").frozen_reason
+
+
+def test_what_code_says_to_biases_that_were_raised_for_trial_does_not_count() -> None:
+    torch.manual_seed(0)
+    model, example = prepared(Checked(), torch.randn(3, 6))
+    structure = analyze(model, example)
+    assert [group.name for group in prunable(structure)] == ["a", "b"]
+
+
+@dataclass
+class Tree:
+    """A part knows its whole."""
+
+    image: Tensor
+    parent: Any = None
+    parts: tuple[Any, ...] = ()
+
+
+def test_a_dataclass_that_leads_back_to_itself_is_looked_into_once() -> None:
+    torch.manual_seed(0)
+    tree = Tree(torch.randn(2, 3, 8, 8))
+    tree.parts = (Tree(torch.zeros(1), tree),)
+    structure = analyze(ByItsMean(), Example(tree, lambda m, b: m(b.image)))
+    assert [group.size for group in structure.groups] == [8, 2]
+    assert [each.shape for each in tensors_in(tree)] == [(2, 3, 8, 8), (1,)]
+    assert own_copy(tree).parts[0].image is not tree.parts[0].image
+
+
+class Fussy(nn.Module):
+    """Wants float32, and does not say so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            raise TypeError
+        return self.b(self.a(x))
+
+
+def test_an_error_without_a_word_is_one_all_the_same() -> None:
+    structure = analyze(Fussy(), Example(torch.randn(3, 6), call))
+    assert [group.name for group in prunable(structure)] == ["a"]
+    assert structure.notes == ("trial cuts ran in float32, float64 fails: TypeError",)
+
+
+class Keeping(nn.Module):
+    """In train mode a buffer is filled that was none, one is made and one is deleted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 4)
+        self.register_buffer("empty", None)
+        self.register_buffer("old", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(x))
+        if self.training:
+            self.empty = x.detach().mean(0)
+            self.register_buffer("new", x.detach().amax(0))
+            del self.old
+        return self.b(x)
+
+
+def test_buffers_that_train_mode_makes_or_deletes_are_as_before_in_the_next_run() -> None:
+    torch.manual_seed(0)
+    model, example = prepared(Keeping(), torch.randn(5, 6))
+    assert [group.name for group in prunable(analyze(model, example))] == ["a"]
+    assert (model.empty, list(dict(model.named_buffers()))) == (None, ["old"])
 
 
 @dataclass(frozen=True)

@@ -83,3 +83,21 @@ def test_macs_under_smaller_widths_are_those_of_the_cut_model(kind: type[nn.Modu
             zero_channels(twin, group, range(widths[group.name], group.size))
         surgery.apply(twin, [g.cut(range(widths[g.name])) for g in groups], example=example)
         assert structure.macs_with(widths) == count_macs(twin, example).total
+
+
+class Repeated(nn.Module):
+    """One channel of six lies eight times along the axis of a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 48), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.a(x.mean(1)).unflatten(1, (8, 6))
+        return self.b(torch.bmm(x.repeat(1, 1, 3)[..., :8], made))
+
+
+def test_macs_of_a_model_that_is_whole_are_counted_whatever_its_channels_are() -> None:
+    torch.manual_seed(0)
+    model, example = prepared(Repeated(), torch.randn(2, 5, 3))
+    assert analyze(model, example).macs == count_macs(model, example).total

@@ -11,7 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimcli.network.nested import tensors_in
+from slimcli.network.structure import user_line
 from slimcli.network.structure.operators import ORDER_DEPENDENT, base_name
+
+DIFFER = "zeroed and cut differ"
 
 LIMITS = {torch.float64: 1e-11, torch.float32: 1e-3}
 """Largest difference, relative to the largest output: far above rounding, far below an error.
@@ -39,9 +42,20 @@ class Failure:
     is_other_batch: bool = False
     is_no_constant: bool = False
 
+    @property
+    def differs(self) -> bool:
+        """Did both networks give numbers, and others?"""
+        return self.what.startswith(DIFFER)
+
     def __str__(self) -> str:
         """For a frozen reason."""
         return f"a trial cut failed: {self.what}" + (f" at {self.line}" if self.line else "")
+
+
+def raised(error: BaseException, module: str) -> Failure:
+    """What the user's code said, where, and in which module it was."""
+    first = str(error).splitlines()[0] if str(error) else ""
+    return Failure(f"{type(error).__name__}: {first}", user_line.of_error(error), module)
 
 
 @dataclass(frozen=True)
@@ -147,7 +161,7 @@ def _compare_all(zeroed: Sequence[Tensor], cut: Sequence[Tensor], limit: float) 
         size = max(float(before.abs().max()), 1e-30)
         difference = float((before - after).abs().max()) / size
         if not difference <= limit:
-            return Failure(f"zeroed and cut differ by {difference:.1e} of the output")
+            return Failure(f"{DIFFER} by {difference:.1e} of the output")
     return Failure("no output is a finite number") if is_blind else None
 
 

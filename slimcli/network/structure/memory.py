@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
@@ -76,22 +77,27 @@ def has_gaps(planes: Sequence[Tensor], tensor: Tensor, others: Sequence[Tensor])
     return any(tensor.stride(axis) not in known for p in planes for axis in active_axes(p))
 
 
-def covers(tensor: Tensor, other: Tensor) -> bool:
-    """Does a tensor hold all numbers of another one that shares its memory?
+def whole_labels(tensor: Tensor, other: Tensor, planes: Sequence[Tensor]) -> set[int]:
+    """Labels of another tensor's planes all of whose numbers a tensor holds; they share memory.
 
-    >>> canvas = torch.zeros(2, 6, 4)
-    >>> covers(canvas, canvas[:, 1]), covers(canvas[:, 1], canvas), covers(canvas.mT, canvas)
-    (True, False, True)
+    >>> canvas = torch.zeros(2, 3, 4)
+    >>> plane = torch.tensor([7, 8, 9]).view(1, 3, 1)
+    >>> [sorted(whole_labels(part, canvas, [plane])) for part in (canvas, canvas[:, :2], canvas[0])]
+    [[7, 8, 9], [7, 8], []]
     """
-    (start, end), (first, last) = map(_extent, (tensor, other))
-    is_dense = tensor.numel() == end - start and tensor.element_size() == other.element_size()
-    return is_dense and start <= first and last <= end
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    start = int(tensor.storage_offset())
-    return start, start + 1 + sum((size - 1) * stride for size, stride in steps)
+    if tensor.element_size() != other.element_size():
+        return set()
+    memory = torch.zeros(other.untyped_storage().nbytes() // other.element_size(), dtype=torch.bool)
+    memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(True)
+    held = memory.as_strided(other.shape, other.stride(), other.storage_offset())
+    found: set[int] = set()
+    lost: set[int] = set()
+    for plane in planes:
+        rest = tuple(axis for axis in range(other.dim()) if plane.shape[axis] == 1)
+        is_whole = held.all(dim=rest, keepdim=True) if rest else held
+        found |= set(labels_of(plane).flatten().tolist())
+        lost |= set(labels_of(plane)[~is_whole].flatten().tolist())
+    return found - lost
 
 
 def same_channels(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
@@ -105,7 +111,7 @@ def rewritten(
     old: Sequence[Tensor],
     new: Sequence[Tensor],
     others: Sequence[Tensor],
-    whole: bool,
+    whole: Collection[int],
 ) -> tuple[Tensor, ...]:
     """Planes of a tensor whose numbers were replaced where another one lies in its memory.
 
@@ -114,7 +120,7 @@ def rewritten(
         old: Planes of the other tensor before it was written.
         new: The same channels afterwards.
         others: Planes of the tensor.
-        whole: All its numbers were replaced, not some of them.
+        whole: Labels all of whose numbers were replaced, not some of them.
     """
     labels = np.unique(np.concatenate([labels_of(plane).numpy().ravel() for plane in new]))
     became: dict[int, set[int]] = {}
@@ -124,17 +130,19 @@ def rewritten(
             became.setdefault(was, set()).add(now)
     every = set().union(*became.values())
 
-    def node_of(node: int) -> int:
+    def node_of(node: int, is_whole: bool) -> int:
         known = became.get(node, every | {node})
-        return table.one_of(known if whole else known | {node})
+        return table.one_of(known if is_whole else known | {node})
 
     result = []
     for plane in others:
         flat = plane.numpy().ravel()
         label, node = flat & LABEL_MASK, flat >> SHIFT
         is_touched = np.isin(label, labels) & (label != 0)
-        for each in np.unique(node[is_touched]).tolist():
-            node = np.where(is_touched & (flat >> SHIFT == each), node_of(each), node)
+        is_whole = np.isin(label, list(whole))
+        for each, flag in itertools.product(np.unique(node[is_touched]).tolist(), (True, False)):
+            here = is_touched & (flat >> SHIFT == each) & (is_whole == flag)
+            node = np.where(here, node_of(each, flag), node) if here.any() else node
         result.append(torch.from_numpy(label + (node << SHIFT)).view(plane.shape))
     return tuple(result)
 

@@ -21,6 +21,19 @@ from slimcli.network.nested import mapped, tensors_in
 from slimcli.network.structure.remembering import Change
 from slimcli.network.structure.train_mode import set_train_mode
 
+NO_OTHER = (
+    "the code makes numbers of sizes or values, and the model takes no batch but the example: "
+    "that cuts are exact on other batches was not tried"
+)
+OUT_OF_REACH = (
+    "slim finds no tensors in the batch, which is no tensor, list, tuple, dict or dataclass; other "
+    "batches were not tried either"
+)
+ONE_NUMBER = (
+    "of one sample a constant is a single number, and the model takes no other values: that it is "
+    "the same for them was not tried"
+)
+
 SCALE = 1.3
 SHIFT = 0.3
 """What zeros become: they would hide what is multiplied with them."""
@@ -54,7 +67,8 @@ class Situation:
             return
         tensors = [*model.buffers(), *(p for n, p in model.named_parameters() if n in self.written)]
         before = [each.detach().clone() for each in tensors]
-        held = [(module, dict(module.named_buffers(recurse=False))) for module in model.modules()]
+        # With those that are None yet, which named_buffers leaves out.
+        held = [(each, dict(vars(each).get("_buffers", {}))) for each in model.modules()]
         set_train_mode(model)
         try:
             yield
@@ -63,9 +77,20 @@ class Situation:
             with torch.no_grad():
                 for tensor, numbers in zip(tensors, before, strict=True):
                     tensor.copy_(numbers)
-            for module, buffers in held:  # another tensor may have been put in the place of one
-                for name, buffer in buffers.items():
-                    setattr(module, name, buffer)
+            for module, buffers in held:
+                _restore(module, buffers)
+
+
+def _restore(module: nn.Module, buffers: dict[str, Tensor | None]) -> None:
+    """Other tensors may have been put in the places of buffers, none, or some where none was."""
+    now = dict(vars(module).get("_buffers", {}))
+    for name in now.keys() - buffers.keys():
+        delattr(module, name)
+    for name, buffer in buffers.items():
+        if name not in now or now[name] is not buffer:
+            if hasattr(module, name):
+                delattr(module, name)
+            module.register_buffer(name, buffer)
 
 
 def other_batches(batch: Any) -> Iterator[Any]:

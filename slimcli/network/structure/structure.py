@@ -291,6 +291,8 @@ def counted(
         factors = []
         for labels in term.factors:
             fixed, found = label_counts(labels, group_of, names)
+            # What is not spread over the channels of a group (one of them, repeated) stays.
+            fixed += sum(n % sizes[name] for name, n in found.items())
             factors.append((fixed, {name: n // sizes[name] for name, n in found.items()}))
         result.append((term.scale, tuple(factors)))
     return tuple(result)

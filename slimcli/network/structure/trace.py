@@ -23,13 +23,13 @@ from slimcli.network.structure.calls import Calls
 from slimcli.network.structure.memory import (
     are_zeros,
     bordered,
-    covers,
     has_gaps,
     lies_like,
     memory_of,
     rewritten,
     same_channels,
     seen_from,
+    whole_labels,
     written_through,
 )
 from slimcli.network.structure.operators import (
@@ -348,7 +348,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         if same_channels(old, planes):
             for other in aliases:
-                whole, before = covers(tensor, other), self.planes_of(other)
+                before = self.planes_of(other)
+                whole = whole_labels(tensor, other, before)
                 self._planes[other] = rewritten(self.record.table, old, planes, before, whole)
             return
         several = len(planes) > 1 or any(len(self.planes_of(other)) > 1 for other in aliases)

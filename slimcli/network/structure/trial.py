@@ -29,6 +29,7 @@ from slimcli.network.structure.comparison import (
     Ran,
     compare,
     is_the_same_for_all,
+    raised,
     tells_little,
 )
 from slimcli.network.structure.draws import Draws
@@ -48,25 +49,20 @@ from slimcli.network.structure.record import Record
 from slimcli.network.structure.rehearse import goes_alone, rehearse
 from slimcli.network.structure.remembering import Memory, attributes_of
 from slimcli.network.structure.run import run_traced
-from slimcli.network.structure.situations import Situation, holds_numbers, other_batches, unlike
+from slimcli.network.structure.situations import (
+    NO_OTHER,
+    ONE_NUMBER,
+    OUT_OF_REACH,
+    Situation,
+    holds_numbers,
+    other_batches,
+    unlike,
+)
 from slimcli.network.structure.sources import Sources
 from slimcli.network.structure.structure import Group
 from slimcli.network.structure.traced import Traced
 from slimcli.network.structure.unequal import is_uniform, unequal, wake
-from slimcli.network.structure.watching import Log, watched
-
-NO_OTHER = (
-    "the code makes numbers of sizes or values, and the model takes no batch but the example: "
-    "that cuts are exact on other batches was not tried"
-)
-OUT_OF_REACH = (
-    "slim finds no tensors in the batch, which is no tensor, list, tuple, dict or dataclass; other "
-    "batches were not tried either"
-)
-ONE_NUMBER = (
-    "of one sample a constant is a single number, and the model takes no other values: that it is "
-    "the same for them was not tried"
-)
+from slimcli.network.structure.watching import Log, uncut_layers, watched
 
 
 class Trial:
@@ -85,7 +81,7 @@ class Trial:
     def __init__(self, model: nn.Module, example: Example, traced: Traced, seed: int = 0) -> None:
         self._random = torch.Generator().manual_seed(seed)
         self._traced = traced
-        self._rechecks = self._trains = self._wakes = False
+        self._rechecks = self._trains = self._wakes = self._is_blind = False
         self._copies = traced.record.leaves
         self._names = {id(each): name for name, each in model.named_parameters()}
         self._is_sure = False
@@ -151,6 +147,8 @@ class Trial:
 
     def _run_zeroed(self, model: nn.Module) -> Ran | None:
         """The same; None where the user's code can't be run so and everything must begin again."""
+        if self._wakes:
+            return self.run(model)
         try:
             ran = self.run(model)
             if not self._log.limit and all(map(tells_little, ran.final)):
@@ -164,16 +162,17 @@ class Trial:
                 return None
             # the code fixes a dtype
             is_seen = any(True for _ in tensors_in(self._example.batch))
-            why = str(error).splitlines()[0] if is_seen else OUT_OF_REACH
-            self.notes[f"trial cuts ran in float32, float64 fails: {why}"] = None
+            why = (str(error) or type(error).__name__) if is_seen else OUT_OF_REACH
+            self.notes[f"trial cuts ran in float32, float64 fails: {why.splitlines()[0]}"] = None
             self._use(torch.float32)
             return None
         if not self._copies and any(bool(each.isnan().any()) for each in ran.final):
             self._copies = True  # a shell that was looked at shows that it holds no number
             return None
-        if not self._wakes and ran.final and all(map(is_the_same_for_all, ran.final)):
-            self._wakes = True  # of a network whose activations are dead any cut is right
-            return None
+        is_blind = bool(ran.final) and all(map(is_the_same_for_all, ran.final))
+        # Of samples that are the same the answers must be.
+        is_uniform = all(map(is_the_same_for_all, tensors_in(self._example.batch)))
+        self._is_blind = is_blind and not is_uniform
         return ran
 
     def attempt(
@@ -187,6 +186,8 @@ class Trial:
             merging: Of channels that can be zeroed or merged, as many are merged as zeroed.
         """
         failure = self._attempt_once(groups, thorough, merging)
+        if failure is None and self._is_blind:
+            return self._attempt_woken(groups, thorough, merging)
         if failure is None or self._copies or self._is_sure:
             return failure
         self._copies = True  # is it the code, or that its weights are hollow? once is enough
@@ -195,6 +196,21 @@ class Trial:
         self._is_sure = failure is not None
         self._copies = failure is None or self._dtype == torch.float32
         return failure
+
+    def _attempt_woken(
+        self, groups: Sequence[Group], thorough: bool, merging: bool
+    ) -> Failure | None:
+        """The same cut where activations live: of a network of dead ones any cut is right.
+
+        What the code says to other biases does not count.
+        """
+        self._wakes = True
+        try:
+            with self._draws.repeated():
+                failure = self._attempt_once(groups, thorough, merging)
+        finally:
+            self._wakes = False
+        return failure if failure is not None and failure.differs else None
 
     def opposite(self, groups: Sequence[Group]) -> Failure | None:
         """The last attempt twice more, each group once the other way round: what stayed goes."""
@@ -229,7 +245,7 @@ class Trial:
     def _attempt(
         self, model: nn.Module, groups: Sequence[Group], thorough: bool, merging: bool
     ) -> Failure | None:
-        self._log.whole = self._uncut_layers(groups)
+        self._log.whole = uncut_layers(groups, self._traced.record.layers)
         cuts = []
         for group, (order, keep) in zip(groups, self._draws.of(groups), strict=True):
             cut, edits = rehearse(model, group, order, keep, merging)
@@ -260,11 +276,11 @@ class Trial:
         except SlimError as error:
             cause = error.__cause__  # where a hook raised, slim tells it in its own words
             if cause is not None and user_line.of_error(cause):
-                return self._raised(cause)
+                return raised(cause, self._log.entered)
             problem = error.problems[0]
             return Failure(problem.what, is_no_constant=problem.code == constants.REFUSED)
         except Exception as error:  # the user's code on other sizes: anything can come
-            return self._raised(error)
+            return raised(error, self._log.entered)
         failure = self._compared(zeroed, cut_ran)
         return self._recheck(after, cuts) if failure is None and after is not None else failure
 
@@ -372,22 +388,6 @@ class Trial:
         with self._hollow:
             gains = capture.gains()
         surgery.apply(model, cuts, gains=gains, selecting=self._hollow.select)
-
-    def _uncut_layers(self, groups: Sequence[Group]) -> frozenset[str]:
-        cut = {slot.tensor for group in groups for slot in group.producers + group.followers}
-        touched = {name.rpartition(".")[0] for name in cut}
-        layers = {name.removeprefix("tensor:") for name in self._traced.record.layers}
-        return frozenset(
-            path
-            for path in layers
-            if path not in touched and not any(each.startswith(f"{path}.") for each in touched)
-        )
-
-    def _raised(self, error: BaseException) -> Failure:
-        """What the user's code said, where, and in which module it was."""
-        first = str(error).splitlines()[0] if str(error) else ""
-        what = f"{type(error).__name__}: {first}"
-        return Failure(what, user_line.of_error(error), self._log.entered)
 
     def _recheck(self, after: Record, cuts: Sequence[Cut]) -> Failure | None:
         """Looks at the trace of the cut model; from the first disorder on, in every attempt."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.nn.modules.module import (
 )
 
 from slimcli.network.structure.producing import MIXING
+from slimcli.network.structure.structure import Group
 
 
 @dataclass
@@ -35,6 +36,17 @@ class Log:
     whole: frozenset[str] = frozenset()
     outputs: list[Tensor] = field(default_factory=list)
     drew: bool = False
+
+
+def uncut_layers(groups: Iterable[Group], layers: Iterable[str]) -> frozenset[str]:
+    """Paths of those layers of which a cut of these groups takes nothing."""
+    cut = {slot.tensor for group in groups for slot in group.producers + group.followers}
+    touched = {name.rpartition(".")[0] for name in cut}
+    return frozenset(
+        path
+        for path in (name.removeprefix("tensor:") for name in layers)
+        if path not in touched and not any(each.startswith(f"{path}.") for each in touched)
+    )
 
 
 @contextlib.contextmanager
