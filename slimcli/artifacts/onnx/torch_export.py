@@ -36,19 +36,15 @@ def check_opset(opset: int) -> None:
     Raises:
         RecipeError: It is older or newer; says which ones are written.
     """
-    from onnxscript.version_converter import _version_converter
-
-    installed = getattr(_version_converter, "SUPPORTED_MAX_ONNX_OPSET", opsets.NEWEST)
-    newest = min(opsets.NEWEST, int(installed))
-    if opsets.LOWEST <= opset <= newest:
+    if opsets.LOWEST <= opset <= opsets.NEWEST:
         return
     problem = Problem(
         "E-ONNX-OPSET",
         f"opset {opset} can't be written",
         "--opset",
-        expected=f"{opsets.LOWEST} to {newest}",
+        expected=f"{opsets.LOWEST} to {opsets.NEWEST}",
         received=str(opset),
-        fix=f"--opset {opsets.LOWEST if opset < opsets.LOWEST else newest}",
+        fix=f"--opset {opsets.LOWEST if opset < opsets.LOWEST else opsets.NEWEST}",
     )
     raise RecipeError(problem)
 
