@@ -56,14 +56,17 @@ def known(module: nn.Module) -> Attributes:
     return {name: getattr(module, name) for name in names}
 
 
-def counters(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+def counters(modules: Mapping[str, nn.Module]) -> dict[str, tuple[nn.Module, str]]:
     """Attributes that count channels where no tensor of the layer does: (layer, attribute) by name.
 
-    >>> list(counters(nn.Sequential(nn.InstanceNorm1d(3), nn.InstanceNorm1d(3, affine=True))))
-    ['0.num_features']
+    Args:
+        modules: By their paths.
+
+    >>> list(counters({"a": nn.InstanceNorm1d(3), "b": nn.InstanceNorm1d(3, affine=True)}))
+    ['a.num_features']
     """
     found = {}
-    for path, module in model.named_modules():
+    for path, module in modules.items():
         for kind, name in COUNTED:
             if isinstance(module, kind) and not _has_tensors(module):
                 found[f"{path}.{name}" if path else name] = (module, name)

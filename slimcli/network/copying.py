@@ -27,8 +27,10 @@ _CONTAINERS = frozenset({OrderedDict, dict, set})
 
 _ATOMS = frozenset({bool, int, float, str, type(None)})
 
-_OWN_WAYS = ("__deepcopy__", "__getnewargs_ex__", "__getnewargs__", "__slots__")
-"""A class that has one of these is copied in its own way."""
+_OWN_WAYS = frozenset(
+    ("__deepcopy__", "__getnewargs_ex__", "__getnewargs__", "__slots__", "__reduce_ex__")
+)
+"""What has one of these is copied in its own way; all classes have the last one."""
 
 
 class _Detaching(TorchFunctionMode):
@@ -115,29 +117,33 @@ def _plain_parts(model: nn.Module, memo: Mapping[int, Any]) -> list[nn.Module]:
     """
     found: list[nn.Module] = []
     seen: set[int] = set()
+    plain_kinds: dict[type[nn.Module], bool] = {}
     todo = [(model, False)]
     while todo:  # without recursion: networks may be deep
         module, is_done = todo.pop()
         if is_done:
             found.append(module)
-        elif id(module) not in seen and id(module) not in memo and _is_plain(module):
+            continue
+        kind = type(module)
+        if kind not in plain_kinds:
+            plain_kinds[kind] = _is_plain_kind(kind)
+        is_plain = plain_kinds[kind] and _OWN_WAYS.isdisjoint(vars(module))
+        if is_plain and id(module) not in seen and id(module) not in memo:
             seen.add(id(module))
             todo.append((module, True))
             todo += [(part, False) for part in reversed(list(module.children()))]
     return found
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_plain_kind(kind: type[nn.Module]) -> bool:
     """Would ``copy.deepcopy`` make an empty object and give it copies of the attributes?"""
-    kind = type(module)
     return (
         kind.__new__ is object.__new__
         and kind.__reduce_ex__ is object.__reduce_ex__
         and kind.__reduce__ is object.__reduce__
         and getattr(kind, "__getstate__", None) is getattr(nn.Module, "__getstate__", None)
         and kind not in copyreg.dispatch_table
-        and not any(hasattr(kind, name) or name in vars(module) for name in _OWN_WAYS)
-        and "__reduce_ex__" not in vars(module)
+        and not any(hasattr(kind, name) for name in _OWN_WAYS - {"__reduce_ex__"})
     )
 
 
@@ -147,13 +153,27 @@ def _attributes(module: nn.Module, memo: dict[int, Any]) -> dict[str, Any]:
     state = getattr(module, "__getstate__", lambda: vars(module))()
     for name, each in state.items():
         kind = type(each)
-        if kind in _CONTAINERS and not each and not getattr(each, "__dict__", None):
-            copies[name] = memo.setdefault(id(each), kind())
-        elif kind in _ATOMS or (kind is tuple and _ATOMS.issuperset(map(type, each))):
+        if kind in _ATOMS or (kind is tuple and _ATOMS.issuperset(map(type, each))):
             copies[name] = each
+        elif id(each) in memo:
+            copies[name] = memo[id(each)]
+        elif kind in _CONTAINERS and not each and not getattr(each, "__dict__", None):
+            copies[name] = memo[id(each)] = kind()
+        elif kind is dict and _is_known(each, memo):
+            copies[name] = memo[id(each)] = {key: memo.get(id(v)) for key, v in each.items()}
+            memo.setdefault(id(memo), []).append(each)
         else:
             copies[name] = copy.deepcopy(each, memo)
     return copies
+
+
+def _is_known(held: dict[Any, Any], memo: dict[int, Any]) -> bool:
+    """Are there names, and for each of them nothing or what stands in for it already?
+
+    Parts and shared parameters are such.
+    """
+    keys, values = held.keys(), held.values()
+    return {str}.issuperset(map(type, keys)) and all(v is None or id(v) in memo for v in values)
 
 
 def _places(memo: dict[int, Any]) -> list[Place]:

@@ -52,8 +52,9 @@ def apply(
         RunError: A cut does not fit the model or its optimizer. The model is then unchanged.
     """
     held = held_tensors(model)
-    updates = _planned_counts(model, cuts)
-    _plan_sources(held, cuts, attributes.counters(model))
+    counters = attributes.counters(dict(model.named_modules()))
+    updates = _planned_counts(counters, cuts)
+    _plan_sources(held, cuts, counters)
     _follow_with_biases(held)
     changed = list({id(each): each for each in held.values() if each.sources}.values())
     updates += planned_attributes(model, changed)
@@ -71,10 +72,9 @@ def apply(
 
 
 def _planned_counts(
-    model: nn.Module, cuts: Sequence[Cut]
+    counters: Mapping[str, tuple[nn.Module, str]], cuts: Sequence[Cut]
 ) -> list[tuple[nn.Module, dict[str, Any]]]:
     """The new values of attributes that count channels at layers without tensors."""
-    counters = attributes.counters(model)
     parts: dict[str, list[Sources]] = {}
     for slot in (slot for cut in cuts for slot in cut.slots if slot.tensor in counters):
         parts.setdefault(slot.tensor, []).append(slot.sources)

@@ -161,7 +161,7 @@ def _cut(
     removed = removed_entries(kept)
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     names |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
-    names |= set(attributes.counters(model))
+    names |= set(attributes.counters(dict(model.named_modules())))
     cuts = [
         cut_when_folded(
             target,

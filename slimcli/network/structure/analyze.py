@@ -67,10 +67,10 @@ def trace(model: nn.Module, example: Example) -> Traced:
     """Runs the model, in both modes if need be, and records what happens to its channels."""
     twin = share_copy(model)
     record = Record(Sources(twin))
-    freeze_uncuttable(twin, record)
+    freeze_uncuttable(record)
     notes: list[str] = []
     trained, train_path_differs = None, False
-    with preserved_randomness(model), without_fast_path(), told_widths(twin, record):
+    with preserved_randomness(model), without_fast_path(), told_widths(record):
         twin.eval()
         memory, buffers = Memory(attributes_of(twin)), dict(twin.named_buffers())
         with noted_readers() as readers:

@@ -41,7 +41,8 @@ def assemble(
     notes: tuple[str, ...],
 ) -> Structure:
     """The public result."""
-    site_norms = {key: norm for key, norm in norm_after.items() if is_site_norm(model, norm)}
+    modules = dict(model.named_modules())
+    site_norms = {key: norm for key, norm in norm_after.items() if is_site_norm(modules[norm])}
     found = flows(record, grouping, site_norms)
     groups = []
     names: dict[str, int] = {}
@@ -68,8 +69,8 @@ def assemble(
     terms = counted(record.macs, grouping.group_of, group_names, sizes)
     result = Structure(
         tuple(groups),
-        _layers(model, record, grouping, groups),
-        _pairs(model, norm_after),
+        _layers(model, modules, record, grouping, groups),
+        _pairs(modules, site_norms),
         0,
         notes,
         terms,
@@ -78,9 +79,8 @@ def assemble(
     return replace(result, macs=result.macs_with({}))
 
 
-def is_site_norm(model: nn.Module, path: str) -> bool:
+def is_site_norm(norm: nn.Module) -> bool:
     """Can something be put right behind this norm? Exact batch norms and registered ones."""
-    norm = model.get_submodule(path)
     registered = {*fuse.PLAIN_NORMS, *fuse.ACTIVATED_NORMS}
     return type(norm) in attributes.BatchNorm or type(norm).__name__ in registered
 
@@ -246,9 +246,12 @@ def _feeds_only(path: str, gates: set[str], makers: dict[str, list[Group]], seen
 
 
 def _layers(
-    model: nn.Module, record: Record, grouping: Grouping, groups: list[Group]
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    record: Record,
+    grouping: Grouping,
+    groups: list[Group],
 ) -> tuple[LayerRow, ...]:
-    modules = dict(model.named_modules())
     rows: dict[str, LayerRow] = {}
     for key, labels in record.layers.items():
         path = key.removeprefix("tensor:")
@@ -278,20 +281,21 @@ def _shown(path: str, channels: int, modules: dict[str, nn.Module]) -> tuple[str
     return path.rpartition(".")[0], int(owner.hidden_size)
 
 
-def _pairs(model: nn.Module, norm_after: dict[str, str]) -> tuple[ConvBatchNorm, ...]:
+def _pairs(modules: dict[str, nn.Module], norm_after: dict[str, str]) -> tuple[ConvBatchNorm, ...]:
     found = []
     uses = Counter(
         id(parameter)
-        for module in model.modules()
+        for module in modules.values()
         for parameter in module.parameters(recurse=False)
     )
     for conv, norm in norm_after.items():
-        if conv.startswith("tensor:") or not is_site_norm(model, norm):
+        if conv.startswith("tensor:"):
             continue
-        if any(uses[id(each)] > 1 for each in model.get_submodule(conv).parameters(recurse=False)):
+        layers = modules[conv], modules[norm]
+        if any(uses[id(each)] > 1 for each in layers[0].parameters(recurse=False)):
             continue  # a tied weight: the norm behind one of its convs is not that of the other
-        if any(fuse.has_hooks(model.get_submodule(path)) for path in (conv, norm)):
+        if any(map(fuse.has_hooks, layers)):
             continue  # they would read other numbers, or be gone with the norm
-        if not fuse.why_not_foldable(model.get_submodule(conv), model.get_submodule(norm)):
+        if not fuse.why_not_foldable(*layers):
             found.append(ConvBatchNorm(conv, norm))
     return tuple(found)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor, nn
 
-from slimcli.network.nested import tensors_in
 from slimcli.network.structure.memory import memory_of
 from slimcli.network.structure.tensor_map import TensorMap
 
@@ -39,10 +38,10 @@ class Calls:
         """Path and module of the innermost running module."""
         return self.stack[-1] if self.stack else ("", None)
 
-    def enter(self, path: str, module: nn.Module, value: Any) -> None:
-        """A module starts to run, called with this."""
+    def enter(self, path: str, module: nn.Module, tensors: Iterable[Tensor]) -> None:
+        """A module starts to run, called with these."""
         self.stack.append((path, module))
-        self.given.append([weakref.ref(each) for each in tensors_in(value)])
+        self.given.append([weakref.ref(each) for each in tensors])
 
     def leave(self) -> str:
         """The innermost one is done; its path."""

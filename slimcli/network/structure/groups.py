@@ -150,7 +150,7 @@ def _gather(
         signature = np.add.reduceat(ids[slot_of[labels]], starts)
     signature = signature ^ (reason_of[component[labels[starts]]] * 1_000_003)
     _, which = np.unique(signature, return_inverse=True)
-    counts = np.diff([*starts, len(labels)])
+    counts = np.diff(starts, append=len(labels))
     group_of[labels] = np.repeat(which, counts)
     order = _network_order(record, group_of, int(which.max()) + 1)
     rank = np.empty_like(order)

@@ -32,9 +32,9 @@ LISTED = 4
 """So many layers are named in a note."""
 
 
-def freeze_uncuttable(model: nn.Module, record: Record) -> None:
+def freeze_uncuttable(record: Record) -> None:
     """Freezes every channel of the modules that can't be cut, whatever runs."""
-    for path, module in model.named_modules():
+    for path, module in record.sources.modules.items():
         if isinstance(module, RECURRENT):
             reason = f"recurrent layers are left alone ({path or type(module).__name__})"
             _freeze_below(path, record, reason)

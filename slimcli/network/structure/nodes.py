@@ -8,8 +8,8 @@ position), or neither?
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 
 class State(IntEnum):
@@ -36,8 +36,7 @@ class Kind(IntEnum):
     JUMP = 10  # f(x) that jumps: of a constant that was computed, rounding decides
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(NamedTuple):
     """One value, given by what made it and from what.
 
     Attributes:

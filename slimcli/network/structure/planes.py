@@ -39,7 +39,7 @@ def pack(labels: Tensor, nodes: Tensor | int) -> Tensor:
     """
     flat = labels.numpy()
     packed = flat + ((nodes.numpy() if isinstance(nodes, Tensor) else nodes) << SHIFT)
-    return torch.from_numpy(np.where(flat == 0, 0, packed))
+    return torch.from_numpy(packed if are_all(flat) else np.where(flat == 0, 0, packed))
 
 
 def active_axes(plane: Tensor) -> tuple[int, ...]:
@@ -93,6 +93,24 @@ def with_leading_axes(plane: Tensor, dims: int) -> Tensor:
     return plane.reshape([1] * (dims - plane.dim()) + list(plane.shape))
 
 
+def first_of(plane: Tensor) -> int:
+    """Its first entry, packed.
+
+    >>> first_of(torch.tensor([[5], [6]]))
+    5
+    """
+    return int(plane.numpy().item(0))
+
+
+def are_all(flags: np.ndarray) -> bool:
+    """Is none of them false, or zero? ``flags.all()`` takes three times as long.
+
+    >>> are_all(np.array([True, False])), are_all(np.array([2, 1]))
+    (False, True)
+    """
+    return bool(np.count_nonzero(flags) == flags.size)
+
+
 def entries(plane: Tensor) -> Labels:
     """All different entries, sorted."""
     return distinct(plane.reshape(-1).numpy())
@@ -104,9 +122,9 @@ def distinct(values: Labels) -> Labels:
     >>> distinct(np.array([3, 1, 3])).tolist()
     [1, 3]
     """
-    if (values[1:] > values[:-1]).all():
+    if are_all(values[1:] > values[:-1]):
         return values
-    if (values == values[0]).all():
+    if are_all(values == values[0]):
         return values[:1]
     return np.unique(values)
 

@@ -16,6 +16,7 @@ from slimcli.network.structure.planes import (
     SHIFT,
     distinct,
     entries,
+    first_of,
     labels_of,
     squeeze_equal,
 )
@@ -51,9 +52,11 @@ def of_activations(op: Op, planes: Sequence[Tensor]) -> list[Tensor]:
 
     Frequencies that a feature is multiplied with, and laid side by side, stay as they are.
     """
+    if len(planes) < 2:
+        return list(planes)
     is_weight = weights_only(op)
     others = [plane for plane in planes if not is_weight(plane)]
-    if len(planes) < 2 or not others:
+    if not others:
         return list(planes)
     op.freeze_planes([plane for plane in planes if is_weight(plane)], SEVERAL_KINDS)
     return others
@@ -61,7 +64,7 @@ def of_activations(op: Op, planes: Sequence[Tensor]) -> list[Tensor]:
 
 def is_made(op: Op, plane: Tensor) -> bool:
     """Is it of a tensor that was made as wide as another one?"""
-    return op.record.table.is_made(int(plane.reshape(-1)[0]) >> SHIFT)
+    return op.record.table.is_made(first_of(plane) >> SHIFT)
 
 
 def only_plane(op: Op, tensor: Tensor, axis: int) -> Tensor | None:
@@ -217,6 +220,9 @@ def weights_only(op: Op) -> Callable[[Tensor], bool]:
     """Tells planes of weights from planes of activations."""
 
     def is_weight(plane: Tensor) -> bool:
+        first = first_of(plane) >> SHIFT
+        if first and not op.record.table.is_weight(first):
+            return False
         nodes = distinct(plane.reshape(-1).numpy() >> SHIFT)
         return all(op.record.table.is_weight(int(node)) for node in nodes if node)
 

@@ -13,6 +13,7 @@ from slimcli.network.structure.nodes import NodeTable
 from slimcli.network.structure.planes import (
     LABEL_MASK,
     Labels,
+    are_all,
     broadcast,
     distinct,
     entries,
@@ -197,7 +198,7 @@ class Record:
     def join_labels(self, a: Labels, b: Labels) -> None:
         """The same for flat label arrays."""
         different = a != b
-        if different.any():
+        if np.count_nonzero(different):
             different &= (a != 0) & (b != 0)
             self.edges.append((a[different], b[different]))
 
@@ -213,7 +214,7 @@ class Record:
         """
         a, b = _rows(left, right)
         self.join_labels(a, b)
-        if a.all() and b.all():
+        if are_all(a) and are_all(b):
             return
         alone = a[b == 0] if is_room else np.concatenate([a[b == 0], b[a == 0]])
         if alone.any():

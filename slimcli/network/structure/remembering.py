@@ -25,23 +25,19 @@ Space = dict[str, Any]
 
 
 class Change:
-    """What a name stood for before a run.
+    """What a name stood for before a run, and does not any more.
 
     Args:
         space: Where the name is.
         name: Of an attribute.
         value: What it stood for.
+        content: What was in it, if it is a container.
     """
 
-    def __init__(self, space: Space, name: str, value: Any = _NOTHING) -> None:
-        self._space, self._name, self._value = space, name, value
-        self._content = copy.copy(value) if type(value) in _CONTAINERS else None
-
-    @property
-    def is_undone(self) -> bool:
-        """Does it stand for the same, with the same in it?"""
-        is_same = self._space.get(self._name, _NOTHING) is self._value
-        return is_same and (self._content is None or _are_same(self._content, self._value))
+    def __init__(
+        self, space: Space, name: str, value: Any = _NOTHING, content: Any = _NOTHING
+    ) -> None:
+        self._space, self._name, self._value, self._content = space, name, value, content
 
     def undo(self) -> None:
         """The name stands again for what it did."""
@@ -49,7 +45,7 @@ class Change:
             self._space.pop(self._name, None)
             return
         self._space[self._name] = self._value
-        if self._content is not None:  # the same object: functions may close over it
+        if self._content is not _NOTHING:  # the same object: functions may close over it
             self._value.clear()
             is_row = isinstance(self._value, (list, deque))
             (self._value.extend if is_row else self._value.update)(self._content)
@@ -63,22 +59,30 @@ class Memory:
     """
 
     def __init__(self, spaces: Iterable[Space]) -> None:
-        self._spaces = list(spaces)
-        self._known = {
-            (number, name): Change(space, name, space[name])
-            for number, space in enumerate(self._spaces)
-            for name in _names(space)
+        self._known = [
+            (space, {name: space[name] for name in space if name not in _OF_ALL_MODULES})
+            for space in spaces
+        ]
+        self._contents = {
+            id(value): copy.copy(value)
+            for _, known in self._known
+            for value in known.values()
+            if type(value) in _CONTAINERS
         }
 
     def changes(self) -> list[Change]:
         """What was set, replaced, deleted, or has grown or shrunk since."""
-        new = [
-            Change(space, name)
-            for number, space in enumerate(self._spaces)
-            for name in _names(space)
-            if (number, name) not in self._known
-        ]
-        return new + [each for each in self._known.values() if not each.is_undone]
+        new: list[Change] = []
+        old: list[Change] = []
+        for space, known in self._known:
+            names = space.keys() - known.keys() - _OF_ALL_MODULES
+            new += [Change(space, name) for name in space if name in names] if names else []
+            for name, value in known.items():
+                content = self._contents.get(id(value), _NOTHING)
+                is_same = space.get(name, _NOTHING) is value
+                if not is_same or (content is not _NOTHING and not _are_same(content, value)):
+                    old.append(Change(space, name, value, content))
+        return new + old
 
     def undo(self) -> None:
         """All names stand again for what they did."""
@@ -98,8 +102,13 @@ def _are_same(left: Any, right: Any) -> bool:
 def attributes_of(model: nn.Module) -> list[Space]:
     """Of its modules and of plain objects they hold; what is written into tensors is not seen."""
     spaces = [vars(module) for module in model.modules()]
-    held = {id(each): each for space in spaces for each in space.values()}
-    return spaces + [vars(each) for each in held.values() if type(each) is SimpleNamespace]
+    held = {
+        id(each): each
+        for space in spaces
+        for each in space.values()
+        if type(each) is SimpleNamespace
+    }
+    return spaces + [vars(each) for each in held.values()]
 
 
 @contextlib.contextmanager
@@ -128,7 +137,3 @@ def _remembering(space: Mapping[str, Any]) -> list[Any]:
     """Functions with a cache; nothing else is asked anything, as it may answer in its own way."""
     wrapped = [v.__func__ if type(v) in _METHODS else v for v in tuple(space.values())]
     return [each for each in wrapped if type(each) is _CACHED]
-
-
-def _names(space: Space) -> list[str]:
-    return [name for name in space if name not in _OF_ALL_MODULES]

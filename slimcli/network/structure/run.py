@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,9 +98,10 @@ def _watch_modules(model: nn.Module, tracer: Tracer) -> list[Any]:
 
     def enter(path: str) -> Any:
         def hook(module: nn.Module, inputs: Any, keywords: Any) -> None:
-            _take(tracer, tracer.calls.top()[0], (inputs, keywords))
-            tracer.calls.enter(path, module, (inputs, keywords))
-            _take(tracer, path, (inputs, keywords))
+            tensors = list(tensors_in((inputs, keywords)))
+            _take(tracer, tracer.calls.top()[0], tensors)
+            tracer.calls.enter(path, module, tensors)
+            _take(tracer, path, tensors)
             tracer.calls.mixing_entered += isinstance(module, MIXING)
             if module in counting:
                 _count(tracer, counting[module], inputs)
@@ -115,7 +116,7 @@ def _watch_modules(model: nn.Module, tracer: Tracer) -> list[Any]:
             node = _affine_node(tracer.record, path)
             before = tracer.planes_of(read)
             tracer.relabel(output, tuple(map_nodes(p, node) for p in before))
-        _take(tracer, tracer.calls.top()[0], output)
+        _take(tracer, tracer.calls.top()[0], tensors_in(output))
 
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -141,10 +142,11 @@ def _count(tracer: Tracer, name: str, inputs: tuple[Any, ...]) -> None:
                 tracer.record.join(plane.reshape(-1), labels)
 
 
-def _take(tracer: Tracer, path: str, value: Any) -> None:
+def _take(tracer: Tracer, path: str, tensors: Iterable[Tensor]) -> None:
     """The forward of the module at this path has these tensors in its hands."""
-    hands = tracer.record.hands.setdefault(path, Hands())
-    for tensor in tensors_in(value):
+    every = tracer.record.hands
+    hands = every[path] if path in every else every.setdefault(path, Hands())
+    for tensor in tensors:
         planes = tracer.planes_of(tensor)
         if planes:
             hands.planes.append(planes)

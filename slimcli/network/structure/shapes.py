@@ -120,7 +120,7 @@ class Shapes(TorchFunctionMode):
     def _hear(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Notes what a function is told."""
         self._hear_scalars((*args, *kwargs.values()), result)
-        for each in tensors_in(result):
+        for each in tensors_in(result) if type(result) is not Tensor else ():
             if type(each) is not Tensor:  # of a kind of the user's: a new object in torch's place
                 self._tracer.planes_of(each)
         if func is torch.Tensor.__deepcopy__:
@@ -301,11 +301,11 @@ def _classes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 
 @contextlib.contextmanager
-def told_widths(model: nn.Module, record: Record) -> Iterator[None]:
+def told_widths(record: Record) -> Iterator[None]:
     """Meanwhile the widths that layers keep as numbers are sizes of their weights."""
     changed: list[tuple[nn.Module, str, int]] = []
     dims = {(each.tensor, each.dim): each for each in record.sources.dims}
-    for path, module in model.named_modules():
+    for path, module in record.sources.modules.items():
         own = vars(module)
         if isinstance(module, torch.jit.ScriptModule):
             continue

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -40,6 +42,7 @@ class Sources:
         model: Its parameters and buffers get labels, tied ones the same.
 
     Attributes:
+        modules: All modules of the model by their paths; of a shared one its first path.
         dims: All labelled dimensions.
         seen: Names of tensors that were asked for: operators used them.
         counters: Name of an attribute that counts channels -> labels for what it counts.
@@ -55,14 +58,15 @@ class Sources:
         self._storages: set[int] = set()
         self._names: dict[str, set[str]] = {}
         self.seen: set[str] = set()
-        kernels = _kernels(model)
+        self.modules: dict[str, nn.Module] = dict(model.named_modules())
+        kernels = _kernels(self.modules.values())
         named: list[tuple[str, Tensor]] = [*model.named_parameters(remove_duplicate=False)]
         named += [*model.named_buffers(remove_duplicate=False)]
         for name, tensor in named:
             self._register(name, tensor, 2 if id(tensor) in kernels else tensor.dim())
         self.counters: dict[str, Tensor] = {}
         self.counting: dict[nn.Module, str] = {}
-        for name, (module, attribute) in attributes.counters(model).items():
+        for name, (module, attribute) in attributes.counters(self.modules).items():
             size = getattr(module, attribute)
             if size > 1:
                 self.counters[name] = torch.arange(size) + self._labelled(name, 0, size)
@@ -140,15 +144,16 @@ def source_planes(source: Source, table: NodeTable) -> tuple[Tensor, ...]:
             packed = first + (node << SHIFT)
             plane_shape = [1] * len(shape)
             plane_shape[dim] = shape[dim]
-            planes.append(torch.arange(packed, packed + shape[dim]).view(plane_shape))
+            entries = np.arange(packed, packed + shape[dim]).reshape(plane_shape)
+            planes.append(torch.from_numpy(entries))
     return tuple(planes)
 
 
-def _kernels(model: nn.Module) -> set[int]:
+def _kernels(modules: Iterable[nn.Module]) -> set[int]:
     """Identities of conv weights (also parametrized ones): only two dimensions carry channels."""
     convs = torch.nn.modules.conv._ConvNd
     found = set()
-    for module in model.modules():
+    for module in modules:
         if isinstance(module, convs):
             tensors = [*module.named_parameters()]
             found |= {id(tensor) for name, tensor in tensors if tensor.dim() > 2}

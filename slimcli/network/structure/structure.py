@@ -11,6 +11,7 @@ import numpy as np
 
 from slimcli.network.cuts import Constant, Cut, Slot, SlotCut
 from slimcli.network.selection import Sources, whole
+from slimcli.network.structure.planes import are_all
 from slimcli.network.structure.record import MacTerm
 
 
@@ -274,7 +275,7 @@ def label_counts(
     groups = group_of[labels]
     if not len(groups):
         return 0, {}
-    if (groups == groups[0]).all():  # nearly always
+    if are_all(groups == groups[0]):  # nearly always
         number, size = int(groups[0]), len(groups)
         return (size, {}) if number < 0 else (0, {names[number]: size})
     unique, counts = np.unique(groups, return_counts=True)

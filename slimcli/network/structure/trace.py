@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -63,6 +63,7 @@ class Op:
         name: Base name, no overload, no trailing underscore (``add`` for ``add_.Tensor``).
         output: What the call returned.
         size: Of the first tensor among the arguments, before the call (``squeeze_`` changes it).
+        signature: Its name and its arguments that are no tensors, once a rule asked for them.
     """
 
     tracer: Tracer
@@ -72,6 +73,7 @@ class Op:
     kwargs: dict[str, Any]
     output: Any
     size: torch.Size
+    signature: tuple[str, str] | None = field(default=None, init=False)
 
     @property
     def record(self) -> Record:

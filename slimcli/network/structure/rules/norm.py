@@ -25,6 +25,8 @@ from slimcli.network.structure.trace import NO_PLANES, Op, Planes, Rule
 
 def channel_rows(op: Op, plane: Tensor, axis: int) -> Tensor:
     """The packed entry of each index along an axis; what else occurs there is joined to it."""
+    if plane.numel() == plane.shape[axis]:
+        return plane.reshape(-1)
     return one_of_each(op.record, axis_entries(plane, axis))
 
 

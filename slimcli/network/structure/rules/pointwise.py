@@ -17,10 +17,11 @@ from slimcli.network.structure.planes import (
     LABEL_MASK,
     SHIFT,
     active_axes,
+    are_all,
     broadcast,
     entries,
+    first_of,
     labels_of,
-    nodes_of,
     pack,
     with_leading_axes,
 )
@@ -39,8 +40,8 @@ def map_nodes(plane: Tensor, function: Callable[[int], int]) -> Tensor:
     flat = plane.reshape(-1).numpy()
     nodes = flat >> SHIFT
     first = int(nodes[0])
-    if first and (nodes == first).all():
-        return pack(labels_of(plane), function(first))
+    if first and are_all(nodes == first):  # so that all have a label
+        return torch.from_numpy(flat + ((function(first) - first) << SHIFT)).view(plane.shape)
     unique, inverse = np.unique(nodes, return_inverse=True)
     new = np.array([function(int(node)) if node else 0 for node in unique], dtype=np.int64)
     packed = (flat & LABEL_MASK) + (new[inverse] << SHIFT)
@@ -64,11 +65,11 @@ def mapped(op: Op, plane: Tensor, *, keeps_zero: bool) -> Tensor:
 
 def combine_nodes(planes: Sequence[Tensor], function: Callable[[tuple[int, ...]], int]) -> Tensor:
     """Nodes of a value made from several, each packed plane of the same shape."""
-    stacked = torch.stack([nodes_of(plane).reshape(-1) for plane in planes]).numpy()
-    if (stacked == stacked[:, :1]).all():
-        node = function(tuple(stacked[:, 0].tolist()))
-        return torch.full(planes[0].shape, node, dtype=torch.int64)
-    unique, inverse = np.unique(stacked, axis=1, return_inverse=True)
+    rows = [plane.numpy().reshape(-1) >> SHIFT for plane in planes]
+    firsts = tuple(int(row[0]) for row in rows)
+    if all(are_all(row == first) for row, first in zip(rows, firsts, strict=True)):
+        return torch.full(planes[0].shape, function(firsts), dtype=torch.int64)
+    unique, inverse = np.unique(np.stack(rows), axis=1, return_inverse=True)
     new = [function(tuple(int(node) for node in column)) for column in unique.T]
     result = np.array(new, dtype=np.int64)[inverse.reshape(-1)]
     return torch.from_numpy(result).view(planes[0].shape)
@@ -111,7 +112,8 @@ def _axes(group: Sequence[Operand]) -> set[int]:
 def _merge_group(op: Op, tensors: Sequence[Tensor], group: list[Operand]) -> Tensor | None:
     axes = _axes(group)
     made = op.record.table.is_made
-    group = sorted(group, key=lambda each: made(int(each[1].reshape(-1)[0]) >> SHIFT))
+    if len(group) > 1:
+        group = sorted(group, key=lambda each: made(first_of(each[1]) >> SHIFT))
     planes = [plane for _, plane in group]
     dims = planes[0].dim()
     have = {index for index, _ in group}
@@ -138,7 +140,7 @@ def _merge_group(op: Op, tensors: Sequence[Tensor], group: list[Operand]) -> Ten
 
 def _is_filler(record: Record, plane: Tensor) -> bool:
     """Has it channels only in so far as it is as wide as they are? Any value, but not a zero."""
-    node = int(plane.reshape(-1)[0]) >> SHIFT
+    node = first_of(plane) >> SHIFT
     return record.table.is_made(node) and not are_zeros(record.table, [plane])
 
 
@@ -244,11 +246,14 @@ def how_made(op: Op) -> str:
 
 def _signature(op: Op) -> tuple[str, str]:
     """The operator with its arguments that are no tensors."""
+    if op.signature is not None:
+        return op.signature
     scalars = repr([a for a in op.args if not isinstance(a, (Tensor, list, tuple))])
     scalars += repr(
         {k: v for k, v in op.kwargs.items() if not isinstance(v, (Tensor, torch.Generator))}
     )
-    return op.func.name(), scalars
+    op.signature = op.func.name(), scalars
+    return op.signature
 
 
 def _evaluated(op: Op, places: Sequence[int], inner: Tensor, outer: Tensor) -> Tensor | None:
