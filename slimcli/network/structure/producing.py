@@ -14,6 +14,7 @@ from slimcli.network.structure.nodes import Kind, Node, NodeTable, State, ZeroSt
 from slimcli.network.structure.planes import (
     LABEL_MASK,
     SHIFT,
+    Labels,
     distinct,
     entries,
     first_of,
@@ -33,8 +34,10 @@ def caller(op: Op, weight: Tensor, plane: Tensor | None) -> str:
     """Path of the module whose weight this is, if it is the one running; else ``tensor:NAME``."""
     owner = ""
     if plane is not None:
-        labels = plane.reshape(-1).numpy() & LABEL_MASK
-        first = int(labels[0] or labels[(labels != 0).argmax()])
+        first = first_of(plane) & LABEL_MASK
+        if not first:
+            labels = plane.reshape(-1).numpy() & LABEL_MASK
+            first = int(labels[(labels != 0).argmax()])
         owner = op.record.sources.dim_of(first).tensor if first else ""
     else:
         source = op.record.sources.find(weight)
@@ -115,17 +118,16 @@ def _runs_code_of_torch(module: nn.Module) -> bool:
 
 
 def add_consumer(
-    op: Op, path: str, plane: Tensor, pairs: Tensor, *, takes_constants: bool, is_plain: bool
+    op: Op, path: str, plane: Tensor, pairs: Labels, *, takes_constants: bool, is_plain: bool
 ) -> None:
     """Records the reading side of a mixing op. ``pairs``: arriving and weight labels, (2, n)."""
-    numbers = pairs.numpy()
     op.record.consumers.append(
         Consumer(
             op.record.next_order(),
             path,
             entries(plane),
-            distinct(numbers[1]),
-            numbers,
+            distinct(pairs[1]),
+            pairs,
             takes_constants,
             is_plain,
         )
@@ -134,9 +136,7 @@ def add_consumer(
 
 def add_sum(op: Op, plane: Tensor) -> None:
     """Records that these channels are summed up without any weight."""
-    add_consumer(
-        op, "", plane, torch.zeros(2, 0, dtype=torch.int64), takes_constants=False, is_plain=False
-    )
+    add_consumer(op, "", plane, np.zeros((2, 0), np.int64), takes_constants=False, is_plain=False)
 
 
 def add_producer(
@@ -159,9 +159,10 @@ def add_producer(
         bias: What it adds.
     """
     biases = [labels_of(plane).reshape(-1).numpy() for plane in op.planes(bias)]
-    op.record.layers.setdefault(key, labels.reshape(-1).numpy())
+    outputs = labels.reshape(-1).numpy()
+    op.record.layers.setdefault(key, outputs)
     op.record.producers.append(
-        Producer(op.record.next_order(), key, labels.reshape(-1).numpy(), is_plain, tuple(biases))
+        Producer(op.record.next_order(), key, outputs, is_plain, tuple(biases))
     )
     nodes = distinct(weight.numpy().ravel() >> SHIFT)
     vanishes = all(_vanishes(op.record.table, int(node)) for node in nodes)
@@ -170,6 +171,9 @@ def add_producer(
 
 def _vanishes(table: NodeTable, number: int) -> bool:
     """Is a weight zero where one of its tensors is? No sum of two, and no exponential."""
+    node = table.nodes[number]
+    if node.kind == Kind.SOURCE:
+        return bool(node.name)
     names = table.names_below(number)
     return any(ZeroStates(table, (name,), {}).of(number) == State.ZERO for name in names)
 

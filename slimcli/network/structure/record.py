@@ -196,11 +196,12 @@ class Record:
         self.join_labels(*_rows(left, right))
 
     def join_labels(self, a: Labels, b: Labels) -> None:
-        """The same for flat label arrays."""
+        """The same for flat label arrays, which nobody may change afterwards."""
         different = a != b
         if np.count_nonzero(different):
             different &= (a != 0) & (b != 0)
-            self.edges.append((a[different], b[different]))
+            is_all = are_all(different)
+            self.edges.append((a, b) if is_all else (a[different], b[different]))
 
     def tie(self, left: Tensor, right: Tensor, reason: str, *, is_room: bool = False) -> None:
         """Joins; where only one side has a label, it is frozen, and the user's line is told.
@@ -212,7 +213,10 @@ class Record:
             is_room: The left one is only room for the right one, which is free where there are no
                 labels.
         """
-        a, b = _rows(left, right)
+        self.tie_labels(*_rows(left, right), reason, is_room=is_room)
+
+    def tie_labels(self, a: Labels, b: Labels, reason: str, *, is_room: bool = False) -> None:
+        """The same for flat label arrays, which nobody may change afterwards."""
         self.join_labels(a, b)
         if are_all(a) and are_all(b):
             return

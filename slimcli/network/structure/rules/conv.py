@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from slimcli.network.structure.nodes import Kind, Node
-from slimcli.network.structure.planes import labels_of, nodes_of, pack
+from slimcli.network.structure.planes import LABEL_MASK, labels_of, nodes_of, pack
 from slimcli.network.structure.producing import (
     SEVERAL_KINDS,
     add_consumer,
@@ -90,6 +91,9 @@ def _channel_plane(op: Op, tensor: Tensor) -> Tensor | None:
 
 def _carried(op: Op, tensor: Tensor) -> Planes:
     """Channels folded into the batch axis pass, each mixed with itself only."""
+    planes = [plane for plane in op.planes(tensor) if plane.shape[0] > 1 and plane.shape[1] == 1]
+    if not planes:
+        return NO_PLANES
     add = op.record.table.add
     flags, how = (op.args[2] is not None, _spoils_constants(op)), op.record.table.one_time()
 
@@ -99,14 +103,13 @@ def _carried(op: Op, tensor: Tensor) -> Planes:
             return answer
         return add(Node(Kind.BORDER, (answer,)))  # of each output another bias, and another sum
 
-    planes: Planes = NO_PLANES
-    for plane in op.planes(tensor):
-        if plane.shape[0] > 1 and plane.shape[1] == 1:
-            if plane.numel() > plane.shape[0]:
-                op.freeze_planes([plane], "a convolution runs along an axis with channels")
-                continue
-            planes += (map_nodes(plane, node),)
-    return planes
+    result: Planes = NO_PLANES
+    for plane in planes:
+        if plane.numel() > plane.shape[0]:
+            op.freeze_planes([plane], "a convolution runs along an axis with channels")
+        else:
+            result += (map_nodes(plane, node),)
+    return result
 
 
 def _spoils_constants(op: Op) -> bool:
@@ -137,14 +140,15 @@ def _connect(
     if groups > 1:
         op.record.join(blocks[:1], blocks)
         op.record.join(by_group[:1], by_group)
-    op.record.tie(by_group, blocks, FIXED_INPUT)
+    pairs = np.stack([each.numpy().reshape(-1) for each in (by_group, blocks)]) & LABEL_MASK
+    op.record.tie_labels(pairs[0], pairs[1], FIXED_INPUT)
     path = caller(op, op.args[1], arriving)
     absorbs = takes_up(op, path, arriving, op.args[0]) and _answers_evenly(op, transposed)
     add_consumer(
         op,
         path,
         rows,
-        torch.stack([labels_of(by_group).reshape(-1), labels_of(blocks).reshape(-1)]),
+        pairs,
         takes_constants=absorbs,
         is_plain=groups == 1,
     )

@@ -222,7 +222,9 @@ def _contract(
     if is_weight:
         path = caller(op, factors[1], readers[0])
         absorbs = takes_up(op, path, readers[0], factors[0])
-        add_consumer(op, path, left, labels_of(pairs), takes_constants=absorbs, is_plain=True)
+        add_consumer(
+            op, path, left, labels_of(pairs).numpy(), takes_constants=absorbs, is_plain=True
+        )
         return
     _meet(op, left, right, "two activations are multiplied and summed over them", absorbs=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,12 +87,13 @@ def _measures(op: Op) -> bool:
 
 
 def _tie_vectors(op: Op, rows: Tensor, vectors: Sequence[Tensor | None]) -> None:
+    labels = labels_of(rows).numpy()
     for vector in vectors:
         if vector is None:
             continue
         planes = op.planes(vector)
-        other = planes[0].reshape(-1) if planes else torch.zeros_like(rows)
-        op.record.tie(rows, other, "a norm reads a tensor of fixed size")
+        other = labels_of(planes[0]).numpy().reshape(-1) if planes else np.zeros_like(labels)
+        op.record.tie_labels(labels, other, "a norm reads a tensor of fixed size")
 
 
 def layer_norm(op: Op) -> Sequence[Planes]:

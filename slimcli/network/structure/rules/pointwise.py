@@ -118,8 +118,10 @@ def _merge_group(op: Op, tensors: Sequence[Tensor], group: list[Operand]) -> Ten
     dims = planes[0].dim()
     have = {index for index, _ in group}
     for index, tensor in enumerate(tensors):
+        if index in have:
+            continue
         sizes = (1,) * (dims - tensor.dim()) + _own_sizes(tensor)
-        if index not in have and any(sizes[axis] > 1 for axis in axes):
+        if any(sizes[axis] > 1 for axis in axes):
             op.freeze_planes(planes, "channels meet a tensor of fixed size")
             return None
     _note_weights(op, tensors, group)
