@@ -86,11 +86,13 @@ def command(
 def _store(folder: Path, measured: dict[str, Any]) -> None:
     """For the report; a folder that can't be written takes nothing from what was measured."""
     from slimcli.artifacts import latency
+    from slimcli.cli import full_disk
     from slimcli.cli.report import refresh
     from slimcli.errors import SlimError
 
     try:
-        latency.note(folder, measured)
+        with full_disk.repeat("slim bench"):
+            latency.note(folder, measured)
     except SlimError as error:
         console.warn(f"not in the report: {error}")
     else:

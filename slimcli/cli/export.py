@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from slimcli import console
-from slimcli.artifacts import atomic, opsets
+from slimcli.artifacts import opsets
 from slimcli.artifacts.event_lines import large
+from slimcli.cli import full_disk
 from slimcli.cli.arguments import existing
 from slimcli.cli.engine_options import EngineOptions, engine_options, is_given
-from slimcli.errors import MissingError, Problem, RecipeError, RunError, VerificationError
+from slimcli.errors import MissingError, Problem, RecipeError, VerificationError
 
 if TYPE_CHECKING:
     from slimcli.artifacts.verify import Seam
@@ -100,7 +99,7 @@ def command(run: Path | None, want_onnx: bool, want_trt: bool, opset: int, **opt
     engine = engine_options(options, want_trt)
     path = run if run is not None else finished.newest()
     exported = Exported()
-    with _full_disks_told():
+    with full_disk.repeat("slim export"):
         if path.is_file() or not _is_run(path):
             file = _bare_file(path, want_onnx, want_trt)
             _engine_of_file(file, engine, exported)
@@ -110,18 +109,6 @@ def command(run: Path | None, want_onnx: bool, want_trt: bool, opset: int, **opt
             where = _export_run(path, writes_onnx, want_trt, engine, opset, exported)
     _show(where, exported)
     _say_what_is_next(where, exported)
-
-
-@contextlib.contextmanager
-def _full_disks_told() -> Iterator[None]:
-    """Training is over: what helps on a full disk is to export once more, not to resume."""
-    try:
-        yield
-    except RunError as error:
-        if not any(each.code == atomic.FULL for each in error.problems):
-            raise
-        fix = "free some space, then slim export again"
-        raise RunError(*(replace(each, fix=fix) for each in error.problems)) from error
 
 
 def _say_what_is_next(where: Path, exported: Exported) -> None:

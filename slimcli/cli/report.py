@@ -20,10 +20,12 @@ def command(run: Path | None) -> None:
       slim report checkpoints/task/latest      of this one, however it ended
     """
     from slimcli.artifacts import run_folder
+    from slimcli.cli import full_disk
     from slimcli.cli.finished import newest
     from slimcli.report.write import write_report
 
-    path = write_report(run_folder.open_run(run or newest()).path)
+    with full_disk.repeat("slim report"):
+        path = write_report(run_folder.open_run(run or newest()).path)
     if console.settings().json:
         console.document(
             {"version": 1, "report": str(path), "card": str(path.with_name("card.md"))}

@@ -221,18 +221,37 @@ def test_an_engine_for_a_gpu_named_in_lower_case_is_built_and_not_offered_for_a_
     assert stored["spec"]["compute_capabilities"] == ["SM89"]
 
 
-def test_on_a_full_disk_the_export_is_to_be_repeated_and_no_run_resumed(run, capsys, monkeypatch):
+@pytest.mark.parametrize("command", ["export", "report"])
+def test_on_a_full_disk_a_command_is_to_be_repeated_and_no_run_resumed(
+    run, capsys, monkeypatch, command
+):
+    fill_the_disk(monkeypatch)
+    assert slim(command, run) == 1
+    err = capsys.readouterr().err
+    assert "no space left on the disk" in err
+    assert f"fix: free some space, then slim {command} again" in err
+    assert "resume" not in err
+
+
+def test_on_a_full_disk_what_bench_measured_is_shown_and_not_in_the_report(
+    run, capsys, monkeypatch
+):
+    fill_the_disk(monkeypatch)
+    assert slim("bench", run, "--repeats", "3") == 0
+    told = capsys.readouterr()
+    assert "deploy" in told.out
+    assert "not in the report" in told.err
+    assert "slim bench again" in told.err
+    assert "resume" not in told.err
+
+
+def fill_the_disk(monkeypatch):
     from slimcli.artifacts import atomic
 
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(atomic, "_flush", full)
-    assert slim("export", run) == 1
-    err = capsys.readouterr().err
-    assert "no space left on the disk" in err
-    assert "fix: free some space, then slim export again" in err
-    assert "resume" not in err
 
 
 def test_an_unfinished_run_is_refused(run, capsys):
