@@ -20,6 +20,7 @@ from slimcli.network.structure.remembering import Memory, attributes_of, emptied
 from slimcli.network.structure.run import run_traced
 from slimcli.network.structure.search import try_cuts
 from slimcli.network.structure.shapes import told_widths
+from slimcli.network.structure.skipping import NumbersAsked, Skipping
 from slimcli.network.structure.sources import Sources
 from slimcli.network.structure.structure import Structure
 from slimcli.network.structure.traced import Traced
@@ -64,7 +65,17 @@ def analyze(model: nn.Module, example: Example, *, trial: bool = True) -> Struct
 
 
 def trace(model: nn.Module, example: Example) -> Traced:
-    """Runs the model, in both modes if need be, and records what happens to its channels."""
+    """Runs the model, in both modes if need be, and records what happens to its channels.
+
+    Products of activations are not computed, unless the run turns out to hang on their numbers.
+    """
+    try:
+        return _traced(model, example, Skipping())
+    except (NumbersAsked, Exception):  # zeros may be the reason of any error
+        return _traced(model, example, None)
+
+
+def _traced(model: nn.Module, example: Example, skipping: Skipping | None) -> Traced:
     twin = share_copy(model)
     record = Record(Sources(twin))
     freeze_uncuttable(record)
@@ -74,16 +85,20 @@ def trace(model: nn.Module, example: Example) -> Traced:
         twin.eval()
         memory, buffers = Memory(attributes_of(twin)), dict(twin.named_buffers())
         with noted_readers() as readers:
-            evaluated = run_traced(twin, example, record)
+            evaluated = run_traced(twin, example, record, skipping=skipping)
         consumers_in_eval = len(record.consumers)
         keeps_state = bool(memory.changes()) or _differ(buffers, dict(twin.named_buffers()))
+        if keeps_state and skipping is not None and skipping.has_skipped:
+            raise NumbersAsked  # what is kept would be made up
         if readers or keeps_its_own_mode(twin) or keeps_state:
             set_train_mode(twin)
             macs = list(record.macs)
             try:
-                trained = run_traced(twin, example, record)
+                trained = run_traced(twin, example, record, skipping=skipping)
                 train_path_differs = trained.ops != evaluated.ops
             except Exception as error:  # the user's code: anything can come
+                if skipping is not None:
+                    raise
                 notes.append(f"train mode could not be traced: {type(error).__name__}: {error}")
             record.macs = macs
     pairs, in_train = evaluated.norm_after, trained.norm_after if trained else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
@@ -32,6 +33,35 @@ def memory_of(tensor: Tensor) -> int | None:
         return tensor.untyped_storage().data_ptr() or None
     except (NotImplementedError, RuntimeError):
         return None
+
+
+class Aliases:
+    """Tensors that share memory, for writes into one of them."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, list[weakref.ref[Tensor]]] = {}
+
+    def note(self, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+        """Remembers which results of an operator are views of its inputs."""
+        for result in results:
+            memory = memory_of(result)
+            if memory is None:
+                continue
+            for tensor in inputs:
+                if tensor is not result and memory_of(tensor) == memory:
+                    known = self._known.setdefault(memory, [])
+                    known += [weakref.ref(tensor), weakref.ref(result)]
+
+    def of(self, tensor: Tensor) -> list[Tensor]:
+        """Others that are alive and share the memory of this one."""
+        memory = memory_of(tensor)
+        living: dict[int, Tensor] = {}
+        for reference in self._known.get(memory, ()) if memory is not None else ():
+            other = reference()
+            if other is not None and memory_of(other) == memory:
+                living[id(other)] = other
+        living.pop(id(tensor), None)
+        return list(living.values())
 
 
 def lies_like(left: Tensor, right: Tensor) -> bool:

@@ -22,6 +22,7 @@ from slimcli.network.structure.record import Hands, Record
 from slimcli.network.structure.rules import RULES
 from slimcli.network.structure.rules.pointwise import map_nodes
 from slimcli.network.structure.shapes import Shapes
+from slimcli.network.structure.skipping import NumbersAsked, Skipping
 from slimcli.network.structure.trace import Tracer
 
 
@@ -41,7 +42,11 @@ class TracedRun:
 
 
 def run_traced(
-    model: nn.Module, example: Example, record: Record, execute: Execute = call
+    model: nn.Module,
+    example: Example,
+    record: Record,
+    execute: Execute = call,
+    skipping: Skipping | None = None,
 ) -> TracedRun:
     """Runs the model as it is, following its channels.
 
@@ -50,11 +55,15 @@ def run_traced(
         example: The batch.
         record: Findings are added to it.
         execute: How an operator is executed.
+        skipping: Does so for what hangs on the batch, and computes no products.
+
+    Raises:
+        NumbersAsked: The run hangs on numbers that were not computed.
     """
     record.runs += 1
     batch = own_copy(example.batch)
     calls = Calls()
-    tracer = Tracer(record, calls, RULES, execute)
+    tracer = Tracer(record, calls, RULES, execute, skipping)
     tracer.give(batch)
     handles = _watch_modules(model, tracer)
     held = [(each, each.data) for each in model.parameters() if not _is_lazy(each)]
@@ -65,6 +74,8 @@ def run_traced(
     try:
         with torch.no_grad(), tracer, Shapes(tracer):
             output = example.predict(model, batch)
+        if skipping is not None and skipping.were_asked:
+            raise NumbersAsked  # the code went on for all that
         for tensor in output_tensors(output):
             calls.used(tensor)
             record.freeze(tracer.planes_of(tensor), "it is an output of the model")

@@ -32,9 +32,13 @@ _LEAVING = frozenset(
     (
         *(torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__),
         *(torch.Tensor.tolist, torch.Tensor.untyped_storage, torch.Tensor.storage),
+        torch.Tensor.data_ptr,
     )
 )
 """What a tensor becomes something else by."""
+
+_TAKING = _LEAVING | {torch.Tensor.__deepcopy__, torch.Tensor.__repr__, torch.Tensor.__format__}
+"""What looks at the numbers of a tensor where no operator tells of it."""
 
 _COUNTS = frozenset((torch.Tensor.numel, torch.Tensor.nelement, torch.numel, torch.Tensor.__len__))
 
@@ -101,7 +105,7 @@ class Shapes(TorchFunctionMode):
     ) -> Any:
         """Executes the function; sizes are looked at."""
         caller, kwargs = sys._getframe(1), kwargs or {}
-        if func in _LEAVING or func is torch.Tensor.data_ptr:
+        if func in _TAKING:
             self._leave(func, args[0], caller)
         if func is F.affine_grid:  # torch looks for the smallest of these sizes
             args, kwargs = plain(args), {key: plain(value) for key, value in kwargs.items()}
@@ -212,9 +216,13 @@ class Shapes(TorchFunctionMode):
         """What becomes of the channels from here on is not seen."""
         if user_line.is_of_slim(caller):
             return  # hooks of a trace
+        if self._tracer.skipping is not None:
+            self._tracer.skipping.ask(tensor)
+        if func not in _LEAVING:
+            return
         self._tracer.record.leaves = True
         self._tracer.back_up(tensor)  # an array may be written
-        if func in _LEAVING:
+        if func is not torch.Tensor.data_ptr:
             reason = f"channels leave torch at {user_line.current()}"
             self._tracer.record.freeze(self._tracer.planes_of(tensor), reason)
 

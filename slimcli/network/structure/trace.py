@@ -1,8 +1,7 @@
 """Runs a model once and follows every channel through it.
 
-A ``TorchDispatchMode`` sees each ATen operation with its real tensors. Labels travel beside the
-tensors (``planes.py``); what an operation does to them is looked up in a table of rules, one file a
-family.
+A ``TorchDispatchMode`` sees each ATen operation with its tensors. Labels travel beside them
+(``planes.py``); what an operation does to them is looked up in a table of rules, one file a family.
 An operation without a rule freezes the channels it touches.
 """
 
@@ -21,6 +20,7 @@ from slimcli.network.nested import tensors_in
 from slimcli.network.structure import user_line
 from slimcli.network.structure.calls import Calls
 from slimcli.network.structure.memory import (
+    Aliases,
     are_zeros,
     bordered,
     has_gaps,
@@ -45,6 +45,7 @@ from slimcli.network.structure.operators import (
 )
 from slimcli.network.structure.planes import is_useful
 from slimcli.network.structure.record import Record
+from slimcli.network.structure.skipping import Skipping
 from slimcli.network.structure.sources import source_planes
 from slimcli.network.structure.tensor_map import TensorMap
 from slimcli.network.structure.train_mode import dropouts
@@ -120,18 +121,25 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         calls: Kept by the module hooks.
         rules: Base name of an operator -> its rule; pointwise operators need no entry.
         execute: How an operator is executed.
+        skipping: Does so for what hangs on the batch, and computes no products.
     """
 
     def __init__(
-        self, record: Record, calls: Calls, rules: dict[str, Rule], execute: Execute = call
+        self,
+        record: Record,
+        calls: Calls,
+        rules: dict[str, Rule],
+        execute: Execute = call,
+        skipping: Skipping | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.record = record
         self.calls = calls
         self._rules = rules
         self._execute = execute
+        self.skipping = skipping
         self._planes: TensorMap[Planes] = TensorMap()
-        self._aliases: dict[int, list[weakref.ref[Tensor]]] = {}
+        self._aliases = Aliases()
         self._recent: Sequence[Tensor] = ()
         self._homes: dict[int | None, weakref.ref[Tensor]] = {}
         self._picked: TensorMap[tuple[Tensor, str]] = TensorMap()
@@ -162,6 +170,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         ``nn.Parameter(x)`` and ``x.as_subclass(...)`` are such.
         """
+        if self.skipping is not None:
+            self.skipping.look_at(tensor)
         memory = memory_of(tensor)
         home = self._homes[memory]() if memory in self._homes else None
         for other in (*self._recent, *([] if home is None else [home])):
@@ -196,12 +206,16 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return parts
         inputs = list(tensors_in((args, kwargs)))
         labelled = self._look_at(name, inputs)
-        for tensor in written(func, args, kwargs):
+        targets = written(func, args, kwargs)
+        for tensor in targets:
             self.back_up(tensor)
             self.calls.note_write(tensor)
         size = inputs[0].shape if inputs else torch.Size()
-        output = self._execute(func, args, kwargs)
+        output, is_made_up = self._executed(func, args, kwargs, inputs)
         results = list(tensors_in(output))
+        if self.skipping is not None and is_made_up:
+            aliases = [other for tensor in targets for other in self._aliases.of(tensor)]
+            self.skipping.mark((*results, *targets, *aliases))
         self._note_operator(func, name, (*args, *kwargs.values()), results)
         self._note_origin(func, inputs, results)
         if makes_zeros(name, output):
@@ -209,7 +223,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         planes = self._apply(Op(self, func, name, args, kwargs, output, size)) if labelled else ()
         spoiled = self._spoil(inputs[0]) if in_place and inputs else False
         if not labelled:
-            self._note_views(inputs, results)
+            self._aliases.note(inputs, results)
             return output
         if in_place and inputs:
             self._write(inputs[0], planes[0] if planes else NO_PLANES, spoiled)
@@ -219,8 +233,16 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if useful:
                 self._planes[tensor] = useful
                 self._homes[memory_of(tensor)] = weakref.ref(tensor)
-        self._note_views(inputs, results)
+        self._aliases.note(inputs, results)
         return output
+
+    def _executed(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Sequence[Tensor]
+    ) -> tuple[Any, bool]:
+        """The output, and whether its numbers are made up."""
+        if self.skipping is None:
+            return self._execute(func, args, kwargs), False
+        return self.skipping.execute(func, args, kwargs, inputs, self._is_given(inputs))
 
     def _taken_apart(
         self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -257,6 +279,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         tensors = list(tensors_in(batch))
         self._gives_all = not tensors
+        self.skipping = self.skipping if tensors else None
         for tensor in tensors:
             self._given[tensor] = True
 
@@ -303,27 +326,6 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if source is not None and source.name not in self.backups:
             self.backups[source.name] = (source.tensor, source.tensor.detach().clone())
 
-    def _note_views(self, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> None:
-        """Remembers tensors that share memory, for writes into one of them."""
-        for result in results:
-            memory = memory_of(result)
-            if memory is None:
-                continue
-            for tensor in inputs:
-                if tensor is not result and memory_of(tensor) == memory:
-                    known = self._aliases.setdefault(memory, [])
-                    known += [weakref.ref(tensor), weakref.ref(result)]
-
-    def _living_aliases(self, tensor: Tensor) -> list[Tensor]:
-        memory = memory_of(tensor)
-        living: dict[int, Tensor] = {}
-        for reference in self._aliases.get(memory, ()) if memory is not None else ():
-            other = reference()
-            if other is not None and memory_of(other) == memory:
-                living[id(other)] = other
-        living.pop(id(tensor), None)
-        return list(living.values())
-
     def _spoil(self, tensor: Tensor) -> bool:
         """What shares memory with a tensor that was written is not blank any more; was it?"""
         before = len(self._blank)
@@ -340,7 +342,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         old = self.planes_of(tensor)
         if len(old) == len(planes) and all(map(torch.equal, old, planes)):
             return
-        aliases = self._living_aliases(tensor)
+        aliases = self._aliases.of(tensor)
         self._planes[tensor] = planes
         if not aliases or (was_blank and self._paint(tensor, planes, aliases)):
             return
