@@ -347,3 +347,27 @@ def test_an_error_of_the_model_is_the_models():
         mean = model.first(given.batch).mean().item()
     with pytest.raises(ValueError, match=f"mean {mean:.6f}"):
         analyze(model, given, trial=False)
+
+
+MISFITS = {
+    "channels": lambda x: nn.functional.conv2d(x[:, :5], torch.zeros(4, 8, 1, 1)),
+    "bias": lambda x: nn.functional.conv2d(x, torch.zeros(4, 8, 1, 1), torch.zeros(5)),
+    "dtype": lambda x: nn.functional.conv2d(x, torch.zeros(4, 8, 1, 1, dtype=torch.float64)),
+    "kernel": lambda x: nn.functional.conv2d(x, torch.zeros(4, 8, 7, 7)),
+    "groups": lambda x: nn.functional.conv2d(x, torch.zeros(3, 4, 1, 1), groups=2),
+    "transposed": lambda x: nn.functional.conv_transpose2d(x, torch.zeros(7, 4, 1, 1)),
+    "rows": lambda x: x.flatten(2)[0] @ torch.zeros(35, 4),
+    "added": lambda x: torch.addmm(torch.zeros(5), x.flatten(2)[0], torch.zeros(36, 4)),
+    "samples": lambda x: torch.bmm(x.flatten(2), torch.zeros(3, 36, 4)),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_products_that_do_not_fit_fail_as_they_do_without_us(name):
+    model, given = Doing(lambda self, x: MISFITS[name](x)).eval(), example(2, 3, 8, 8)
+    model.last = nn.Identity()
+    with pytest.raises(RuntimeError) as expected, torch.no_grad():
+        model(given.batch)
+    with pytest.raises(RuntimeError) as raised:
+        analyze(model, given, trial=False)
+    assert str(raised.value) == str(expected.value)

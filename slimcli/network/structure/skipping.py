@@ -118,7 +118,7 @@ def _has_fractions(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def _is_plain(*tensors: Tensor) -> bool:
+def _are_plain(tensors: Sequence[Tensor]) -> bool:
     """Do they lie in rows in the memory of the CPU, so that a product of them does, too?"""
     return all(
         type(each) in _ORDINARY
@@ -126,14 +126,15 @@ def _is_plain(*tensors: Tensor) -> bool:
         and each.device.type == "cpu"
         and each.is_floating_point()
         and each.is_contiguous()
+        and each.dtype == tensors[0].dtype
         for each in tensors
     )
 
 
 def _convolution(args: tuple[Any, ...]) -> Tensor | None:
     tensor: Tensor = args[0]
-    weight, _, stride, padding, dilation, is_transposed, more, groups = args[1:9]
-    if tensor.dim() != weight.dim() or not _is_plain(tensor, weight):
+    weight, bias, stride, padding, dilation, is_transposed, more, groups = args[1:9]
+    if tensor.dim() != weight.dim() or not _are_plain((tensor, weight)):
         return None
     kernel, image = weight.shape[2:], tensor.shape[2:]
     sizes = []
@@ -147,19 +148,28 @@ def _convolution(args: tuple[Any, ...]) -> Tensor | None:
         else:
             sizes.append((size + 2 * border - reach) // step + 1)
     channels = weight.shape[1] * groups if is_transposed else weight.shape[0]
-    return tensor.new_zeros((tensor.shape[0], channels, *sizes))
+    wanted = weight.shape[0] if is_transposed else weight.shape[1] * groups
+    fits = tensor.shape[1] == wanted and channels % groups == 0 and min(sizes) > 0
+    if bias is not None:
+        fits &= bias.shape == (channels,) and bias.dtype == tensor.dtype
+    return tensor.new_zeros((tensor.shape[0], channels, *sizes)) if fits else None
 
 
 def _added_product(args: tuple[Any, ...]) -> Tensor | None:
-    return _product(args[1:])  # beside what is added
+    product, added = _product(args[1:]), args[0]
+    if product is None or added.dtype != product.dtype or added.dim() > product.dim():
+        return None
+    pairs = zip(reversed(added.shape), reversed(product.shape), strict=False)
+    return product if all(size in (1, whole) for size, whole in pairs) else None
 
 
 def _product(args: tuple[Any, ...]) -> Tensor | None:
     left: Tensor = args[0]
     right: Tensor = args[1]
-    if not _is_plain(left) or not _is_plain(right if right.is_contiguous() else right.mT):
+    if not _are_plain((left, right if right.is_contiguous() else right.mT)):
         return None
-    return left.new_zeros((*left.shape[:-1], right.shape[-1]))
+    fits = left.shape[-1] == right.shape[-2] and left.shape[:-2] == right.shape[:-2]
+    return left.new_zeros((*left.shape[:-1], right.shape[-1])) if fits else None
 
 
 _PRODUCTS: dict[Any, Callable[[tuple[Any, ...]], Tensor | None]] = {
@@ -169,3 +179,4 @@ _PRODUCTS: dict[Any, Callable[[tuple[Any, ...]], Tensor | None]] = {
     torch.ops.aten.mm.default: _product,
     torch.ops.aten.bmm.default: _product,
 }
+"""What gives zeros in the place of a product; None where it is to be computed, or would fail."""
