@@ -213,6 +213,11 @@ def renamed(self, x):
     return x
 
 
+def renamed_as_array(self, x):
+    seen.append(nn.Parameter(x, requires_grad=False).numpy().sum())
+    return x
+
+
 def kept(self, x):
     self.kept.add_(x.mean().detach())
     seen.append(float(self.kept))
@@ -250,7 +255,7 @@ ASKING = [
         swallowed,
         decomposed,
     ),
-    *(painted, renamed, kept_as_attribute, foreign),
+    *(painted, renamed, renamed_as_array, kept_as_attribute, foreign),
 ]
 
 

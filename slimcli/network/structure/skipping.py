@@ -93,6 +93,7 @@ class Skipping:
         Raises:
             NumbersAsked: It is made up.
         """
+        self.look_at(tensor)
         if tensor in self._made_up:
             self.refuse()
 
