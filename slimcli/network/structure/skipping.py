@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -132,6 +133,16 @@ def _are_plain(tensors: Sequence[Tensor]) -> bool:
     )
 
 
+_BY_NUMPY = {torch.float32: np.float32, torch.float64: np.float64, torch.float16: np.float16}
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros that take no memory until they are written: torch writes its own at once."""
+    if dtype in _BY_NUMPY:
+        return torch.from_numpy(np.zeros(tuple(shape), _BY_NUMPY[dtype]))
+    return torch.zeros(shape, dtype=dtype)
+
+
 def _convolution(args: tuple[Any, ...]) -> Tensor | None:
     tensor: Tensor = args[0]
     weight, bias, stride, padding, dilation, is_transposed, more, groups = args[1:9]
@@ -153,7 +164,7 @@ def _convolution(args: tuple[Any, ...]) -> Tensor | None:
     fits = tensor.shape[1] == wanted and channels % groups == 0 and min(sizes) > 0
     if bias is not None:
         fits &= bias.shape == (channels,) and bias.dtype == tensor.dtype
-    return tensor.new_zeros((tensor.shape[0], channels, *sizes)) if fits else None
+    return _zeros((tensor.shape[0], channels, *sizes), tensor.dtype) if fits else None
 
 
 def _added_product(args: tuple[Any, ...]) -> Tensor | None:
@@ -170,7 +181,7 @@ def _product(args: tuple[Any, ...]) -> Tensor | None:
     if not _are_plain((left, right if right.is_contiguous() else right.mT)):
         return None
     fits = left.shape[-1] == right.shape[-2] and left.shape[:-2] == right.shape[:-2]
-    return left.new_zeros((*left.shape[:-1], right.shape[-1])) if fits else None
+    return _zeros((*left.shape[:-1], right.shape[-1]), left.dtype) if fits else None
 
 
 _PRODUCTS: dict[Any, Callable[[tuple[Any, ...]], Tensor | None]] = {
