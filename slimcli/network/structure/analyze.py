@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from torch import Tensor, nn
 
 from slimcli.network.count import samples_in
@@ -69,10 +71,9 @@ def trace(model: nn.Module, example: Example) -> Traced:
 
     Products of activations are not computed, unless the run turns out to hang on their numbers.
     """
-    try:
+    with contextlib.suppress(NumbersAsked, Exception):  # zeros may be the reason of any error
         return _traced(model, example, Skipping())
-    except (NumbersAsked, Exception):  # zeros may be the reason of any error
-        return _traced(model, example, None)
+    return _traced(model, example, None)  # out of a handler, which would hold the first copy
 
 
 def _traced(model: nn.Module, example: Example, skipping: Skipping | None) -> Traced:
