@@ -66,8 +66,8 @@ class Skipping:
         Raises:
             NumbersAsked: It needs numbers that there are none of.
         """
-        asks_for_shapes = base_name(func)[0] in ASKING_FOR_SHAPES
-        known = [each for each in inputs if each in self._made_up and not asks_for_shapes]
+        is_shape_enough = base_name(func)[0] in ASKING_FOR_SHAPES
+        known = [] if is_shape_enough else [each for each in inputs if each in self._made_up]
         if known and (_asks(func) or not all(map(_has_fractions, known))):
             self.refuse()
         product = _PRODUCTS.get(func) if is_given or known else None
